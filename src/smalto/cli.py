@@ -1,0 +1,275 @@
+"""The command line. Each verb checks nothing itself: it calls one function of the library and prints what that returns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smalto.errors import SmaltoError
+
+if TYPE_CHECKING:
+    from smalto.console import ConsoleProgress
+
+app = typer.Typer(
+    name="smalto",
+    help="Turn images into discrete tokens and back: train an image tokenizer (VQ-VAE) on your own pictures.",
+    epilog="Begin with: smalto demo. Then: smalto train FOLDER --out runs/mine",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps; auto says what it took.")]
+Precision = Annotated[str, typer.Option(help="float32 or bf16 for encoder and decoder; the search for codes is always float32.")]
+Workers = Annotated[int | None, typer.Option(help="Decoding processes; 0 decodes in this one. Default: all cores but one.")]
+Batch = Annotated[int, typer.Option(help="Pictures at a time.")]
+LongerSide = Annotated[int, typer.Option(help="Reduce larger pictures to this many pixels on their longer side; 0 keeps their size.")]
+Size = Annotated[int | None, typer.Option(help="Cut a square of this side from the middle; default: keep the shape.")]
+Tokenizer = Annotated[Path, typer.Option(help="Folder of a tokenizer or run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+@app.command(epilog="Example: smalto demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where runs lie; the demo is made in OUT/demo, OUT/demo-2, ...")] = Path("runs"),
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Crops per step.")] = None,
+    device: Device = "auto",
+    precision: Annotated[str | None, typer.Option(help="float32 or bf16.")] = None,
+    workers: Workers = None,
+) -> None:
+    """Train on bundled photographs, write held-out ones as tokens, read them back, and make a report."""
+    from smalto.pipelines.demo import demo as run_demo
+
+    settings = _given({"steps": steps, "data.batch": batch, "precision": precision})
+    with _progress() as progress:
+        _print_trained(run_demo(out, settings=settings, device=device, workers=workers, progress=progress))
+
+
+@app.command(epilog="Examples: smalto train photos/ --out runs/mine --steps 4000;  smalto train --resume runs/mine")
+def train(
+    folder: Annotated[str | None, typer.Argument(help="Folder of pictures, searched with its subfolders.")] = None,
+    out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/mine"),
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run instead.")] = None,
+    overwrite: Overwrite = False,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe (TOML); see recipes/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one setting, such as --set optimizer.lr=0.0005; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the training crops in pixels.")] = None,
+    codebook_size: Annotated[int | None, typer.Option(help="Number of codes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides weights, crops and all other chances.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Crops per step.")] = None,
+    device: Device = "auto",
+    precision: Annotated[str | None, typer.Option(help="float32 or bf16 for encoder and decoder.")] = None,
+    workers: Workers = None,
+) -> None:
+    """Train a tokenizer on your pictures. Ctrl-C stops it after saving; --resume goes on."""
+    from smalto.pipelines import train as jobs
+    from smalto.training.recipe import load_recipe, parse_setting
+
+    short = {
+        "steps": steps,
+        "data.size": size,
+        "tokenizer.quantizer.codebook_size": codebook_size,
+        "seed": seed,
+        "data.batch": batch,
+        "precision": precision,
+    }
+    settings = dict(parse_setting(text) for text in set_ or []) | _given(short)
+    if (folder is None) == (resume is None):
+        raise SmaltoError("name either a FOLDER of pictures to train on, or a run to go on with: --resume RUN.")
+    if resume is not None and (recipe is not None or overwrite):
+        raise SmaltoError("--resume goes on with a run as it is: leave out --recipe and --overwrite.")
+    with _progress(resume or out) as progress:
+        if resume is not None:
+            _print_trained(jobs.resume(resume, settings=settings, device=device, workers=workers, progress=progress))
+        else:
+            assert folder is not None
+            chosen = load_recipe(recipe, settings)
+            _print_trained(jobs.train(folder, chosen, out=out, overwrite=overwrite, device=device, workers=workers, progress=progress))
+
+
+@app.command(epilog="Example: smalto evaluate photos/ --tokenizer runs/mine")
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="Folder of pictures. On the training folder only held-out pictures are measured.")],
+    tokenizer: Tokenizer,
+    everything: Annotated[bool, typer.Option("--all", help="Measure training pictures too.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    longer_side: LongerSide = 768,
+    size: Size = None,
+    batch: Batch = 8,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    workers: Workers = None,
+) -> None:
+    """Measure a tokenizer: PSNR, SSIM, codebook use, bits per pixel, speed."""
+    import json
+
+    from smalto.data.images import summary
+    from smalto.pipelines import evaluate as jobs
+    from smalto.pipelines.finish import figure_rows
+
+    with _progress() as progress:
+        result = jobs.evaluate(
+            folder,
+            tokenizer,
+            everything=everything,
+            longer_side=longer_side,
+            size=size,
+            batch=batch,
+            device=device,
+            precision=_precision(precision),
+            workers=workers,
+            progress=progress,
+        )
+        if result.skipped:
+            progress.say(summary(result.skipped))
+    if json_:
+        print(json.dumps(result.figures, indent=2))
+    else:
+        _print_rows(figure_rows(result.figures))
+
+
+@app.command(epilog="Example: smalto tokenize photos/ --tokenizer runs/mine --out tokens.safetensors")
+def tokenize(
+    folder: Annotated[str, typer.Argument(help="Folder of pictures, or one picture.")],
+    tokenizer: Tokenizer,
+    out: Annotated[Path, typer.Option(help="The token file to write.")] = Path("tokens.safetensors"),
+    overwrite: Overwrite = False,
+    longer_side: LongerSide = 768,
+    size: Size = None,
+    batch: Batch = 8,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    workers: Workers = None,
+) -> None:
+    """Write pictures as tokens to one file."""
+    from smalto.data.images import summary
+    from smalto.pipelines import tokenize as jobs
+
+    with _progress() as progress:
+        result = jobs.tokenize(
+            folder,
+            tokenizer,
+            out,
+            longer_side=longer_side,
+            size=size,
+            overwrite=overwrite,
+            batch=batch,
+            device=device,
+            precision=_precision(precision),
+            workers=workers,
+            progress=progress,
+        )
+        if result.skipped:
+            progress.say(summary(result.skipped))
+    print(f"{result.num_images:,} pictures, {result.num_tokens:,} tokens -> {result.path}")
+
+
+@app.command(epilog="Example: smalto decode tokens.safetensors --out pictures/")
+def decode(
+    tokens: Annotated[Path, typer.Argument(help="A token file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; default: the one that the token file names.")] = None,
+    batch: Batch = 8,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    workers: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Turn tokens back into PNG pictures."""
+    from smalto.pipelines import tokenize as jobs
+
+    with _progress() as progress:
+        paths = jobs.decode(tokens, out, tokenizer, batch=batch, device=device, precision=_precision(precision), progress=progress)
+    print(f"{len(paths):,} pictures -> {out}")
+
+
+@app.command(epilog="Example: smalto reconstruct cat.jpg --tokenizer runs/mine")
+def reconstruct(
+    photo: Annotated[Path, typer.Argument(help="One picture.")],
+    tokenizer: Tokenizer,
+    out: Annotated[Path | None, typer.Option(help="The PNG to write; default: NAME-reconstruction.png here.")] = None,
+    longer_side: LongerSide = 768,
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Encode one picture, decode it again, and say how near it came."""
+    from smalto.pipelines import tokenize as jobs
+
+    with _progress():
+        result = jobs.reconstruct(photo, tokenizer, out, longer_side=longer_side, device=device, precision=_precision(precision))
+    print(f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> {result.path}")
+
+
+@app.command(epilog="Example: smalto info runs/mine")
+def info(path: Annotated[Path, typer.Argument(help="A run, a tokenizer or a token file.")]) -> None:
+    """Say what a file or folder of smalto is."""
+    from smalto.pipelines.info import info as describe
+
+    _print_rows([(name, str(value)) for name, value in describe(path).items()])
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one line and exit code 1, Ctrl-C in 130."""
+    try:
+        app()
+    except SmaltoError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except PermissionError as error:
+        _fail(f"{error.filename}: permission denied. Name a place that you may write to.", 1)
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC
+            raise
+        _fail(f"the disk is full{f' ({error.filename})' if error.filename else ''}. What was saved is whole; free some space and resume.", 1)
+
+
+@contextmanager
+def _progress(run: Path | None = None) -> Iterator[ConsoleProgress]:
+    from smalto.console import ConsoleProgress
+    from smalto.training.trainer import Interrupted
+
+    progress = ConsoleProgress()
+    try:
+        yield progress
+    except Interrupted as stopped:
+        progress.close()
+        again = f"smalto train --resume {run}" if run else "the same command again"
+        _fail(f"{stopped}; everything is saved. Go on with: {again}", 130)
+    finally:
+        progress.close()
+
+
+def _print_trained(trained: Any) -> None:
+    from smalto.pipelines.finish import figure_rows
+
+    _print_rows(figure_rows(trained.metrics))
+    print(f"\nreport: {trained.run.path / 'report.html'}")
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _precision(name: str) -> Any:
+    if name not in ("float32", "bf16"):
+        raise SmaltoError(f"--precision must be float32 or bf16; got {name!r}.")
+    return name
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"smalto: {message}", file=sys.stderr)
+    sys.exit(code)

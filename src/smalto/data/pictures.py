@@ -1,0 +1,160 @@
+"""Where training takes its pictures from: a folder or a dataset, each as numbered tensors [C, H, W]."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from smalto.data.decoding import Decoder
+from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, BadPicture, PictureFile, Skipped, held_out_order, is_held_out, printable
+from smalto.errors import DataError, InputError
+
+
+class Pictures(ABC):
+    """Numbered pictures that can be asked for ahead of need. ``skipped`` grows as bad ones are met."""
+
+    names: list[str]
+    skipped: list[Skipped]
+
+    @abstractmethod
+    def get(self, index: int) -> Tensor | None:
+        """Picture ``index`` as uint8 in [0, 255] or float in [-1, 1], [C, H, W]; None where it cannot be read."""
+
+    def ask(self, indices: Sequence[int]) -> None:
+        """Begin to load these in the background."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class FilePictures(Pictures):
+    """Picture files, decoded in the background, kept as uint8 up to ``cache_bytes``.
+
+    The cache keeps what came first: with passes over all pictures in changing order, that beats throwing out the oldest.
+    """
+
+    def __init__(self, files: list[PictureFile], decoder: Decoder, cache_bytes: int) -> None:
+        self.names = [file.name for file in files]
+        self.skipped: list[Skipped] = []
+        self._paths = [file.path for file in files]
+        self._decoder = decoder
+        self._free = cache_bytes
+        self._cache: dict[int, Tensor | None] = {}
+        self._asked: dict[int, Future[numpy.ndarray] | None] = {}
+
+    def ask(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            if index not in self._cache and index not in self._asked:
+                self._asked[index] = self._decoder.submit(self._paths[index])
+
+    def get(self, index: int) -> Tensor | None:
+        if index not in self._cache:
+            self.ask([index])
+            picture = self._load(index)
+            size = picture.numel() if picture is not None else 0
+            if size > self._free:
+                return picture
+            self._free -= size
+            self._cache[index] = picture
+        return self._cache[index]
+
+    def _load(self, index: int) -> Tensor | None:
+        try:
+            array = self._decoder.result(self._paths[index], self._asked.pop(index))
+        except BadPicture as bad:
+            self.skipped.append(Skipped(self.names[index], str(bad)))
+            return None
+        return to_tensor(array)
+
+
+class DatasetPictures(Pictures):
+    """Any map-style dataset whose items are [C, H, W] tensors (or begin with one): uint8 in [0, 255] or float in [-1, 1]."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset: Any = dataset
+        self.names = [str(i) for i in range(len(self._dataset))]
+        self.skipped: list[Skipped] = []
+        if not self.names:
+            raise DataError("the dataset is empty.")
+
+    def get(self, index: int) -> Tensor | None:
+        item = self._dataset[index]
+        picture = item[0] if isinstance(item, (tuple, list)) else item
+        if not isinstance(picture, Tensor) or picture.ndim != 3 or not (picture.dtype == torch.uint8 or picture.is_floating_point()):
+            got = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
+            raise InputError(f"item {index} of the dataset must be a tensor [C, H, W], uint8 or float in [-1, 1]; got {got}.")
+        return picture
+
+
+def to_tensor(array: numpy.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> uint8 [3, H, W]."""
+    return torch.from_numpy(numpy.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def to_unit_range(picture: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1]; floats stay as they are."""
+    return picture.float() / 127.5 - 1 if picture.dtype == torch.uint8 else picture.float()
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8 in [0, 255], clamped and rounded."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def centre_crop(picture: Tensor, multiple: int) -> Tensor:
+    """Cut [..., H, W] to multiples of ``multiple``, evenly on both sides. Raises DataError for a picture that is smaller."""
+    height, width = (side // multiple * multiple for side in picture.shape[-2:])
+    if not height or not width:
+        raise DataError(f"a picture of {picture.shape[-2]} x {picture.shape[-1]} pixels is smaller than one token ({multiple} x {multiple}).")
+    top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
+    return picture[..., top : top + height, left : left + width]
+
+
+def split(pictures: Pictures) -> tuple[list[int], list[int]]:
+    """Numbers of the pictures to train on and of those held out: 10 % by hash of name, at least one readable one.
+
+    Fewer than 4 pictures hold nothing out.
+
+    Raises:
+        DataError: no picture can be read.
+    """
+    names = pictures.names
+    held_out: list[int] = []
+    if len(names) >= MIN_PICTURES_TO_HOLD_OUT:
+        held_out = [i for i, name in enumerate(names) if is_held_out(name)]
+        if not any(True for _ in _readable(pictures, held_out)):
+            for i in held_out_order(names):
+                if i not in held_out:
+                    held_out.append(i)
+                    if pictures.get(i) is not None:
+                        break
+    out = set(held_out)
+    train = [i for i in range(len(names)) if i not in out]
+    if not any(True for _ in _readable(pictures, train)):
+        if not any(True for _ in _readable(pictures, held_out)):
+            reasons = "; ".join(f"{printable(name)} ({reason})" for name, reason in pictures.skipped[:8])
+            raise DataError(f"none of the {len(names)} pictures can be read: {reasons}.")
+        return sorted(held_out), []  # the only readable ones: better to train on them than not at all
+    return train, sorted(held_out)
+
+
+def split_by_name(pictures: Pictures, held_out: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Like ``split``, with the names to hold out given."""
+    names = set(held_out)
+    return [i for i, n in enumerate(pictures.names) if n not in names], [i for i, n in enumerate(pictures.names) if n in names]
+
+
+def _readable(pictures: Pictures, indices: Sequence[int]) -> Iterator[Tensor]:
+    for start in range(0, len(indices), 16):
+        pictures.ask(indices[start : start + 16])
+        for i in indices[start : start + 16]:
+            picture = pictures.get(i)
+            if picture is not None:
+                yield picture

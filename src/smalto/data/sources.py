@@ -1,0 +1,31 @@
+"""What a user may name as pictures, and which of them were held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from smalto.data.bundled import HELD_OUT, SOURCE, bundled_photographs
+from smalto.data.images import PictureFile, Skipped, find_pictures
+
+
+@dataclass(frozen=True)
+class Source:
+    """Picture files, what was left out, and the names that are always held out (None: the hash of the name decides)."""
+
+    name: str
+    files: list[PictureFile]
+    skipped: list[Skipped]
+    held_out: tuple[str, ...] | None = None
+
+
+def open_source(source: str | Path) -> Source:
+    """A folder, one picture, or ``"bundled"``: the photographs that come with scikit-image and scikit-learn.
+
+    Raises:
+        DataError: nothing there is a picture.
+    """
+    if str(source) == SOURCE:
+        return Source(SOURCE, bundled_photographs(), [], HELD_OUT)
+    files, skipped = find_pictures(source)
+    return Source(str(Path(source).resolve()), files, skipped)

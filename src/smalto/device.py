@@ -1,0 +1,45 @@
+"""Which device and precision a model runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from smalto.errors import ConfigError, SmaltoError
+
+Precision = Literal["float32", "bf16"]
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """``"auto"`` takes CUDA, else Apple's MPS, else the CPU; another name is checked.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'device must be "auto", "cpu", "cuda" or "mps"; got {name!r}.') from None
+    if not there.get(device.type, False):
+        raise ConfigError(f"device {name!r} is not available here; there is {', '.join(k for k, a in there.items() if a)}.")
+    return device
+
+
+@contextmanager
+def computing(device: torch.device, precision: Precision, batch: int) -> Iterator[None]:
+    """Run a model: autocast for bf16, and an error that names a smaller batch where the memory does not suffice."""
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not out_of_memory:
+            raise
+        advice = f"Try --batch {max(1, batch // 2)}." if batch > 1 else "Try smaller pictures or --device cpu."
+        raise SmaltoError(f"{device} ran out of memory with a batch of {batch}. {advice}") from None

@@ -1,0 +1,1 @@
+"""Whole jobs, one function each; a verb of the command line calls one of them."""

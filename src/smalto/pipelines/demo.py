@@ -1,0 +1,80 @@
+"""The whole way on bundled photographs: train, write tokens, read them back, measure, report."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from smalto.data.bundled import SOURCE, bundled_photographs
+from smalto.data.images import read_picture
+from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
+from smalto.data.token_file import TokenFile
+from smalto.pipelines.evaluate import Measurement
+from smalto.pipelines.finish import finish_run
+from smalto.pipelines.tokenize import decode, tokenize
+from smalto.pipelines.train import Trained, fit, open_material, refit
+from smalto.progress import Progress
+from smalto.training.checkpoint import RunFolder
+from smalto.training.recipe import Recipe, change_recipe
+
+
+def demo_recipe() -> Recipe:
+    """What the demo trains; ``recipes/photos-simple.toml`` says the same."""
+    return Recipe()
+
+
+def demo(
+    folder: str | Path = "runs",
+    *,
+    settings: dict[str, Any] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train on the bundled photographs, write the held-out ones as tokens, and show what comes back.
+
+    An unfinished demo in ``folder`` is continued; else a new one is made: ``demo``, ``demo-2``, and so on.
+
+    Args:
+        folder: where runs lie.
+        settings: changes to the recipe, such as ``{"steps": 100}``.
+        device, workers, progress: as for ``train``.
+    """
+    progress = progress or Progress()
+    path, unfinished = _place(Path(folder))
+    if unfinished:
+        run = RunFolder(path)
+        recipe = change_recipe(run.recipe(), settings or {})
+        with open_material(SOURCE, recipe, workers, run.split()) as material:
+            run, recipe, runner = refit(material, run, recipe, device, progress)
+    else:
+        recipe = change_recipe(demo_recipe(), settings or {})
+        with open_material(SOURCE, recipe, workers) as material:
+            run, recipe, runner = fit(material, recipe, path, False, device, progress)
+    held_out = [file for file in bundled_photographs() if file.name in set(run.split()["held_out"])]
+    tokens, longer_side = run.path / "tokens.safetensors", recipe.data.longer_side
+    tokenize(held_out, run.path, tokens, longer_side=longer_side, overwrite=True, device=device, precision=recipe.precision, workers=0, progress=progress)
+    pictures = decode(tokens, run.path / "decoded", device=device, precision=recipe.precision, progress=progress)
+    # From here on only files count: the originals on one side, the PNGs that were decoded from tokens on disk on the other.
+    stored = TokenFile.load(tokens)
+    measurement = Measurement(stored.codebook_size)
+    originals = {file.name: file.path for file in held_out}
+    for name, row, grid, png in zip(stored.names, stored.tokens, stored.grids, pictures, strict=True):
+        original = to_unit_range(centre_crop(to_tensor(read_picture(originals[name], longer_side)), runner.tokenizer.stride))
+        decoded = to_unit_range(to_tensor(read_picture(str(png), None)))
+        _, _, seconds = runner.roundtrip(original[None])
+        measurement.add([name], original[None], decoded[None], row[None], grid, seconds)
+    evaluation = measurement.result(runner.tokenizer, "held-out pictures", stored.transform + ", decoded from tokens on disk", recipe.precision, material.skipped)
+    return Trained(run, runner.tokenizer, finish_run(run, recipe, runner, evaluation))
+
+
+def _place(folder: Path) -> tuple[Path, bool]:
+    """The demo to go on with, or the name of a new one."""
+    for number in itertools.count(1):
+        path = folder / ("demo" if number == 1 else f"demo-{number}")
+        if not path.exists():
+            return path, False
+        if (path / "recipe.toml").is_file() and not (path / "metrics.json").is_file():
+            return path, True
+    raise AssertionError("count() does not end")

@@ -1,0 +1,168 @@
+"""Measuring a tokenizer on pictures that it has not seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from smalto.data.bundled import credit
+from smalto.data.images import LONGER_SIDE, Skipped, summary
+from smalto.data.pictures import to_uint8, to_unit_range
+from smalto.data.sources import Source, open_source
+from smalto.device import Precision
+from smalto.errors import DataError, MissingExtra
+from smalto.metrics import CodebookMeter, psnr, ssim
+from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape
+from smalto.progress import Progress
+from smalto.report import Example
+from smalto.tokenizer import ImageTokenizer
+from smalto.training.checkpoint import SPLIT_FILE
+
+MIN_SSIM_SIDE = 11
+MAX_EXAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: ``figures`` for machines, pictures and the code histogram for the report."""
+
+    figures: dict[str, Any]
+    examples: list[Example]
+    histogram: Tensor
+    skipped: list[Skipped]
+
+
+class Measurement:
+    """Adds up what is measured, picture by picture."""
+
+    def __init__(self, codebook_size: int, max_examples: int = MAX_EXAMPLES) -> None:
+        self._meter = CodebookMeter(codebook_size)
+        self._psnr: list[float] = []
+        self._ssim: list[float] = []
+        self._pixels = self._tokens = 0
+        self._seconds = 0.0
+        self._max_examples = max_examples
+        self._examples: list[Example] = []
+        self._has_ssim = True
+
+    def add(self, names: list[str], images: Tensor, reconstructions: Tensor, tokens: Tensor, grid: tuple[int, int], seconds: float) -> None:
+        """Take in a batch: images and reconstructions float [B, C, H, W] in [-1, 1], tokens [B, L] of one grid, seconds to encode and decode."""
+        self._meter.add(tokens)
+        values = psnr(reconstructions, images).tolist()
+        self._psnr += values
+        if self._has_ssim and min(images.shape[2:]) >= MIN_SSIM_SIDE:
+            try:
+                self._ssim += ssim(reconstructions, images).tolist()
+            except MissingExtra:
+                self._has_ssim = False
+        self._pixels += images.shape[0] * images.shape[2] * images.shape[3]
+        self._tokens += tokens.numel()
+        self._seconds += seconds
+        for i in range(min(len(names), self._max_examples - len(self._examples))):
+            if images.shape[1] == 3:
+                pair = to_uint8(images[i]), to_uint8(reconstructions[i])
+                self._examples.append(Example(names[i], *pair, tokens[i], grid, values[i], credit(names[i])))
+
+    def result(self, tokenizer: ImageTokenizer, on: str, transform: str, precision: str, skipped: list[Skipped]) -> Evaluation:
+        """The figures, over all pictures added.
+
+        Raises:
+            DataError: none was added.
+        """
+        if not self._psnr:
+            raise DataError(f"there was no picture to measure. {summary(skipped)}")
+        share, window = self._meter.usage()
+        size = tokenizer.quantize.codebook_size
+        figures = {
+            "measured_on": on,
+            "num_images": len(self._psnr),
+            "transform": transform,
+            "precision": precision,
+            "psnr": _mean(self._psnr),
+            "ssim": _mean(self._ssim) if self._ssim else None,
+            "usage": share,
+            "usage_window": window,
+            "perplexity": self._meter.perplexity(),
+            "codebook_size": size,
+            "bits_per_pixel": self._tokens * math.log2(size) / self._pixels,
+            "images_per_second": len(self._psnr) / self._seconds if self._seconds else None,
+            "pixels_per_image": self._pixels / len(self._psnr),
+            "parameters": sum(p.numel() for p in tokenizer.parameters()),
+            "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        }
+        return Evaluation(figures, self._examples, self._meter.histogram, skipped)
+
+
+def evaluate(
+    source: str | Path,
+    tokenizer: ImageTokenizer | str | Path,
+    *,
+    everything: bool = False,
+    longer_side: int | None = LONGER_SIDE,
+    size: int | None = None,
+    batch: int = 8,
+    device: str = "auto",
+    precision: Precision = "float32",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure PSNR, SSIM, codebook use and speed on whole pictures.
+
+    On the folder that the tokenizer was trained on, only the held-out pictures are measured, unless ``everything``.
+
+    Args:
+        source: a folder, one picture, or ``"bundled"``.
+        tokenizer: a tokenizer, or the folder of one.
+        longer_side: larger pictures are reduced to this; None or 0 keeps their size.
+        size: cut a square of this side from the middle; None keeps the shape.
+
+    Returns:
+        Evaluation: ``.figures["psnr"]`` and so on.
+    """
+    progress = progress or Progress()
+    runner = Runner.of(tokenizer, device, precision, batch)
+    opened = open_source(source)
+    files, on = opened.files, "all pictures"
+    if not everything and not isinstance(tokenizer, ImageTokenizer):
+        files, on = _unseen(opened, Path(tokenizer))
+    reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, size=size, workers=workers)
+    reader.skipped += opened.skipped
+    progress.begin("evaluating", len(files), "pictures")
+    measurement = measure(runner, reader)
+    progress.end()
+    return measurement.result(runner.tokenizer, on, reader.transform, precision, reader.skipped)
+
+
+def measure(runner: Runner, pictures: Any, max_examples: int = MAX_EXAMPLES) -> Measurement:
+    """Encode and decode (name, [C, H, W]) pictures and compare."""
+    measurement = Measurement(runner.tokenizer.quantize.codebook_size, max_examples)
+    for names, stacked in batches_of_one_shape(pictures, runner.batch):
+        images = to_unit_range(stacked)
+        tokens, reconstructions, seconds = runner.roundtrip(images)
+        measurement.add(names, images, reconstructions, tokens, runner.tokenizer.layout(*images.shape[2:]).grids[0], seconds)
+    return measurement
+
+
+def _unseen(source: Source, run: Path) -> tuple[list[Any], str]:
+    """The files of ``source`` that the run did not train on, and what to call them."""
+    split = run / SPLIT_FILE
+    if not split.is_file():
+        return source.files, "all pictures"
+    facts = json.loads(split.read_text(encoding="utf-8"))
+    if facts["source"] != source.name:
+        return source.files, "pictures of another source than the training's"
+    held_out = set(facts["held_out"])
+    if not held_out:
+        return source.files, "training pictures"
+    return [file for file in source.files if file.name in held_out], "held-out pictures"
+
+
+def _mean(values: list[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]  # identical pictures have an infinite PSNR
+    return sum(finite) / len(finite) if finite else math.inf
+

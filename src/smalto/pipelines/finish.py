@@ -1,0 +1,124 @@
+"""The last step of a run: metrics.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from smalto.data.images import summary
+from smalto.files import write_atomic
+from smalto.pipelines.evaluate import Evaluation
+from smalto.pipelines.running import Runner
+from smalto.report import write_report
+from smalto.training.checkpoint import RunFolder, read_jsonl
+from smalto.training.recipe import Recipe
+
+
+def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evaluation) -> dict[str, Any]:
+    """Write metrics.json and report.html of a trained run; returns the figures.
+
+    Args:
+        evaluation: what was measured after training.
+    """
+    figures = {
+        **evaluation.figures,
+        "steps": recipe.steps,
+        "seed": recipe.seed,
+        "device": str(runner.device),
+        "fingerprint": runner.tokenizer.fingerprint(),
+        **_training_times(run),
+        "versions": versions(),
+    }
+    run.event("finished", step=recipe.steps)
+    write_report(
+        run.path / "report.html",
+        title=f"smalto: {run.path.name}",
+        subtitle=f"{figures['num_images']} {figures['measured_on']}, {figures['transform']}; trained for {recipe.steps:,} steps on {recipe.data.source}",
+        headline=_headline(figures),
+        table=_table(figures, recipe),
+        notes=_notes(figures, evaluation),
+        examples=evaluation.examples,
+        codebook=runner.tokenizer.get_codebook(),
+        histogram=evaluation.histogram,
+        log=read_jsonl(run.path / "log.jsonl"),
+    )
+    write_atomic(run.path / "metrics.json", json.dumps(figures, indent=2) + "\n")  # last: it says that the run is complete
+    return figures
+
+
+def figure_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The measured figures as (name, value), for tables on pages and terminals."""
+    speed, pixels = figures["images_per_second"], figures["pixels_per_image"]
+    return [
+        ("measured on", f"{figures['num_images']} {figures['measured_on']}"),
+        ("pictures", figures["transform"]),
+        ("PSNR", f"{figures['psnr']:.2f} dB"),
+        ("SSIM", f"{figures['ssim']:.4f}" if figures["ssim"] is not None else 'not measured: pip install "smalto[eval]"'),
+        (f"usage@{figures['usage_window']:,}", f"{figures['usage']:.1%} of {figures['codebook_size']:,} codes"),
+        ("perplexity", f"{figures['perplexity']:.1f}"),
+        ("bits per pixel", f"{figures['bits_per_pixel']:.4f}"),
+        ("images/s", f"{speed:.2f} encoded and decoded, of {pixels / 1e6:.2f} megapixels" if speed else "too fast to tell"),
+        ("parameters", f"{figures['parameters']:,}"),
+        ("precision", figures["precision"]),
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("smalto", "torch", "numpy", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _training_times(run: RunFolder) -> dict[str, Any]:
+    rows = read_jsonl(run.path / "times.jsonl")
+    seconds, waiting = sum(row["seconds"] for row in rows), sum(row["waiting"] for row in rows)
+    return {
+        "training_seconds": round(seconds, 1),
+        "training_images_per_second": round(sum(row["images"] for row in rows) / seconds, 1) if seconds else None,
+        "share_waiting_for_data": round(waiting / seconds, 4) if seconds else None,
+    }
+
+
+def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    tiles = [(f"{figures['psnr']:.2f} dB", f"PSNR on {figures['measured_on']}")]
+    if figures["ssim"] is not None:
+        tiles.append((f"{figures['ssim']:.3f}", "SSIM"))
+    return [
+        *tiles,
+        (f"{figures['usage']:.1%}", f"codes in use (usage@{figures['usage_window']:,})"),
+        (f"{figures['perplexity']:.0f} of {figures['codebook_size']:,}", "perplexity"),
+        (f"{figures['bits_per_pixel']:.3f}", "bits per pixel (RGB has 24)"),
+        (f"{figures['training_seconds'] / 60:.1f} min", "training time"),
+    ]
+
+
+def _table(figures: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
+    waiting = figures["share_waiting_for_data"]
+    return [
+        *figure_rows(figures),
+        ("trained on", recipe.data.source),
+        ("steps, batch, crop", f"{recipe.steps:,} steps of {recipe.data.batch} crops of {recipe.data.size} x {recipe.data.size}"),
+        ("training time", f"{figures['training_seconds']:.0f} s on {figures['device']}" + (f", {waiting:.1%} of it waiting for data" if waiting is not None else "")),
+        ("training speed", f"{figures['training_images_per_second']} crops/s"),
+        ("seed", str(recipe.seed)),
+        ("versions", ", ".join(f"{name} {number}" for name, number in figures["versions"].items())),
+        ("fingerprint", figures["fingerprint"]),
+    ]
+
+
+def _notes(figures: dict[str, Any], evaluation: Evaluation) -> list[str]:
+    notes = []
+    if figures["measured_on"] == "training pictures":
+        notes.append("These figures are on training pictures, because there were too few to hold any out: they flatter the model.")
+    if figures["usage_window"] < 32 * figures["codebook_size"]:
+        notes.append(f"There were only {figures['usage_window']:,} tokens to look for codes in; usage is usually stated at 32 per code.")
+    if evaluation.skipped:
+        notes.append(summary(evaluation.skipped))
+    return notes

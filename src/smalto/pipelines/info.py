@@ -1,0 +1,56 @@
+"""What a file or folder of smalto is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from smalto.data.token_file import TokenFile
+from smalto.errors import RunError
+from smalto.tokenizer import load
+from smalto.training.checkpoint import RunFolder
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """Describe a run, a tokenizer or a token file.
+
+    Returns:
+        Names to plain values; ``"kind"`` is "run", "tokenizer" or "token file".
+
+    Raises:
+        RunError: none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        tokens = TokenFile.load(path)
+        return {
+            "kind": "token file",
+            "images": len(tokens.names),
+            "tokens": sum(tokens.grids[i][0] * tokens.grids[i][1] for i in range(len(tokens.grids))),
+            "codebook size": tokens.codebook_size,
+            "tokenizer": tokens.tokenizer,
+            "fingerprint": tokens.fingerprint,
+            "transform": tokens.transform,
+            "precision": tokens.precision,
+        }
+    if not (path / "config.json").is_file():
+        raise RunError(f"{path} is no run, tokenizer or token file of smalto.")
+    tokenizer = load(path)
+    facts: dict[str, Any] = {
+        "kind": "tokenizer",
+        "codebook size": tokenizer.quantize.codebook_size,
+        "stride": tokenizer.stride,
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "fingerprint": tokenizer.fingerprint(),
+        "config": json.dumps(tokenizer.config.model_dump(mode="json")),
+    }
+    if (path / "recipe.toml").is_file():
+        run = RunFolder(path)
+        recipe = run.recipe()
+        facts |= {"kind": "run", "trained on": recipe.data.source, "steps": f"{max(run.steps(), default=0)} of {recipe.steps}", "seed": recipe.seed}
+        if (path / "metrics.json").is_file():
+            metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+            facts["PSNR"] = f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
+            facts["report"] = str(path / "report.html")
+    return facts

@@ -1,0 +1,133 @@
+"""What every job that runs a tokenizer over pictures shares."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smalto.data.crops import enlarge
+from smalto.data.decoding import Decoder
+from smalto.data.images import LONGER_SIDE, BadPicture, PictureFile, Skipped
+from smalto.data.pictures import centre_crop, to_tensor
+from smalto.device import Precision, computing, resolve_device
+from smalto.errors import ConfigError, DataError
+from smalto.layout import TokenLayout
+from smalto.progress import Progress
+from smalto.tokenizer import ImageTokenizer, load
+
+
+def default_workers(workers: int | None = None) -> int:
+    """Decoding processes: as asked for, else all cores but one, between 1 and 8."""
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers must be 0 or more; got {workers}.")
+    return workers if workers is not None else min(8, max(1, (os.cpu_count() or 2) - 1))
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A tokenizer on its device, in evaluation mode, with how to run it."""
+
+    tokenizer: ImageTokenizer
+    device: torch.device
+    precision: Precision
+    batch: int
+
+    @classmethod
+    def of(cls, tokenizer: ImageTokenizer | str | Path, device: str, precision: Precision, batch: int) -> Runner:
+        if batch < 1:
+            raise ConfigError(f"batch must be at least 1; got {batch}.")
+        model = tokenizer if isinstance(tokenizer, ImageTokenizer) else load(tokenizer)
+        if model.in_channels != 3:
+            raise DataError(f"this tokenizer takes images of {model.in_channels} channels; picture files have 3. Call encode() with tensors.")
+        target = resolve_device(device)
+        return cls(model.to(target).eval(), target, precision, batch)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> tokens [B, L] on the CPU."""
+        with computing(self.device, self.precision, len(images)):
+            return self.tokenizer.encode(images.to(self.device)).cpu()
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
+        """Tokens [B, L] -> images float32 [B, C, H, W] in [-1, 1] on the CPU."""
+        with computing(self.device, self.precision, len(tokens)):
+            return self.tokenizer.decode(tokens.to(self.device), layout).float().cpu()
+
+    def roundtrip(self, images: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Images -> tokens, what comes back, and the seconds that both took."""
+        begun = time.perf_counter()
+        tokens = self.encode(images)
+        reconstruction = self.decode(tokens, self.tokenizer.layout(*images.shape[2:]))
+        return tokens, reconstruction, time.perf_counter() - begun
+
+
+class PictureReader:
+    """Whole pictures for a tokenizer: decoded in the background, cut to what its stride divides.
+
+    Attributes:
+        skipped: files that could not be used, and why; grows while reading.
+        transform: what is done to each picture, in words.
+    """
+
+    def __init__(
+        self,
+        files: list[PictureFile],
+        stride: int,
+        progress: Progress,
+        *,
+        longer_side: int | None = LONGER_SIDE,
+        size: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        if size is not None and (size < stride or size % stride):
+            raise ConfigError(f"size must be a multiple of the tokenizer's stride {stride}; got {size}.")
+        self._files, self._stride, self._progress = files, stride, progress
+        self._longer_side, self._size, self._workers = longer_side or None, size, default_workers(workers)
+        self.skipped: list[Skipped] = []
+        reduced = f"longer side at most {self._longer_side}" if self._longer_side else "full size"
+        self.transform = f"{reduced}, centre crop to " + (f"{size} x {size}" if size else f"a multiple of {stride}")
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, uint8 [3, H, W]) of every picture that can be read."""
+        with Decoder(self._workers if len(self._files) > 1 else 0, self._longer_side) as decoder:
+            for file, picture in decoder.in_order(self._files):
+                self._progress.advance()
+                if isinstance(picture, BadPicture):
+                    self.skipped.append(Skipped(file.name, str(picture)))
+                    continue
+                try:
+                    yield file.name, self._cut(to_tensor(picture))
+                except DataError as error:
+                    self.skipped.append(Skipped(file.name, f"too small: {error}"))
+
+    def _cut(self, picture: Tensor) -> Tensor:
+        if self._size is None:
+            return centre_crop(picture, self._stride)
+        if min(picture.shape[1:]) < self._size:
+            picture = enlarge(picture, self._size)
+        top, left = (picture.shape[1] - self._size) // 2, (picture.shape[2] - self._size) // 2
+        return picture[:, top : top + self._size, left : left + self._size]
+
+
+def batches_of_one_shape(pictures: Iterable[tuple[str, Tensor]], batch: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Group pictures of equal shape into (names, [B, C, H, W]) of at most ``batch``; at most 4 batches' worth wait at a time."""
+    waiting: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    for name, picture in pictures:
+        group = waiting.setdefault(tuple(picture.shape), [])
+        group.append((name, picture))
+        if len(group) == batch or sum(map(len, waiting.values())) >= 4 * batch:
+            fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+            yield _stack(waiting.pop(fullest))
+    for group in waiting.values():
+        yield _stack(group)
+
+
+def _stack(group: list[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
+    return [name for name, _ in group], torch.stack([picture for _, picture in group])
+

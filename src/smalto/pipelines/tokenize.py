@@ -1,0 +1,205 @@
+"""Pictures to a token file, and back to pictures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from smalto.data.images import LONGER_SIDE, PictureFile, Skipped, find_pictures, summary
+from smalto.data.pictures import to_uint8, to_unit_range
+from smalto.data.sources import open_source
+from smalto.data.token_file import TokenFile
+from smalto.device import Precision
+from smalto.errors import DataError, RunError
+from smalto.files import aside
+from smalto.layout import TokenLayout
+from smalto.metrics import psnr
+from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape
+from smalto.progress import Progress
+from smalto.tokenizer import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What ``tokenize`` wrote, and which files it left out."""
+
+    path: Path
+    num_images: int
+    num_tokens: int
+    skipped: list[Skipped]
+
+
+def tokenize(
+    source: str | Path | list[PictureFile],
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    longer_side: int | None = LONGER_SIDE,
+    size: int | None = None,
+    overwrite: bool = False,
+    batch: int = 8,
+    device: str = "auto",
+    precision: Precision = "float32",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Tokenized:
+    """Write the tokens of pictures to one file.
+
+    Args:
+        source: a folder, one picture, ``"bundled"``, or a list of files.
+        tokenizer: the folder of a tokenizer or run; its place and fingerprint are recorded.
+        out: the token file (safetensors).
+        longer_side: larger pictures are reduced to this; None or 0 keeps their size.
+        size: cut a square of this side from the middle; None keeps the shape.
+
+    Raises:
+        DataError: nothing can be read.
+        RunError: ``out`` exists, or there is no tokenizer.
+    """
+    progress, out = progress or Progress(), Path(out)
+    if out.exists() and not overwrite:
+        raise RunError(f"{out} exists already. Replace it with --overwrite, or name another --out.")
+    runner = Runner.of(tokenizer, device, precision, batch)
+    opened = None if isinstance(source, list) else open_source(source)
+    files = source if isinstance(source, list) else opened.files if opened else []
+    reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, size=size, workers=workers)
+    reader.skipped += opened.skipped if opened else []
+    progress.begin("tokenizing", len(files), "pictures")
+    found: dict[str, tuple[Tensor, tuple[int, int]]] = {}
+    for names, images in batches_of_one_shape(reader, batch):
+        tokens = runner.encode(to_unit_range(images))
+        grid = runner.tokenizer.layout(*images.shape[2:]).grids[0]
+        found |= {name: (row, grid) for name, row in zip(names, tokens, strict=True)}
+    progress.end()
+    if not found:
+        raise DataError(f"none of the {len(files)} pictures can be read. {summary(reader.skipped)}")
+    names = sorted(found)
+    TokenFile(
+        names=names,
+        tokens=[found[name][0] for name in names],
+        grids=[found[name][1] for name in names],
+        codebook_size=runner.tokenizer.quantize.codebook_size,
+        tokenizer=str(tokenizer),
+        fingerprint=runner.tokenizer.fingerprint(),
+        transform=reader.transform,
+        precision=precision,
+    ).save(out)
+    return Tokenized(out, len(names), sum(len(tokens) for tokens, _ in found.values()), reader.skipped)
+
+
+def decode(
+    tokens: str | Path,
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    batch: int = 8,
+    device: str = "auto",
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Turn a token file back into PNG pictures, under the names that the pictures had.
+
+    Args:
+        tokens: what ``tokenize`` wrote.
+        out: folder for the pictures.
+        tokenizer: the folder of the tokenizer; None takes the recorded one.
+
+    Returns:
+        The files, in the order of the token file.
+
+    Raises:
+        RunError: there is no such tokenizer, or it is not the one that wrote these tokens.
+    """
+    progress, file, folder = progress or Progress(), TokenFile.load(tokens), Path(out)
+    if tokenizer is None and not Path(file.tokenizer).exists():
+        raise RunError(f"{tokens} was written by the tokenizer {file.tokenizer}, which is not there any more. Name it with --tokenizer.")
+    runner = Runner.of(tokenizer or file.tokenizer, device, precision, batch)
+    if runner.tokenizer.fingerprint() != file.fingerprint:
+        raise RunError(
+            f"the tokenizer {tokenizer or file.tokenizer} is not the one that wrote {tokens}: its fingerprint is "
+            f"{runner.tokenizer.fingerprint()[:12]}, the file's {file.fingerprint[:12]}. Has it been trained further? Checkpoints of a run are tokenizers too."
+        )
+    progress.begin("decoding", len(file.names), "pictures")
+    paths = picture_paths(folder, file.names)
+    for start, stop in _runs_of_one_grid(file.grids, batch):
+        images = runner.decode(torch.stack(file.tokens[start:stop]), TokenLayout.single(*file.grids[start]))
+        for path, image in zip(paths[start:stop], images, strict=True):
+            write_png(path, image)
+        progress.advance(stop - start)
+    progress.end()
+    return paths
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What came back of one picture."""
+
+    path: Path
+    psnr: float
+    num_tokens: int
+    bytes: int
+
+
+def reconstruct(
+    photo: str | Path,
+    tokenizer: ImageTokenizer | str | Path,
+    out: str | Path | None = None,
+    *,
+    longer_side: int | None = LONGER_SIDE,
+    device: str = "auto",
+    precision: Precision = "float32",
+) -> Reconstructed:
+    """Encode one picture, decode it again and write what came back to ``out`` (default: ``NAME-reconstruction.png`` in this folder).
+
+    Raises:
+        DataError: the picture cannot be read.
+    """
+    files, _ = find_pictures(photo)
+    if Path(photo).is_dir():
+        raise DataError(f"{photo} is a folder; name one picture, or use `smalto tokenize` and `smalto decode`.")
+    runner = Runner.of(tokenizer, device, precision, 1)
+    reader = PictureReader(files, runner.tokenizer.stride, Progress(), longer_side=longer_side, workers=0)
+    pictures = list(reader)
+    if not pictures:
+        raise DataError(f"{photo} cannot be read: {reader.skipped[0].reason}.")
+    images = to_unit_range(pictures[0][1])[None]
+    tokens = runner.encode(images)
+    image = runner.decode(tokens, runner.tokenizer.layout(*images.shape[2:]))
+    path = Path(out) if out else Path(f"{Path(photo).stem}-reconstruction.png")
+    write_png(path, image[0])
+    bits = (runner.tokenizer.quantize.codebook_size - 1).bit_length()
+    return Reconstructed(path, float(psnr(image, images)), tokens.numel(), -(-tokens.numel() * bits // 8))
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write an image [3, H, W] in [-1, 1] as PNG, in one step."""
+    with aside(path) as temporary:
+        Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(temporary, "PNG")
+
+
+def picture_paths(folder: Path, names: list[str]) -> list[Path]:
+    """Where the decoded pictures go: below ``folder`` whatever the names say, as .png, and no two alike."""
+    relative = [PurePosixPath(*[part for part in PurePosixPath(name).parts if part not in ("/", "..")] or ["picture"]) for name in names]
+    taken: set[str] = set()
+    chosen = []
+    for path in relative:
+        # a.jpg becomes a.png; a second a.* keeps its whole name: a.webp.png. Case does not tell files apart everywhere.
+        names_to_try = itertools.chain([path.with_suffix(".png")], (path.with_name(f"{path.name}{n or ''}.png") for n in itertools.count()))
+        free = next(candidate for candidate in names_to_try if str(candidate).lower() not in taken)
+        taken.add(str(free).lower())
+        chosen.append(folder / free)
+    return chosen
+
+
+def _runs_of_one_grid(grids: list[tuple[int, int]], batch: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    for stop in range(1, len(grids) + 1):
+        if stop == len(grids) or grids[stop] != grids[start] or stop - start == batch:
+            yield start, stop
+            start = stop

@@ -1,0 +1,19 @@
+"""What long work tells whoever watches. The library says it to this; only the command line shows it."""
+
+from __future__ import annotations
+
+
+class Progress:
+    """Hears of long work and shows nothing: the default. Subclass it to show something."""
+
+    def begin(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        """A job of ``total`` units begins (None: unknown), ``done`` of them already made."""
+
+    def advance(self, number: int = 1, **figures: float) -> None:
+        """``number`` more units are done; ``figures`` are the latest values to show beside the bar."""
+
+    def end(self) -> None:
+        """The job is over."""
+
+    def say(self, text: str) -> None:
+        """One line that a person should read."""

@@ -1,0 +1,53 @@
+"""The K vectors of a quantizer, and how they learn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Codebook(nn.Embedding):
+    """K codes of dimension D that learn by gradient; ``weight`` is [K, D]. Called with indices, it returns codes."""
+
+    def reset_parameters(self) -> None:
+        # About unit length in any dimension. The usual uniform(±1/K) puts all codes in one tiny ball around zero: the few on its
+        # rim then win every latent and the rest never learn.
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+    @torch.no_grad()
+    def place(self, rows: Tensor, vectors: Tensor) -> None:
+        """Put codes ``rows`` (int64 [R]) at ``vectors`` [R, D]."""
+        self.weight[rows] = vectors.to(self.weight.dtype)
+
+
+class EMACodebook(Codebook):
+    """K codes that are moving averages of the vectors assigned to them (van den Oord et al. 2017, appendix A.1).
+
+    The optimizer leaves ``weight`` alone; ``CodebookUpdater`` calls ``absorb``. Counts are in units of uniform use: a code that gets
+    its even share of the tokens has ``ema_counts`` 1, whatever the batch.
+    """
+
+    ema_counts: Tensor
+    ema_sums: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.weight.requires_grad_(False)
+        self.register_buffer("ema_counts", torch.ones(num_embeddings))
+        self.register_buffer("ema_sums", self.weight.detach().clone())
+
+    @torch.no_grad()
+    def absorb(self, counts: Tensor, sums: Tensor, decay: float) -> None:
+        """Move towards the mean of what was assigned: counts [K] and sums [K, D], both in units of uniform use."""
+        self.ema_counts.mul_(decay).add_(counts, alpha=1 - decay)
+        self.ema_sums.mul_(decay).add_(sums, alpha=1 - decay)
+        # Sums and counts shrink together, so a code that nothing hits stays where it is; once both are almost nothing their quotient is noise.
+        alive = self.ema_counts > 1e-8
+        means = self.ema_sums / self.ema_counts.clamp(min=1e-8).unsqueeze(1)
+        self.weight.copy_(torch.where(alive.unsqueeze(1), means, self.weight))
+
+    @torch.no_grad()
+    def place(self, rows: Tensor, vectors: Tensor) -> None:
+        super().place(rows, vectors)
+        self.ema_counts[rows] = 1
+        self.ema_sums[rows] = vectors.to(self.ema_sums.dtype)

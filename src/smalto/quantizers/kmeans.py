@@ -1,0 +1,40 @@
+"""k-means, the beginning of a codebook."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smalto.search import Metric, code_sums, nearest_codes
+
+
+def kmeans(vectors: Tensor, num_codes: int, metric: Metric, generator: torch.Generator, num_iterations: int = 10) -> Tensor:
+    """Lloyd's algorithm from a random choice of distinct vectors.
+
+    Args:
+        vectors: [N, D], finite.
+        num_codes: K wanted.
+        metric: ``"cosine"`` runs on normalised vectors and gives unit codes.
+        generator: on the CPU; decides the choice.
+        num_iterations: rounds of assignment and averaging.
+
+    Returns:
+        [min(K, number of distinct vectors), D]. A centre that loses all its vectors is put on the vector that is worst served.
+    """
+    if metric == "cosine":
+        vectors = torch.nn.functional.normalize(vectors, dim=1)
+    distinct = torch.unique(vectors, dim=0)
+    chosen = torch.randperm(len(distinct), generator=generator)[:num_codes].to(vectors.device)
+    centres = distinct[chosen]
+    if len(distinct) <= num_codes:
+        return centres
+    for _ in range(num_iterations):
+        indices = nearest_codes(vectors, centres, metric)
+        counts, sums = code_sums(vectors, indices, len(centres))
+        means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centres.dtype)
+        empty = (counts == 0).nonzero().squeeze(1)
+        if len(empty):
+            errors = (vectors - centres[indices]).square().sum(dim=1)
+            means[empty] = vectors[errors.topk(min(len(empty), len(vectors))).indices]
+        centres = torch.nn.functional.normalize(means, dim=1) if metric == "cosine" else means
+    return centres

@@ -1,0 +1,116 @@
+"""Filling the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from torch import Tensor
+
+from smalto.files import write_atomic
+from smalto.report.charts import bar_chart, line_chart
+from smalto.report.pictures import ERROR_GAIN, code_colours, data_uri, error_map, token_map
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture to show: uint8 [3, H, W] before and after, its tokens [L] and their grid."""
+
+    name: str
+    picture: Tensor
+    reconstruction: Tensor
+    tokens: Tensor
+    grid: tuple[int, int]
+    psnr: float
+    credit: str = ""
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    subtitle: str,
+    headline: list[tuple[str, str]],
+    table: list[tuple[str, str]],
+    notes: list[str],
+    examples: list[Example],
+    codebook: Tensor,
+    histogram: Tensor,
+    log: list[dict[str, Any]],
+) -> None:
+    """Write the report of a run.
+
+    Args:
+        path: the HTML file.
+        title, subtitle: what was trained, on what.
+        headline: (figure, meaning) of the few numbers on top.
+        table: (name, value) of all of them.
+        notes: sentences a reader must know, such as files left out.
+        examples: pictures.
+        codebook: codes [K, C], for the token map's colours.
+        histogram: how often each code occurred [K].
+        log: the run's log.jsonl.
+    """
+    colours = code_colours(codebook.detach().cpu())
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("smalto", "report"), autoescape=True)
+    page = environment.get_template("template.html").render(
+        title=title,
+        subtitle=subtitle,
+        headline=headline,
+        table=table,
+        notes=notes,
+        error_gain=ERROR_GAIN,
+        examples=[_shown(example, colours) for example in examples],
+        charts=_charts(histogram, log),
+    )
+    write_atomic(path, page)
+
+
+def _shown(example: Example, colours: Tensor) -> dict[str, Any]:
+    height, width = example.picture.shape[1:]
+    scale = max(1, width // example.grid[1])
+    return {
+        "name": example.name,
+        "size": f"{width} x {height} pixels, {example.grid[0] * example.grid[1]:,} tokens",
+        "psnr": f"{example.psnr:.2f} dB",
+        "credit": example.credit,
+        "pictures": [
+            ("picture", data_uri(example.picture)),
+            ("reconstruction", data_uri(example.reconstruction)),
+            ("error", data_uri(error_map(example.picture, example.reconstruction), lossless=False)),
+            ("tokens", data_uri(token_map(example.tokens, example.grid, colours, scale))),
+        ],
+    }
+
+
+def _charts(histogram: Tensor, log: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    steps = [row["step"] for row in log]
+    held_out = [(row["step"], row["held_out_psnr"]) for row in log if "held_out_psnr" in row]
+    counts = sorted((int(n) for n in histogram), reverse=True)
+    charts = [
+        (
+            "Loss",
+            line_chart(
+                [(label, steps, [row[key] for row in log]) for label, key in (("reconstruction", "reconstruction_loss"), ("codebook", "vq_loss"))],
+                "step",
+                "loss",
+                log_y=True,
+            ),
+        ),
+        (
+            "PSNR",
+            line_chart(
+                [("training crops", steps, [row["psnr"] for row in log]), ("held-out crops", [s for s, _ in held_out], [p for _, p in held_out])],
+                "step",
+                "dB",
+            ),
+        ),
+        ("Codebook use in training", line_chart([("share of codes in use", steps, [row["usage"] for row in log])], "step", "usage@32K")),
+        (
+            "How often each code occurs in the pictures measured, most used first",
+            bar_chart(counts, "codes", "tokens", line=sum(counts) / max(1, len(counts))),
+        ),
+    ]
+    return [(name, chart) for name, chart in charts if chart]

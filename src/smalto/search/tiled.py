@@ -1,0 +1,97 @@
+"""Exact nearest-code search in plain torch, in bounded memory: the reference for every other backend.
+
+The nearest code maximises the score ``z·c - |c|²/2``, so one matrix product per tile does the work. Taking a row's maximum
+is two to three times faster than taking its position, so there are two passes: the first keeps only the best score of
+each tile of codes, the second looks at the winning tile again to find the position in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+CODES_PER_TILE = 256
+QUERIES_PER_TILE = 2048
+_BLOCK_FLOATS = 2**22  # 16 MiB: the largest single temporary; fewer than four of this size live at once
+_BLOCK_QUERIES = 2**16
+
+
+@torch.library.custom_op("smalto::nearest_tiled", mutates_args=())
+def nearest_tiled(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
+    """``nearest_codes`` without the checks: float [N, D], float [K, D] -> int64 [N]."""
+    num_queries, dim = queries.shape
+    indices = torch.empty(num_queries, dtype=torch.int64, device=queries.device)
+    with _plain_float32(queries.device):
+        # Shifting both sides by the codebook's mean leaves l2 distances alone and keeps the products small, so float32 loses less.
+        shift = queries.new_zeros(dim, dtype=torch.float32) if cosine else _mean(codebook)
+        num_tiles = -(-codebook.shape[0] // CODES_PER_TILE)
+        block = max(1, min(_BLOCK_QUERIES, _BLOCK_FLOATS // max(num_tiles, dim)))
+        for rows in _slices(num_queries, block):
+            shifted = queries[rows].float() - shift
+            indices[rows] = _search_block(shifted, codebook, shift, cosine)
+    return indices
+
+
+@nearest_tiled.register_fake
+def _(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
+    return queries.new_empty(queries.shape[0], dtype=torch.int64)
+
+
+def _search_block(queries: Tensor, codebook: Tensor, shift: Tensor, cosine: bool) -> Tensor:
+    tiles = list(_slices(codebook.shape[0], CODES_PER_TILE))
+    best = queries.new_empty(len(tiles), queries.shape[0])
+    for t, codes in enumerate(tiles):
+        matrix, offset = _prepare(codebook[codes], shift, cosine)
+        for rows in _slices(queries.shape[0], QUERIES_PER_TILE):
+            torch.amax(torch.addmm(offset, queries[rows], matrix), dim=1, out=best[t, rows])
+    # Of equal maxima, max() returns the first: ties go to the lowest tile here and to the lowest code below.
+    # A NaN beats every number in amax, so a non-finite query is caught by its best score.
+    top, winner = best.max(dim=0)
+    order = winner.argsort()
+    counts = torch.bincount(winner, minlength=len(tiles)).tolist()
+    indices = torch.empty_like(winner)
+    for codes, tile_rows in zip(tiles, order.split(counts), strict=True):
+        if not len(tile_rows):
+            continue
+        matrix, offset = _prepare(codebook[codes], shift, cosine)
+        for part in tile_rows.split(QUERIES_PER_TILE):
+            indices[part] = torch.addmm(offset, queries[part], matrix).max(dim=1).indices + codes.start
+    return torch.where(queries.isfinite().all(dim=1) & top.isfinite(), indices, 0)
+
+
+def _prepare(codes: Tensor, shift: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """Codes [k, D] -> (matrix [D, k], offset [k]) with score = offset + query @ matrix."""
+    codes = codes.float() - shift
+    if cosine:
+        codes = torch.nn.functional.normalize(codes, dim=1)
+        return codes.t(), codes.new_zeros(codes.shape[0])
+    return codes.t(), codes.square().sum(dim=1).mul_(-0.5)
+
+
+def _mean(codebook: Tensor) -> Tensor:
+    total = codebook.new_zeros(codebook.shape[1], dtype=torch.float64)
+    for part in codebook.split(max(1, _BLOCK_FLOATS // 2 // codebook.shape[1])):
+        total += part.double().sum(dim=0)
+    return (total / codebook.shape[0]).float()
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+@contextmanager
+def _plain_float32(device: torch.device) -> Iterator[None]:
+    """No autocast, no TF32 or bfloat16 inside float32 products; the caller's setting comes back whatever happens."""
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        if before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)

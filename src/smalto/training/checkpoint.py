@@ -1,0 +1,166 @@
+"""The run folder: what is in it, how it appears, and how checkpoints are written and found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from smalto.errors import RunError
+from smalto.files import aside, sync_tree, write_atomic
+from smalto.tokenizer import ImageTokenizer, load
+from smalto.training.recipe import Recipe, load_recipe, recipe_toml
+
+STATE_FILE = "state.safetensors"
+SPLIT_FILE = "split.json"  # where the pictures came from and the names of those held out
+
+
+class RunFolder:
+    """A run on disk. It is a tokenizer too: ``smalto.load(run.path)`` gives the latest model.
+
+    ``recipe.toml``, ``config.json`` and ``model.safetensors`` (latest), ``checkpoints/step-00000120/``, ``log.jsonl`` (a line of numbers
+    per step), ``times.jsonl``, ``events.jsonl``, and at the end ``metrics.json`` and ``report.html``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "recipe.toml").is_file() or not (self.path / "checkpoints").is_dir():
+            raise RunError(f"{self.path} is not a run: it has no recipe.toml and checkpoints. Runs are made by `smalto train FOLDER --out RUN`.")
+
+    @classmethod
+    def create(
+        cls, path: str | Path, recipe: Recipe, split: dict[str, Any], tokenizer: ImageTokenizer, state: dict[str, Any], overwrite: bool = False
+    ) -> RunFolder:
+        """Make a run with its recipe and its checkpoint of step 0; it appears whole, by one rename.
+
+        Raises:
+            RunError: something is there already and ``overwrite`` is off, or it is no run.
+        """
+        path = Path(path)
+        cls.check_free(path, overwrite)
+        with aside(path) as new:
+            new.mkdir()
+            write_atomic(new / "recipe.toml", recipe_toml(recipe))
+            write_atomic(new / SPLIT_FILE, json.dumps(split) + "\n")
+            for name in ("log.jsonl", "times.jsonl", "events.jsonl"):
+                (new / name).touch()
+            (new / "checkpoints").mkdir()
+            cls(new).save(0, tokenizer, state)
+            sync_tree(new)
+            if path.is_dir():
+                shutil.rmtree(path)
+        return cls(path)
+
+    @staticmethod
+    def check_free(path: Path, overwrite: bool) -> None:
+        """Raise RunError unless a run may be made at ``path``."""
+        if path.is_dir() and any(path.iterdir()):
+            if not overwrite:
+                raise RunError(f"{path} exists already. Go on with --resume {path}, replace it with --overwrite, or name another --out.")
+            if not (path / "recipe.toml").is_file():
+                raise RunError(f"{path} is not a run of smalto, so --overwrite leaves it alone. Name another --out.")
+        elif path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file. Name a folder for --out.")
+
+    def split(self) -> dict[str, Any]:
+        """``source``, ``num_pictures`` and the names ``held_out``."""
+        facts: dict[str, Any] = json.loads((self.path / SPLIT_FILE).read_text(encoding="utf-8"))
+        return facts
+
+    def recipe(self) -> Recipe:
+        return load_recipe(self.path / "recipe.toml")
+
+    def save(self, step: int, tokenizer: ImageTokenizer, state: dict[str, Any], keep: int = 2) -> None:
+        """Write checkpoint ``step``, make it the run's latest model, and remove all but the newest ``keep``."""
+        target = self.checkpoint(step)
+        if not target.exists():
+            with aside(target) as new:
+                tokenizer.save(new)
+                tensors: dict[str, Tensor] = {}
+                plain = _take_tensors(state, "", tensors)
+                metadata = {"smalto": json.dumps({"step": step, "state": plain}, sort_keys=True)}
+                write_atomic(new / STATE_FILE, safetensors.torch.save(tensors, metadata))
+        tokenizer.save(self.path)
+        for old in self.steps()[:-keep]:
+            shutil.rmtree(self.checkpoint(old))
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        found = [p.name.removeprefix("step-") for p in (self.path / "checkpoints").glob("step-*")]
+        return sorted(int(name) for name in found if name.isdigit())
+
+    def restore(self) -> tuple[int, ImageTokenizer, dict[str, Any]]:
+        """The newest checkpoint that can be read: its step, model and state. Damaged ones are recorded as events.
+
+        Raises:
+            RunError: none can be read.
+        """
+        reasons = []
+        for step in reversed(self.steps()):
+            folder = self.checkpoint(step)
+            try:
+                tokenizer = load(folder)
+                with safetensors.safe_open(folder / STATE_FILE, "pt") as file:
+                    header = json.loads(file.metadata()["smalto"])
+                    state = _put_tensors(header["state"], {name: file.get_tensor(name) for name in file.keys()})
+                return step, tokenizer, state
+            except (RunError, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                reasons.append(f"{folder.name}: {error}")
+                self.event("damaged checkpoint", step=step)
+        raise RunError(f"{self.path} has no checkpoint that can be read. {' '.join(reasons)}")
+
+    def continue_from(self, step: int, recipe: Recipe) -> None:
+        """Record that the run goes on: drop the log lines that an interrupted run wrote past its checkpoint, and a line cut short."""
+        write_atomic(self.path / "recipe.toml", recipe_toml(recipe))
+        for name in ("log.jsonl", "times.jsonl"):
+            rows = [row for row in read_jsonl(self.path / name) if row["step"] <= step]
+            write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+        self.event("resumed", step=step)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Add a line to events.jsonl."""
+        with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **facts}) + "\n")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line that was cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Replace every tensor inside dicts and lists by its name, and collect them. What is left is JSON."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        # Pairs, because JSON would turn an optimizer's whole-number keys into text.
+        return {"items": [[key, _take_tensors(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_take_tensors(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _put_tensors(inner, tensors) for key, inner in value["items"]}
+    if isinstance(value, list):
+        return [_put_tensors(inner, tensors) for inner in value]
+    return value

@@ -1,0 +1,150 @@
+"""Recipes: everything that decides what a training run does, as one checked TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from smalto.config import Config, dotted_keys, nearest_key, parse_config
+from smalto.data.images import LONGER_SIDE
+from smalto.device import Precision
+from smalto.errors import ConfigError
+from smalto.quantizers import Revive
+from smalto.tokenizer import TokenizerConfig, default_tokenizer_config
+
+
+class DataConfig(Config):
+    """Pictures and crops."""
+
+    source: str = Field("", description="folder of pictures; filled in when a run starts")
+    size: int = Field(64, ge=8, description="side of a crop in pixels; a multiple of the tokenizer's stride")
+    batch: int = Field(16, ge=1, description="crops per step")
+    longer_side: int = Field(LONGER_SIDE, ge=8, description="larger pictures are reduced to this when decoded")
+    crops_per_picture: int = Field(8, ge=1, description="crops cut from one decode")
+    flip: bool = Field(True, description="mirror half of the crops")
+    cache_mb: int = Field(1024, ge=0, description="decoded pictures kept in memory, MiB")
+
+
+class OptimizerConfig(Config):
+    """AdamW with a linear warm-up and a cosine decay to zero."""
+
+    lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay: bool = Field(True, description="cosine decay to zero at the last step")
+
+
+class CodebookConfig(Config):
+    """Codebook upkeep, see CodebookUpdater."""
+
+    memory: float = Field(160.0, gt=0, description="how far moving averages look back, in tokens per code")
+    revive_below: float = Field(0.1, ge=0, lt=1, description="a code with less than this share of an even share is dead; 0: never")
+
+    def revive(self) -> Revive | None:
+        return Revive(self.revive_below) if self.revive_below else None
+
+
+class CheckpointConfig(Config):
+    """How often a run saves itself."""
+
+    every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class EvaluateConfig(Config):
+    """How often a run looks at held-out pictures."""
+
+    every: int = Field(100, ge=1, description="steps between two looks at fixed held-out crops")
+    crops: int = Field(64, ge=1, description="how many of them")
+    pictures: int = Field(256, ge=1, description="whole held-out pictures measured at the end, at most")
+
+
+class Recipe(Config):
+    """A whole training run. ``Recipe()`` is what training uses without a recipe."""
+
+    seed: int = Field(0, ge=0)
+    steps: int = Field(2000, ge=0)
+    precision: Precision = Field("float32", description='"bf16" runs encoder and decoder in bfloat16; the quantizer stays in float32')
+    tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    codebook: CodebookConfig = CodebookConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> Recipe:
+        stride = self.tokenizer.autoencoder.stride
+        if self.data.size % stride:
+            raise ValueError(f"data.size is {self.data.size}, which the tokenizer's stride {stride} does not divide.")
+        return self
+
+
+def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe from TOML, with some settings replaced.
+
+    Args:
+        path: a ``.toml`` file; None begins with ``Recipe()``.
+        settings: dotted keys to values, e.g. ``{"data.size": 64, "optimizer.lr": 5e-4}``.
+
+    Raises:
+        ConfigError: not readable, not TOML, an unknown key (with the nearest right one) or a value out of range.
+    """
+    data = _read_toml(Path(path)) if path else {}
+    recipe = parse_config(Recipe, _merge(Recipe().model_dump(mode="json"), data), str(path))
+    return change_recipe(recipe, settings or {})
+
+
+def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """A copy with some settings replaced, checked. Raises ConfigError as ``load_recipe`` does."""
+    data = recipe.model_dump(mode="json")
+    keys = dotted_keys(Recipe)
+    for key, value in settings.items():
+        if key not in keys:
+            raise ConfigError(f"unknown key {key!r}: {nearest_key(key, keys)}")
+        *parents, last = key.split(".")
+        table = data
+        for parent in parents:
+            table = table[parent]
+        table[last] = value
+    return parse_config(Recipe, data, "recipe")
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``a.b=value`` from a command line: the value is read as TOML, and as plain text where it is none.
+
+    Raises:
+        ConfigError: there is no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key=value, such as --set optimizer.lr=0.0005; got {text!r}.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, every setting written out."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {path} is not valid TOML: {error}.") from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+

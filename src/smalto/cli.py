@@ -59,7 +59,9 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run instead.")] = None,
     overwrite: Overwrite = False,
     recipe: Annotated[Path | None, typer.Option(help="A recipe (TOML); see recipes/.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one setting, such as --set optimizer.lr=0.0005; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one setting, such as --set optimizer.lr=0.0005; may be repeated.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the training crops in pixels.")] = None,
     codebook_size: Annotated[int | None, typer.Option(help="Number of codes.")] = None,
@@ -228,7 +230,9 @@ def main() -> None:
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise
-        _fail(f"the disk is full{f' ({error.filename})' if error.filename else ''}. What was saved is whole; free some space and resume.", 1)
+        _fail(
+            f"the disk is full{f' ({error.filename})' if error.filename else ''}. What was saved is whole; free some space and resume.", 1
+        )
 
 
 @contextmanager

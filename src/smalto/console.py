@@ -70,7 +70,9 @@ class ConsoleProgress(Progress):
 
     def _text(self) -> str:
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        parts = [f"{self._images / seconds:.1f} images/s"] + [form.format(self._figures[key]) for key, form in _SHOWN.items() if key in self._figures]
+        parts = [f"{self._images / seconds:.1f} images/s"] + [
+            form.format(self._figures[key]) for key, form in _SHOWN.items() if key in self._figures
+        ]
         return "  ".join(parts)
 
     def _line(self) -> None:

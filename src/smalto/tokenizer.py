@@ -127,7 +127,8 @@ class ImageTokenizer(nn.Module):
         if height < 1 or width < 1 or height % self.stride or width % self.stride:
             fit = f"{max(height // self.stride, 1) * self.stride} x {max(width // self.stride, 1) * self.stride}"
             raise InputError(
-                f"height and width must be multiples of {self.stride}; got {height} x {width}. Crop or resize the images, for example to {fit}."
+                f"height and width must be multiples of {self.stride}; got {height} x {width}. "
+                f"Crop or resize the images, for example to {fit}."
             )
         return self.quantize.layout(height // self.stride, width // self.stride)
 
@@ -180,7 +181,8 @@ class ImageTokenizer(nn.Module):
         """Raise InputError unless images are floating point [B, in_channels, H, W] with sides that the stride divides."""
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise InputError(
-                f"images must be [B, {self.in_channels}, H, W]; got {list(images.shape)}. One image [C, H, W] becomes a batch with images[None]."
+                f"images must be [B, {self.in_channels}, H, W]; got {list(images.shape)}. "
+                "One image [C, H, W] becomes a batch with images[None]."
             )
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [-1, 1]; got {images.dtype}. Convert with images.float() / 127.5 - 1.")
@@ -249,7 +251,7 @@ class SimpleVQVAE(ImageTokenizer):
     def __init__(self, vocab_size: int = 16, embedding_dim: int = 64, hidden_dim: int = 128, *, encoder_relu: bool = False) -> None:
         own = parse_config(
             SimpleVQVAEConfig,
-            dict(vocab_size=vocab_size, embedding_dim=embedding_dim, hidden_dim=hidden_dim, encoder_relu=encoder_relu),
+            {"vocab_size": vocab_size, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim, "encoder_relu": encoder_relu},
             "SimpleVQVAE",
         )
         super().__init__(
@@ -284,7 +286,9 @@ def load(folder: str | Path) -> ImageTokenizer:
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         there = "holds no tokenizer" if folder.is_dir() else "does not exist"
-        raise RunError(f"{folder} {there}: a tokenizer is a folder with config.json and model.safetensors, such as a run of `smalto train`.")
+        raise RunError(
+            f"{folder} {there}: a tokenizer is a folder with config.json and model.safetensors, such as a run of `smalto train`."
+        )
     config = _read_config(folder / "config.json")
     tokenizer = config.build()
     try:
@@ -306,7 +310,10 @@ def _read_config(path: Path) -> TokenizerConfig | SimpleVQVAEConfig:
     version = data.pop("format_version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise ConfigError(f"{path} has format_version {version!r}; this smalto reads {FORMAT_VERSION}.")
-    kinds: dict[str, type[TokenizerConfig] | type[SimpleVQVAEConfig]] = {"image-tokenizer": TokenizerConfig, "simple-vqvae": SimpleVQVAEConfig}
+    kinds: dict[str, type[TokenizerConfig] | type[SimpleVQVAEConfig]] = {
+        "image-tokenizer": TokenizerConfig,
+        "simple-vqvae": SimpleVQVAEConfig,
+    }
     if data.get("kind") not in kinds:
         raise ConfigError(f"{path}: kind must be one of {sorted(kinds)}; got {data.get('kind')!r}.")
     return parse_config(kinds[data["kind"]], data, str(path))

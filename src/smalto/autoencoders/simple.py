@@ -21,7 +21,8 @@ class SimpleAutoencoderConfig(Config):
     latent_dim: int = Field(64, ge=1, description="channels of the latents (C)")
     hidden_dim: int = Field(128, ge=1, description="channels between the two convolutions")
     encoder_relu: bool = Field(
-        False, description="end the encoder with a ReLU, as the published sketch does; it leaves codes one orthant only and starves the codebook"
+        False,
+        description="end the encoder with a ReLU, as the published sketch does; it leaves codes one orthant only and starves the codebook",
     )
 
     @property

@@ -27,7 +27,7 @@ class Pictures(ABC):
     def get(self, index: int) -> Tensor | None:
         """Picture ``index`` as uint8 in [0, 255] or float in [-1, 1], [C, H, W]; None where it cannot be read."""
 
-    def ask(self, indices: Sequence[int]) -> None:
+    def ask(self, indices: Sequence[int]) -> None:  # noqa: B027 (loading ahead is not for every kind)
         """Begin to load these in the background."""
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class DatasetPictures(Pictures):
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset: Any = dataset
-        self.names = [str(i) for i in range(len(self._dataset))]
+        self.names = [str(i) for i in range(len(dataset))]  # type: ignore[arg-type]
         self.skipped: list[Skipped] = []
         if not self.names:
             raise DataError("the dataset is empty.")
@@ -112,7 +112,9 @@ def centre_crop(picture: Tensor, multiple: int) -> Tensor:
     """Cut [..., H, W] to multiples of ``multiple``, evenly on both sides. Raises DataError for a picture that is smaller."""
     height, width = (side // multiple * multiple for side in picture.shape[-2:])
     if not height or not width:
-        raise DataError(f"a picture of {picture.shape[-2]} x {picture.shape[-1]} pixels is smaller than one token ({multiple} x {multiple}).")
+        raise DataError(
+            f"a picture of {picture.shape[-2]} x {picture.shape[-1]} pixels is smaller than one token ({multiple} x {multiple})."
+        )
     top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
     return picture[..., top : top + height, left : left + width]
 

@@ -54,7 +54,17 @@ def demo(
             run, recipe, runner = fit(material, recipe, path, False, device, progress)
     held_out = [file for file in bundled_photographs() if file.name in set(run.split()["held_out"])]
     tokens, longer_side = run.path / "tokens.safetensors", recipe.data.longer_side
-    tokenize(held_out, run.path, tokens, longer_side=longer_side, overwrite=True, device=device, precision=recipe.precision, workers=0, progress=progress)
+    tokenize(
+        held_out,
+        run.path,
+        tokens,
+        longer_side=longer_side,
+        overwrite=True,
+        device=device,
+        precision=recipe.precision,
+        workers=0,
+        progress=progress,
+    )
     pictures = decode(tokens, run.path / "decoded", device=device, precision=recipe.precision, progress=progress)
     # From here on only files count: the originals on one side, the PNGs that were decoded from tokens on disk on the other.
     stored = TokenFile.load(tokens)
@@ -65,7 +75,9 @@ def demo(
         decoded = to_unit_range(to_tensor(read_picture(str(png), None)))
         _, _, seconds = runner.roundtrip(original[None])
         measurement.add([name], original[None], decoded[None], row[None], grid, seconds)
-    evaluation = measurement.result(runner.tokenizer, "held-out pictures", stored.transform + ", decoded from tokens on disk", recipe.precision, material.skipped)
+    evaluation = measurement.result(
+        runner.tokenizer, "held-out pictures", stored.transform + ", decoded from tokens on disk", recipe.precision, material.skipped
+    )
     return Trained(run, runner.tokenizer, finish_run(run, recipe, runner, evaluation))
 
 

@@ -51,7 +51,7 @@ class Measurement:
         self._has_ssim = True
 
     def add(self, names: list[str], images: Tensor, reconstructions: Tensor, tokens: Tensor, grid: tuple[int, int], seconds: float) -> None:
-        """Take in a batch: images and reconstructions float [B, C, H, W] in [-1, 1], tokens [B, L] of one grid, seconds to encode and decode."""
+        """Take in a batch: images and reconstructions float [B, C, H, W] in [-1, 1], tokens [B, L], seconds to encode and decode."""
         self._meter.add(tokens)
         values = psnr(reconstructions, images).tolist()
         self._psnr += values
@@ -165,4 +165,3 @@ def _unseen(source: Source, run: Path) -> tuple[list[Any], str]:
 def _mean(values: list[float]) -> float:
     finite = [v for v in values if math.isfinite(v)]  # identical pictures have an infinite PSNR
     return sum(finite) / len(finite) if finite else math.inf
-

@@ -35,7 +35,7 @@ def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evalu
     write_report(
         run.path / "report.html",
         title=f"smalto: {run.path.name}",
-        subtitle=f"{figures['num_images']} {figures['measured_on']}, {figures['transform']}; trained for {recipe.steps:,} steps on {recipe.data.source}",
+        subtitle=f"Trained for {recipe.steps:,} steps on {recipe.data.source}; measured on {figures['num_images']} {figures['measured_on']}.",
         headline=_headline(figures),
         table=_table(figures, recipe),
         notes=_notes(figures, evaluation),
@@ -105,7 +105,11 @@ def _table(figures: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
         *figure_rows(figures),
         ("trained on", recipe.data.source),
         ("steps, batch, crop", f"{recipe.steps:,} steps of {recipe.data.batch} crops of {recipe.data.size} x {recipe.data.size}"),
-        ("training time", f"{figures['training_seconds']:.0f} s on {figures['device']}" + (f", {waiting:.1%} of it waiting for data" if waiting is not None else "")),
+        (
+            "training time",
+            f"{figures['training_seconds']:.0f} s on {figures['device']}"
+            + (f", {waiting:.1%} of it waiting for data" if waiting is not None else ""),
+        ),
         ("training speed", f"{figures['training_images_per_second']} crops/s"),
         ("seed", str(recipe.seed)),
         ("versions", ", ".join(f"{name} {number}" for name, number in figures["versions"].items())),

@@ -48,7 +48,12 @@ def info(path: str | Path) -> dict[str, Any]:
     if (path / "recipe.toml").is_file():
         run = RunFolder(path)
         recipe = run.recipe()
-        facts |= {"kind": "run", "trained on": recipe.data.source, "steps": f"{max(run.steps(), default=0)} of {recipe.steps}", "seed": recipe.seed}
+        facts |= {
+            "kind": "run",
+            "trained on": recipe.data.source,
+            "steps": f"{max(run.steps(), default=0)} of {recipe.steps}",
+            "seed": recipe.seed,
+        }
         if (path / "metrics.json").is_file():
             metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
             facts["PSNR"] = f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"

@@ -44,7 +44,9 @@ class Runner:
             raise ConfigError(f"batch must be at least 1; got {batch}.")
         model = tokenizer if isinstance(tokenizer, ImageTokenizer) else load(tokenizer)
         if model.in_channels != 3:
-            raise DataError(f"this tokenizer takes images of {model.in_channels} channels; picture files have 3. Call encode() with tensors.")
+            raise DataError(
+                f"this tokenizer takes images of {model.in_channels} channels; picture files have 3. Call encode() with tensors."
+            )
         target = resolve_device(device)
         return cls(model.to(target).eval(), target, precision, batch)
 
@@ -130,4 +132,3 @@ def batches_of_one_shape(pictures: Iterable[tuple[str, Tensor]], batch: int) -> 
 
 def _stack(group: list[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
     return [name for name, _ in group], torch.stack([picture for _, picture in group])
-

@@ -123,7 +123,8 @@ def decode(
     if runner.tokenizer.fingerprint() != file.fingerprint:
         raise RunError(
             f"the tokenizer {tokenizer or file.tokenizer} is not the one that wrote {tokens}: its fingerprint is "
-            f"{runner.tokenizer.fingerprint()[:12]}, the file's {file.fingerprint[:12]}. Has it been trained further? Checkpoints of a run are tokenizers too."
+            f"{runner.tokenizer.fingerprint()[:12]}, the file's {file.fingerprint[:12]}. Has it been trained further? "
+            "Checkpoints of a run are tokenizers too."
         )
     progress.begin("decoding", len(file.names), "pictures")
     paths = picture_paths(folder, file.names)

@@ -150,7 +150,9 @@ def changed(run: RunFolder, settings: dict[str, Any]) -> Recipe:
     return change_recipe(run.recipe(), settings)
 
 
-def fit(material: Material, recipe: Recipe, out: Path, overwrite: bool, device: str, progress: Progress) -> tuple[RunFolder, Recipe, Runner]:
+def fit(
+    material: Material, recipe: Recipe, out: Path, overwrite: bool, device: str, progress: Progress
+) -> tuple[RunFolder, Recipe, Runner]:
     """Make a run and train it to the end."""
     RunFolder.check_free(out, overwrite)
     target = resolve_device(device)
@@ -173,7 +175,9 @@ def refit(material: Material, run: RunFolder, recipe: Recipe, device: str, progr
     run.continue_from(step, recipe)
     before = run.split()["num_pictures"]
     if len(material.pictures) != before:
-        progress.say(f"there were {before} pictures when this run began and there are {len(material.pictures)} now, so the crops will differ")
+        progress.say(
+            f"there were {before} pictures when this run began and there are {len(material.pictures)} now, so the crops will differ"
+        )
     _announce(material, target, progress)
     progress.say(f"going on after step {step} of {recipe.steps}")
     return _loop(task, material, run, recipe, step, state.get("stream"), progress)
@@ -208,7 +212,9 @@ def _loop(
 
 
 def _announce(material: Material, device: torch.device, progress: Progress) -> None:
-    held_out = f"{len(material.held_out)} held out" if material.held_out else "none held out (fewer than 4), so figures are on training pictures"
+    held_out = (
+        f"{len(material.held_out)} held out" if material.held_out else "none held out (fewer than 4), so figures are on training pictures"
+    )
     progress.say(f"{len(material.training)} pictures to train on, {held_out}; device {device}")
     if material.skipped:
         progress.say(summary(material.skipped))

@@ -55,9 +55,7 @@ class Quantizer(nn.Module, ABC):
     def check_latents(self, latents: Tensor) -> None:
         """Raise InputError unless latents are floating point [B, C, h, w] with C = ``latent_dim``."""
         if latents.ndim != 4 or latents.shape[1] != self.latent_dim or not latents.is_floating_point():
-            raise InputError(
-                f"latents must be floating point [B, {self.latent_dim}, h, w]; got {latents.dtype} {list(latents.shape)}."
-            )
+            raise InputError(f"latents must be floating point [B, {self.latent_dim}, h, w]; got {latents.dtype} {list(latents.shape)}.")
 
     def check_indices(self, indices: Tensor, num_tokens: int) -> Tensor:
         """Return indices as int64, or raise InputError unless they are whole numbers [B, num_tokens] in [0, codebook_size)."""

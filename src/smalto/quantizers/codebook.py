@@ -41,7 +41,7 @@ class EMACodebook(Codebook):
         """Move towards the mean of what was assigned: counts [K] and sums [K, D], both in units of uniform use."""
         self.ema_counts.mul_(decay).add_(counts, alpha=1 - decay)
         self.ema_sums.mul_(decay).add_(sums, alpha=1 - decay)
-        # Sums and counts shrink together, so a code that nothing hits stays where it is; once both are almost nothing their quotient is noise.
+        # Sums and counts shrink together, so a code that nothing hits stays where it is, until both are too small to divide.
         alive = self.ema_counts > 1e-8
         means = self.ema_sums / self.ema_counts.clamp(min=1e-8).unsqueeze(1)
         self.weight.copy_(torch.where(alive.unsqueeze(1), means, self.weight))

@@ -58,7 +58,7 @@ class CodebookUpdater:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
-        revive: Revive | None = Revive(),  # noqa: B008 (frozen)
+        revive: Revive | None = Revive(),
         *,
         memory: float = 160.0,
         seed: int = 0,
@@ -199,7 +199,7 @@ class _Book:
         weight = quantizer.embedding.weight
         size = quantizer.codebook_size
         # Learned codebooks have no buffer of their own for this: their only state is the weight.
-        self.learned_use = None if isinstance(quantizer.embedding, EMACodebook) else torch.ones(size, device=weight.device)
+        self._learned_use = torch.ones(size, device=weight.device)
         self.idle = torch.full((size,), USAGE_WINDOW * size, dtype=torch.int64, device=weight.device)
         self.forget()
 
@@ -207,7 +207,7 @@ class _Book:
     def use(self) -> Tensor:
         """Slow average of every code's share of the tokens; 1 is an even share."""
         embedding = self.quantizer.embedding
-        return embedding.ema_counts if isinstance(embedding, EMACodebook) else self.learned_use
+        return embedding.ema_counts if isinstance(embedding, EMACodebook) else self._learned_use
 
     def usage(self) -> float:
         return float((self.idle < USAGE_WINDOW * self.quantizer.codebook_size).float().mean())
@@ -247,16 +247,12 @@ class _Book:
         self.use[rows] = 1
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"started": self.started, "idle": self.idle.clone()}
-        if self.learned_use is not None:
-            state["use"] = self.learned_use.clone()
-        return state
+        return {"started": self.started, "idle": self.idle.clone(), "use": self.use.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.started = bool(state["started"])
         self.idle.copy_(state["idle"])
-        if self.learned_use is not None:
-            self.learned_use.copy_(state["use"])
+        self.use.copy_(state["use"])
 
 
 def _distinct(vectors: Tensor) -> Tensor:

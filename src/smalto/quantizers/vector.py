@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from smalto.config import Config
-from smalto.errors import ConfigError
+from smalto.errors import ConfigError, InputError
 from smalto.layout import TokenLayout
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook

@@ -93,7 +93,10 @@ def _charts(histogram: Tensor, log: list[dict[str, Any]]) -> list[tuple[str, str
         (
             "Loss",
             line_chart(
-                [(label, steps, [row[key] for row in log]) for label, key in (("reconstruction", "reconstruction_loss"), ("codebook", "vq_loss"))],
+                [
+                    (label, steps, [row[key] for row in log])
+                    for label, key in (("reconstruction", "reconstruction_loss"), ("codebook", "vq_loss"))
+                ],
                 "step",
                 "loss",
                 log_y=True,
@@ -102,7 +105,10 @@ def _charts(histogram: Tensor, log: list[dict[str, Any]]) -> list[tuple[str, str
         (
             "PSNR",
             line_chart(
-                [("training crops", steps, [row["psnr"] for row in log]), ("held-out crops", [s for s, _ in held_out], [p for _, p in held_out])],
+                [
+                    ("training crops", steps, [row["psnr"] for row in log]),
+                    ("held-out crops", [s for s, _ in held_out], [p for _, p in held_out]),
+                ],
                 "step",
                 "dB",
             ),

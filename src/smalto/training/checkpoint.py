@@ -31,11 +31,19 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "recipe.toml").is_file() or not (self.path / "checkpoints").is_dir():
-            raise RunError(f"{self.path} is not a run: it has no recipe.toml and checkpoints. Runs are made by `smalto train FOLDER --out RUN`.")
+            raise RunError(
+                f"{self.path} is not a run: it has no recipe.toml and checkpoints. Runs are made by `smalto train FOLDER --out RUN`."
+            )
 
     @classmethod
     def create(
-        cls, path: str | Path, recipe: Recipe, split: dict[str, Any], tokenizer: ImageTokenizer, state: dict[str, Any], overwrite: bool = False
+        cls,
+        path: str | Path,
+        recipe: Recipe,
+        split: dict[str, Any],
+        tokenizer: ImageTokenizer,
+        state: dict[str, Any],
+        overwrite: bool = False,
     ) -> RunFolder:
         """Make a run with its recipe and its checkpoint of step 0; it appears whole, by one rename.
 
@@ -108,7 +116,7 @@ class RunFolder:
                 tokenizer = load(folder)
                 with safetensors.safe_open(folder / STATE_FILE, "pt") as file:
                     header = json.loads(file.metadata()["smalto"])
-                    state = _put_tensors(header["state"], {name: file.get_tensor(name) for name in file.keys()})
+                    state = _put_tensors(header["state"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no dict)
                 return step, tokenizer, state
             except (RunError, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 reasons.append(f"{folder.name}: {error}")

@@ -147,4 +147,3 @@ def _merge(base: Any, over: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
-

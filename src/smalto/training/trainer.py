@@ -62,7 +62,7 @@ def train_loop(task: Task, stream: CropStream, run: RunFolder, recipe: Recipe, s
             seconds = time.perf_counter() - begun
             log.write(json.dumps({"step": step, **figures}) + "\n")
             times.write(json.dumps({"step": step, "seconds": round(seconds, 5), "waiting": round(waited, 5), "images": len(batch)}) + "\n")
-            progress.advance(images=len(batch), **figures)
+            progress.advance(1, images=len(batch), **figures)
             if stop.is_set() or step % recipe.checkpoint.every == 0 or step == recipe.steps:
                 log.flush()
                 times.flush()

@@ -1,0 +1,41 @@
+# make run: set everything up and train a tokenizer on bundled photographs. make help: the rest.
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: .venv help run test test-slow check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+run: .venv ## set up, train on bundled photographs, write runs/demo/report.html (5 minutes on 2 cores)
+	$(BIN)/smalto demo $(ARGS)
+
+test: .venv check ## set up, then style, types, imports and the default tests
+	$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+
+test-slow: .venv ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: .venv ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: .venv ## measure; results go to benchmarks/results (half an hour; let nothing else run)
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/quality.py
+
+.venv: .venv/installed ## only set up; PIP_ARGS=... goes to pip
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "smalto needs Python 3.11 or newer; name one with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

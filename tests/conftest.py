@@ -1,0 +1,70 @@
+"""What the tests share: small pictures, small recipes, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from smalto.training.recipe import Recipe, change_recipe
+
+torch.set_num_threads(1)  # two test processes share two cores
+
+TINY = {
+    "steps": 6,
+    "data.size": 16,
+    "data.batch": 4,
+    "evaluate.every": 3,
+    "evaluate.crops": 4,
+    "checkpoint.every": 2,
+    "tokenizer.quantizer.codebook_size": 16,
+    "tokenizer.autoencoder.hidden_dim": 8,
+    "tokenizer.autoencoder.latent_dim": 8,
+    "tokenizer.quantizer.latent_dim": 8,
+    "tokenizer.quantizer.code_dim": 4,
+}
+
+
+def picture(seed: int, height: int = 40, width: int = 48) -> numpy.ndarray:
+    """A smooth coloured picture, uint8 [height, width, 3]."""
+    random = numpy.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=numpy.uint8))
+    return numpy.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_pictures(folder: Path, number: int, height: int = 40, width: int = 48) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(number):
+        Image.fromarray(picture(i, height, width)).save(folder / f"picture{i:02d}.png")
+    return folder
+
+
+def smalto_command(*arguments: object, check: bool = True, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run ``smalto ...`` as a user does."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "smalto", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment, check=False)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def tiny_sets() -> list[str]:
+    """The tiny recipe as ``--set`` arguments."""
+    return [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture
+def tiny_recipe() -> Recipe:
+    return change_recipe(Recipe(), TINY)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "pictures", 6)

@@ -1,0 +1,178 @@
+"""Nearest-code search against a brute-force search in float64."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smalto.errors import InputError
+from smalto.search import code_sums, nearest_codes, tiled
+
+
+def brute_force_distances(queries: Tensor, codebook: Tensor) -> Tensor:
+    return (queries.double()[:, None] - codebook.double()[None]).square().sum(-1)
+
+
+def assert_within_bound(queries: Tensor, codebook: Tensor, indices: Tensor) -> None:
+    """The promise of float32: the chosen code is the best up to rounding."""
+    distances = brute_force_distances(queries, codebook)
+    excess = distances.gather(1, indices[:, None])[:, 0] - distances.min(1).values
+    scale = queries.double().norm(dim=1) + codebook.double().norm(dim=1).max()
+    assert bool((excess <= 4 * 2**-24 * math.sqrt(queries.shape[1]) * scale.square()).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_queries=st.integers(0, 70),
+    num_codes=st.sampled_from([1, 2, 7, 255, 256, 257, 600]),
+    dim=st.integers(1, 20),
+    spread=st.sampled_from([1e-3, 1.0, 1e3]),
+    offset=st.sampled_from([0.0, 10.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_l2_is_the_best_code_up_to_rounding(num_queries: int, num_codes: int, dim: int, spread: float, offset: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(num_queries, dim, generator=generator) * spread + offset
+    codebook = torch.randn(num_codes, dim, generator=generator) * spread + offset
+    indices = nearest_codes(queries, codebook)
+    assert indices.shape == (num_queries,)
+    assert indices.dtype == torch.int64
+    if num_queries:
+        assert_within_bound(queries, codebook, indices)
+
+
+def test_a_far_away_codebook_does_not_lose_precision() -> None:
+    # Without the shift by the mean, |c|² of 1e8 leaves float32 no digits for distances near 1.
+    queries = torch.randn(500, 8) + 1e4
+    codebook = torch.randn(300, 8) + 1e4
+    assert torch.equal(nearest_codes(queries, codebook), brute_force_distances(queries, codebook).argmin(1))
+
+
+def test_many_tiles_and_blocks_agree_with_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, codebook = torch.randn(5000, 6), torch.randn(700, 6)
+    expected = brute_force_distances(queries, codebook).argmin(1)
+    assert torch.equal(nearest_codes(queries, codebook), expected)
+    monkeypatch.setattr(tiled, "CODES_PER_TILE", 13)
+    monkeypatch.setattr(tiled, "QUERIES_PER_TILE", 37)
+    monkeypatch.setattr(tiled, "_BLOCK_QUERIES", 101)
+    assert torch.equal(nearest_codes(queries, codebook), expected)
+    assert torch.equal(torch.cat([nearest_codes(part, codebook) for part in queries.split(999)]), expected)
+
+
+def test_cosine_takes_the_smallest_angle() -> None:
+    queries, codebook = torch.randn(400, 5), torch.randn(300, 5) * torch.rand(300, 1) * 10
+    cosines = torch.nn.functional.normalize(codebook.double(), dim=1) @ queries.double().T
+    assert torch.equal(nearest_codes(queries, codebook, "cosine"), cosines.argmax(0))
+
+
+def test_equal_codes_go_to_the_lowest_index() -> None:
+    codes = torch.randn(300, 16)
+    codebook = torch.cat([codes, codes, codes.flip(0)])  # duplicates in the same tile and in others
+    assert int(nearest_codes(torch.randn(3000, 16), codebook).max()) < 300
+    assert torch.equal(nearest_codes(torch.randn(5, 4), torch.ones(1000, 4)), torch.zeros(5, dtype=torch.int64))
+
+
+def test_rows_that_are_not_finite_get_index_0_and_leave_the_others_alone() -> None:
+    queries, codebook = torch.randn(50, 4), torch.randn(600, 4)
+    expected = nearest_codes(queries, codebook)
+    queries[3, 1], queries[7, 0], queries[11, 2] = math.nan, math.inf, -math.inf
+    expected[[3, 7, 11]] = 0
+    assert torch.equal(nearest_codes(queries, codebook), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_searched_in_float32(dtype: torch.dtype) -> None:
+    queries, codebook = torch.randn(300, 8).to(dtype), torch.randn(64, 8).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        indices = nearest_codes(queries, codebook)
+    assert torch.equal(indices, nearest_codes(queries.float(), codebook.float()))
+
+
+def test_reduced_float32_products_are_off_inside_and_back_on_after() -> None:
+    queries, codebook = torch.randn(2000, 64), torch.randn(512, 64)
+    expected = nearest_codes(queries, codebook)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(nearest_codes(queries, codebook), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_n_by_k_matrix_is_ever_made() -> None:
+    queries, codebook = torch.randn(20_000, 4), torch.randn(2_000, 4)
+    with LargestTensor() as guard:
+        tiled.nearest_tiled._init_fn(queries, codebook, False)  # the body itself: a custom op hides its inner operations
+    assert 0 < guard.elements <= tiled._BLOCK_FLOATS < queries.shape[0] * codebook.shape[0]
+
+
+def test_extra_memory_stays_under_64_mib() -> None:
+    script = """
+import resource, torch
+from smalto.search import nearest_codes
+torch.set_num_threads(1)
+queries, codebook = torch.randn(65536, 8), torch.randn(65536, 8)
+nearest_codes(queries[:4096], codebook[:4096])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+nearest_codes(queries, codebook)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64
+
+
+def test_no_gradient_flows() -> None:
+    queries = torch.randn(5, 3, requires_grad=True)
+    assert not nearest_codes(queries, torch.randn(4, 3, requires_grad=True)).requires_grad
+
+
+def test_the_operator_is_registered_as_torch_wants_it() -> None:
+    torch.library.opcheck(tiled.nearest_tiled, (torch.randn(9, 3), torch.randn(5, 3), False))
+
+
+@pytest.mark.parametrize(
+    ("queries", "codebook", "metric", "says"),
+    [
+        (torch.zeros(3), torch.zeros(2, 3), "l2", r"queries \[N, D\]"),
+        (torch.zeros(3, 2), torch.zeros(2, 3), "l2", "same D"),
+        (torch.zeros(3, 0), torch.zeros(2, 0), "l2", "at least 1"),
+        (torch.zeros(3, 2), torch.zeros(0, 2), "l2", "empty"),
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, 2), "l2", "floating point"),
+        (torch.zeros(3, 2), torch.zeros(2, 2), "dot", "metric"),
+    ],
+)
+def test_wrong_arguments_say_what_is_expected(queries: Tensor, codebook: Tensor, metric: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        nearest_codes(queries, codebook, metric)  # type: ignore[arg-type]
+
+
+def test_code_sums_count_and_add() -> None:
+    vectors, indices = torch.randn(500, 3, dtype=torch.float64), torch.randint(7, (500,))
+    counts, sums = code_sums(vectors, indices, 9)
+    one_hot = torch.nn.functional.one_hot(indices, 9).double()
+    assert torch.equal(counts, one_hot.sum(0))
+    torch.testing.assert_close(sums, one_hot.T @ vectors)

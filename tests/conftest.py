@@ -16,6 +16,8 @@ from smalto.training.recipe import Recipe, change_recipe
 
 torch.set_num_threads(1)  # two test processes share two cores
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+
 TINY = {
     "steps": 6,
     "data.size": 16,
@@ -47,9 +49,8 @@ def write_pictures(folder: Path, number: int, height: int = 40, width: int = 48)
 
 def smalto_command(*arguments: object, check: bool = True, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run ``smalto ...`` as a user does."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "smalto", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=ENVIRONMENT, check=False)
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}")  # what tempfile makes of the prefix below
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
@@ -31,6 +34,13 @@ def aside(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed in the middle left aside in ``folder``."""
+    for path in folder.glob(".*.*"):
+        if path.is_dir() and _ASIDE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

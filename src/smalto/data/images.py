@@ -17,7 +17,7 @@ from smalto.errors import DataError
 from smalto.files import name_hash
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LONGER_SIDE = 768
 HELD_OUT_SHARE = 0.1
 MIN_PICTURES_TO_HOLD_OUT = 4

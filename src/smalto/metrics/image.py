@@ -7,6 +7,8 @@ from torch import Tensor
 
 from smalto.errors import MissingExtra
 
+BORDER = 5  # half of the 11 pixels of SSIM's window
+
 
 def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image, [B]; both [B, C, H, W], the reconstruction is clamped to [-1, 1] first.
@@ -29,8 +31,8 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError:
         raise MissingExtra("torchmetrics", "eval", "SSIM") from None
-    value = structural_similarity_index_measure(
-        (reconstruction.float().clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2, data_range=1.0, reduction="none"
-    )
-    assert isinstance(value, Tensor)
-    return value
+    unit = (reconstruction.float().clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2
+    _, similarity = structural_similarity_index_measure(*unit, data_range=1.0, reduction="none", return_full_image=True)
+    # The border, where the window hangs over the edge, is left out, as in scikit-image and in the original.
+    inside = similarity[..., BORDER:-BORDER, BORDER:-BORDER]
+    return inside.mean(dim=(1, 2, 3))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalto.errors import RunError
-from smalto.files import aside, sync_tree, write_atomic
+from smalto.files import aside, remove_leftovers, sync_tree, write_atomic
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe import Recipe, load_recipe, recipe_toml
 
@@ -125,6 +125,8 @@ class RunFolder:
 
     def continue_from(self, step: int, recipe: Recipe) -> None:
         """Record that the run goes on: drop the log lines that an interrupted run wrote past its checkpoint, and a line cut short."""
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_leftovers(folder)
         write_atomic(self.path / "recipe.toml", recipe_toml(recipe))
         for name in ("log.jsonl", "times.jsonl"):
             rows = [row for row in read_jsonl(self.path / name) if row["step"] <= step]

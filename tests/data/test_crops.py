@@ -1,0 +1,190 @@
+"""Crops are a function of seed, epoch and picture; the stream goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from smalto.data import crops
+from smalto.data.crops import CropStream, enlarge
+from smalto.data.decoding import Decoder
+from smalto.data.images import PictureFile, find_pictures
+from smalto.data.pictures import DatasetPictures, FilePictures, centre_crop, split, split_by_name, to_uint8, to_unit_range
+from smalto.errors import DataError, InputError
+from tests.conftest import write_pictures
+
+
+class Numbered(torch.utils.data.Dataset[Tensor]):
+    """Picture i is uint8 and i everywhere, but for its first row and column, which tell where one is."""
+
+    def __init__(self, number: int, height: int = 20, width: int = 24, dtype: torch.dtype = torch.uint8) -> None:
+        self.number, self.shape, self.dtype = number, (1, height, width), dtype
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.full(self.shape, index, dtype=self.dtype)
+
+
+def stream(number: int = 10, **settings: object) -> CropStream:
+    defaults = {"size": 8, "batch": 4, "seed": 0, "crops_per_picture": 3}
+    return CropStream(DatasetPictures(Numbered(number)), list(range(number)), **(defaults | settings))  # type: ignore[arg-type]
+
+
+def numbers(batch: Tensor) -> list[int]:
+    return [int(round((float(crop[0, 0, 0]) + 1) * 127.5)) for crop in batch]
+
+
+def test_an_epoch_shows_every_picture_equally_and_mixed() -> None:
+    source = stream(batch=30)
+    first, second = numbers(next(source)), numbers(next(source))
+    assert sorted(first) == sorted(second) == sorted(list(range(10)) * 3)
+    assert first != second
+    assert any(a != b for a, b in zip(first, sorted(first), strict=True))
+
+
+def test_the_same_seed_gives_the_same_crops_and_another_seed_others(pictures: Path) -> None:
+    files, _ = find_pictures(pictures)
+
+    def batches(seed: int, workers: int, cache_bytes: int) -> Tensor:
+        with Decoder(workers) as decoder:
+            source = CropStream(FilePictures(files, decoder, cache_bytes), list(range(6)), size=16, batch=5, seed=seed)
+            return torch.stack([next(source) for _ in range(12)])
+
+    here = batches(0, 0, 2**20)
+    assert torch.equal(here, batches(0, 2, 0))  # neither workers nor the cache have a say
+    assert not torch.equal(here, batches(1, 0, 2**20))
+    assert here.min() >= -1
+    assert here.max() <= 1
+
+
+def test_it_goes_on_from_any_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "WINDOW", 4)
+    whole = stream()
+    batches = [next(whole) for _ in range(25)]
+    for stop in (0, 1, 7, 8, 15, 24):
+        first = stream()
+        for _ in range(stop):
+            next(first)
+        rest = stream(position=first.position())
+        assert torch.equal(next(rest), batches[stop])
+
+
+def test_windows_bound_what_is_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "WINDOW", 4)
+    source = stream(batch=12)
+    assert len(set(numbers(next(source)))) == 4
+
+
+def test_flips_can_be_off_and_crops_stay_inside() -> None:
+    class Ramp(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.arange(200, dtype=torch.uint8).expand(3, 9, 200)
+
+    def rising(flip: bool) -> set[bool]:
+        source = CropStream(DatasetPictures(Ramp()), [0], size=8, batch=60, seed=0, flip=flip)
+        return {bool((crop[0, 0, 1:] > crop[0, 0, :-1]).all()) for crop in next(source)}
+
+    assert rising(False) == {True}
+    assert rising(True) == {True, False}
+
+
+def test_small_pictures_are_enlarged_and_counted() -> None:
+    source = CropStream(DatasetPictures(Numbered(3, 5, 9)), [0, 1, 2], size=8, batch=3, seed=0)
+    assert next(source).shape == (3, 1, 8, 8)
+    assert source.enlarged == {0, 1, 2} or len(source.enlarged) >= 1
+    assert enlarge(torch.zeros(3, 5, 10, dtype=torch.uint8), 20).shape == (3, 20, 40)
+
+
+def test_broken_pictures_are_passed_over_and_none_left_is_an_error(pictures: Path) -> None:
+    (pictures / "picture00.png").write_bytes(b"broken")
+    files, _ = find_pictures(pictures)
+    with Decoder(0) as decoder:
+        source = FilePictures(files, decoder, 0)
+        next(CropStream(source, list(range(6)), size=16, batch=40, seed=0))
+        assert [s.name for s in source.skipped] == ["picture00.png"]
+    only_bad = [PictureFile("x", str(pictures / "picture00.png"))]
+    with Decoder(0) as decoder, pytest.raises(DataError, match="none of the pictures can be read"):
+        next(CropStream(FilePictures(only_bad, decoder, 0), [0], size=16, batch=1, seed=0))
+    with pytest.raises(DataError, match="no picture to take crops from"):
+        stream(number=1).__class__(DatasetPictures(Numbered(1)), [], size=8, batch=1, seed=0)
+
+
+def test_the_cache_holds_what_fits(pictures: Path) -> None:
+    files, _ = find_pictures(pictures)
+    with Decoder(0) as decoder:
+        source = FilePictures(files, decoder, 2 * 40 * 48 * 3)
+        first = [source.get(i) for i in range(6)]
+        again = [source.get(i) for i in range(6)]
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False, False, False, False]
+
+
+def test_datasets_of_floats_tuples_and_nonsense() -> None:
+    floats = DatasetPictures(Numbered(2, dtype=torch.float32))
+    assert torch.equal(next(CropStream(floats, [1], size=4, batch=1, seed=0)), torch.ones(1, 1, 4, 4))
+
+    class Labelled(Numbered):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:  # type: ignore[override]
+            return super().__getitem__(index), 7
+
+    assert DatasetPictures(Labelled(2)).get(1) is not None
+    for wrong in (torch.zeros(8, 8), torch.zeros(3, 8, 8, dtype=torch.int64), numpy.zeros((3, 8, 8))):
+        with pytest.raises(InputError, match=r"tensor \[C, H, W\]"):
+            DatasetPictures([wrong]).get(0)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="empty"):
+        DatasetPictures([])  # type: ignore[arg-type]
+
+
+def test_the_split_holds_out_at_least_one_readable_picture(tmp_path: Path) -> None:
+    files, _ = find_pictures(write_pictures(tmp_path / "six", 6))
+    with Decoder(0) as decoder:
+        training, held_out = split(FilePictures(files, decoder, 0))
+        assert len(held_out) == 1
+        assert sorted(training + held_out) == list(range(6))
+        (tmp_path / "six" / files[held_out[0]].name).write_bytes(b"broken")
+        _, others = split(FilePictures(files, decoder, 0))
+        assert len(set(others) - set(held_out)) == 1
+    files, _ = find_pictures(write_pictures(tmp_path / "three", 3))
+    with Decoder(0) as decoder:
+        assert split(FilePictures(files, decoder, 0)) == ([0, 1, 2], [])
+        for file in files:
+            Path(file.path).write_bytes(b"broken")
+        with pytest.raises(DataError, match="none of the 3 pictures can be read: picture00.png"):
+            split(FilePictures(files, decoder, 0))
+        assert split_by_name(FilePictures(files, decoder, 0), ["picture01.png"]) == ([0, 2], [1])
+
+
+def test_a_picture_that_kills_its_worker_is_bad_and_the_others_are_not(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    files, _ = find_pictures(pictures)
+    with Decoder(2) as decoder:
+        monkeypatch.setattr("smalto.data.decoding.read_picture", kill_on_the_third)
+        outcomes = dict(decoder.in_order(files))
+    bad = [file.name for file, outcome in outcomes.items() if not isinstance(outcome, numpy.ndarray)]
+    assert bad == ["picture02.png"]
+
+
+def kill_on_the_third(path: str, longer_side: int | None) -> numpy.ndarray:
+    from smalto.data.images import read_picture
+
+    if path.endswith("picture02.png"):
+        os._exit(9)
+    return read_picture(path, longer_side)
+
+
+def test_ranges_and_centre_crops() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    assert torch.equal(to_uint8(to_unit_range(values)), values)
+    assert centre_crop(values, 6).shape == (1, 12, 12)
+    assert centre_crop(values, 6)[0, 0, 0] == values[0, 2, 2]
+    with pytest.raises(DataError, match="smaller than one token"):
+        centre_crop(torch.zeros(3, 2, 9), 4)

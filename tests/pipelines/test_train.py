@@ -1,0 +1,182 @@
+"""Training makes a run; resuming goes on bit for bit; mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import smalto
+from smalto.errors import ConfigError, DataError, RunError
+from smalto.progress import Progress
+from smalto.training.checkpoint import RunFolder, read_jsonl
+from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.trainer import Interrupted
+from tests.conftest import write_pictures
+
+
+class StopAfter(Progress):
+    """Asks the run to stop after some steps, as Ctrl-C does."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, number: int = 1, **figures: float) -> None:
+        import signal
+
+        self.left -= number
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+class Listener(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def run(pictures: Path, tiny_recipe: Recipe, tmp_path: Path) -> Path:
+    smalto.train(pictures, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+    return tmp_path / "run"
+
+
+def test_a_run_holds_all_that_was_promised(run: Path, pictures: Path) -> None:
+    names = {p.name for p in run.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "recipe.toml", "log.jsonl", "times.jsonl", "events.jsonl"}
+    assert names >= {"checkpoints", "metrics.json", "report.html", "split.json"}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    log = read_jsonl(run / "log.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    assert all(isinstance(value, (int, float)) for row in log for value in row.values())
+    assert [row["step"] for row in log if "held_out_psnr" in row] == [3, 6]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["measured_on"] == "held-out pictures"
+    assert metrics["num_images"] == 1
+    assert metrics["usage_window"] == 120  # one picture of 40 x 48 has 120 tokens
+    assert metrics["bits_per_pixel"] == pytest.approx(4 / 16)
+    assert metrics["fingerprint"] == smalto.load(run).fingerprint() == smalto.load(run / "checkpoints" / "step-00000006").fingerprint()
+    assert RunFolder(run).recipe().data.source == str(pictures.resolve())
+
+
+def test_the_report_needs_nothing_else(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/webp;base64,") == 4  # picture, reconstruction, error, tokens
+    for words in ("PSNR", "SSIM", "usage@120", "perplexity", "bits per pixel", "images/s", "parameters", "seed", "versions"):
+        assert words in page
+    assert page.count("<svg") == 4
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_an_interrupted_run_saves_itself_and_ends_the_same(pictures: Path, tiny_recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with pytest.raises(Interrupted, match="stopped after step 3"):
+        smalto.train(pictures, tiny_recipe, out=other, device="cpu", workers=0, progress=StopAfter(3))
+    assert RunFolder(other).steps() == [2, 3]
+    assert not (other / "metrics.json").exists()
+    smalto.resume(other, device="cpu", workers=0)
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (other / name).read_bytes() == (run / name).read_bytes()
+    events = read_jsonl(other / "events.jsonl")
+    assert [(e["event"], e.get("step")) for e in events if e["event"] in ("interrupted", "resumed")] == [("interrupted", 3), ("resumed", 3)]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(pictures: Path, tiny_recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    expected = (run / "model.safetensors").read_bytes()
+    newest = run / "checkpoints" / "step-00000006" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    smalto.resume(run, device="cpu", workers=0)
+    assert {"event": "damaged checkpoint", "step": 6} in read_jsonl(run / "events.jsonl")
+    assert (run / "model.safetensors").read_bytes() == expected
+
+
+def test_no_checkpoint_left_is_an_error(run: Path) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match="no checkpoint that can be read"):
+        smalto.resume(run, device="cpu", workers=0)
+
+
+def test_a_resumed_run_may_go_further_but_stays_itself(run: Path) -> None:
+    trained = smalto.resume(run, settings={"steps": 8}, device="cpu", workers=0)
+    assert trained.metrics["steps"] == 8
+    assert len(read_jsonl(run / "log.jsonl")) == 8
+    for key in ("tokenizer.quantizer.codebook_size", "seed", "data.source"):
+        with pytest.raises(ConfigError, match=f"keeps its {key}"):
+            smalto.resume(run, settings={key: 1})
+
+
+def test_what_is_there_is_not_overwritten_unasked(run: Path, pictures: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"exists already. Go on with --resume .* --overwrite"):
+        smalto.train(pictures, tiny_recipe, out=run)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="not a run of smalto"):
+        smalto.train(pictures, tiny_recipe, out=mine, overwrite=True)
+    assert (mine / "thesis.txt").exists()
+    smalto.train(pictures, change_recipe(tiny_recipe, {"steps": 1}), out=run, overwrite=True, device="cpu", workers=0)
+    assert len(read_jsonl(run / "log.jsonl")) == 1
+    with pytest.raises(RunError, match="is not a run"):
+        smalto.resume(mine)
+
+
+def test_few_pictures_are_measured_in_training_and_say_so(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    listener = Listener()
+    folder = write_pictures(tmp_path / "three", 3)
+    trained = smalto.train(folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0, progress=listener)
+    assert trained.metrics["measured_on"] == "training pictures"
+    assert trained.metrics["num_images"] == 3
+    assert any("none held out" in text for text in listener.said)
+    assert "flatter" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_dataset_of_tensors_of_any_channels(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    class Noise(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(2, 20, 24, generator=torch.Generator().manual_seed(index)) * 2 - 1
+
+    recipe = change_recipe(tiny_recipe, {"tokenizer.autoencoder.in_channels": 2})
+    trained = smalto.train(Noise(), recipe, out=tmp_path / "run", device="cpu")
+    assert trained.metrics["num_images"] == 1
+    with pytest.raises(ConfigError, match="pass it again"):
+        smalto.resume(tmp_path / "run")
+    smalto.resume(tmp_path / "run", Noise(), settings={"steps": 7}, device="cpu")
+    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\]"):
+        smalto.train(Noise(), tiny_recipe, out=tmp_path / "other", device="cpu")
+
+
+def test_diverged_training_says_what_to_do(tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:
+    recipe = change_recipe(tiny_recipe, {"optimizer.lr": 1e30, "steps": 50})
+    with pytest.raises(RunError, match="has diverged.*optimizer.lr"):
+        smalto.train(pictures, recipe, out=tmp_path / "run", device="cpu", workers=0)
+
+
+def test_bf16_trains(tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:
+    trained = smalto.train(pictures, change_recipe(tiny_recipe, {"precision": "bf16"}), out=tmp_path / "run", device="cpu", workers=0)
+    assert trained.metrics["precision"] == "bf16"
+    assert trained.tokenizer.state_dict()["encoder.0.weight"].dtype == torch.float32
+
+
+def test_no_pictures_and_no_such_device(tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        smalto.train(tmp_path / "nowhere", tiny_recipe, out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="device must be"):
+        smalto.train(pictures, tiny_recipe, out=tmp_path / "run", device="abacus", workers=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_leaves_the_global_random_state_alone(tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    smalto.train(pictures, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+    assert torch.equal(torch.get_rng_state(), before)

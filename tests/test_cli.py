@@ -1,0 +1,126 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import smalto
+from tests.conftest import smalto_command, tiny_sets, write_pictures
+from tests.odd_pictures import GOOD, write_odd_folder
+
+VERBS = ["demo", "train", "evaluate", "tokenize", "decode", "reconstruct", "info"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_with_an_example(verb: str) -> None:
+    text = smalto_command(verb, "--help").stdout
+    assert "Example" in text
+    assert f"smalto {verb}" in text
+    if verb not in ("info",):
+        assert "--device" in text
+
+
+def test_the_command_line_does_not_import_torch() -> None:
+    script = "import sys, smalto.cli; heavy = {'torch', 'numpy', 'pydantic'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_odd_and_broken_files_through_train_and_tokenize(tmp_path: Path) -> None:
+    bad = write_odd_folder(tmp_path / "odd")
+    run = tmp_path / "run"
+    done = smalto_command("train", tmp_path / "odd", "--out", run, *tiny_sets(), "--steps", 100, "--workers", 1, "--device", "cpu")
+    metrics = json.loads((run / "metrics.json").read_text())
+    named = {row["name"] for row in metrics["skipped"]}
+    assert named == set(bad)
+    assert "enlarged" in done.stderr  # tiny.png and thin.png
+    done = smalto_command("tokenize", tmp_path / "odd", "--tokenizer", run, "--out", tmp_path / "t", "--workers", 1)
+    assert f"{len(GOOD) + 1} pictures" in done.stdout
+    assert f"Skipped {len(bad)} files" in done.stderr
+    done = smalto_command("decode", tmp_path / "t", "--out", tmp_path / "decoded")
+    assert len([p for p in (tmp_path / "decoded").rglob("*.png")]) == len(GOOD) + 1
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 6)
+    run = tmp_path / "run"
+    done = smalto_command("train", "photos", "--out", "run", *tiny_sets(), "--size", 16, "--codebook-size", 32, "--seed", 3, cwd=tmp_path)
+    assert "5 pictures to train on, 1 held out; device cpu" in done.stderr
+    assert "training 6/6 steps" in done.stderr
+    assert f"report: {Path('run') / 'report.html'}" in done.stdout
+    assert smalto.load(run).quantize.codebook_size == 32
+    smalto_command("tokenize", "photos", "--tokenizer", "run", "--out", "t.safetensors", cwd=tmp_path)
+    smalto_command("decode", "t.safetensors", "--out", "back", cwd=tmp_path)
+    assert len(list((tmp_path / "back").iterdir())) == 6
+    assert "PSNR" in smalto_command("reconstruct", "photos/picture00.png", "--tokenizer", "run", cwd=tmp_path).stdout
+    assert (tmp_path / "picture00-reconstruction.png").exists()
+    assert "held-out pictures" in smalto_command("evaluate", "photos", "--tokenizer", "run", cwd=tmp_path).stdout
+    figures = json.loads(smalto_command("evaluate", "photos", "--tokenizer", "run", "--all", "--json", cwd=tmp_path).stdout)
+    assert figures["num_images"] == 6
+    assert "6 of 6" in smalto_command("info", "run", cwd=tmp_path).stdout
+    again = smalto_command("train", "--resume", "run", "--steps", 8, cwd=tmp_path)
+    assert "going on after step 6 of 8" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train"], "name either a FOLDER"),
+        (["train", "x", "--resume", "y"], "name either a FOLDER"),
+        (["train", "--resume", "y", "--overwrite"], "leave out --recipe and --overwrite"),
+        (["train", "nowhere"], "nowhere does not exist"),
+        (["train", "--resume", "nowhere"], "is not a run"),
+        (["train", ".", "--set", "optimizer.lrr=1"], "did you mean 'optimizer.lr'"),
+        (["train", ".", "--recipe", "none.toml"], "cannot be read"),
+        (["tokenize", ".", "--tokenizer", "nowhere"], "does not exist: a tokenizer is a folder"),
+        (["evaluate", ".", "--tokenizer", "nowhere", "--precision", "int8"], "--precision must be"),
+        (["decode", "nowhere"], "does not exist: token files"),
+        (["info", "."], "no run, tokenizer or token file"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
+    done = smalto_command(*arguments, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stderr.startswith("smalto: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_options_are_usage_errors() -> None:
+    done = smalto_command("train", "--stepz", "4", check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 4)
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = smalto_command("train", "photos", "--out", "locked/run", *tiny_sets(), check=False, cwd=tmp_path)
+    assert "permission denied" in done.stderr
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+    import signal
+
+    write_pictures(tmp_path / "photos", 6)
+    command = [sys.executable, "-m", "smalto", "train", "photos", "--out", "run", *tiny_sets(), "--steps", "100000", "--workers", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
+        while not (tmp_path / "run" / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "everything is saved. Go on with: smalto train --resume run" in error
+    assert "Traceback" not in error
+    step = smalto.info(tmp_path / "run")["steps"].split()[0]
+    assert len(log.read_text().splitlines()) == int(step)
+    done = smalto_command("train", "--resume", "run", "--steps", int(step) + 3, cwd=tmp_path)
+    assert f"going on after step {step}" in done.stderr

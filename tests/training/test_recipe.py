@@ -1,0 +1,88 @@
+"""Recipes: checked, complete, and helpful about mistakes."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from smalto.errors import ConfigError
+from smalto.pipelines.demo import demo_recipe
+from smalto.training.recipe import Recipe, change_recipe, load_recipe, parse_setting, recipe_toml
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+def test_written_and_read_is_the_same(tmp_path: Path) -> None:
+    recipe = change_recipe(Recipe(), {"data.source": 'a "quoted" \\ path\nü', "tokenizer.quantizer.codebook_size": 99})
+    (tmp_path / "r.toml").write_text(recipe_toml(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "r.toml") == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    load_recipe(path)
+
+
+def test_photos_simple_is_what_the_demo_trains() -> None:
+    assert load_recipe(RECIPES[0].parent / "photos-simple.toml") == demo_recipe()
+
+
+def test_a_recipe_may_say_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("steps = 7\n[optimizer]\nlr = 0.5\n")
+    recipe = load_recipe(tmp_path / "r.toml", {"data.batch": 3})
+    assert (recipe.steps, recipe.optimizer.lr, recipe.data.batch) == (7, 0.5, 3)
+    assert recipe.tokenizer == Recipe().tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stepz = 7", "unknown key 'stepz': did you mean 'steps'"),
+        ("[optimiser]\nlr = 1", "unknown key 'optimiser'"),
+        ("lr = 1", "unknown key 'lr': did you mean 'optimizer.lr'"),
+        ("[data]\nsizee = 64", "unknown key 'data.sizee': did you mean 'data.size'"),
+        ("[tokenizer.quantizer]\ncodebook_sise = 4", "did you mean 'tokenizer.quantizer.codebook_size'"),
+        ("[optimizer]\nlr = -1", r"optimizer.lr: .*greater than 0 \(got -1\)"),
+        ("[tokenizer.quantizer]\ncodebook = 'neural'", "'learned' or 'ema'"),
+        ("[data]\nsize = 66", "stride 4 does not divide"),
+        ("[tokenizer.quantizer]\nlatent_dim = 32", "must be equal"),
+        ("steps = ", "not valid TOML"),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_right_thing(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(tmp_path / "r.toml")
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.toml cannot be read \(No such file"):
+        load_recipe(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps=5", ("steps", 5)),
+        ("optimizer.lr = 5e-4", ("optimizer.lr", 5e-4)),
+        ("data.flip=false", ("data.flip", False)),
+        ("tokenizer.quantizer.codebook=ema", ("tokenizer.quantizer.codebook", "ema")),
+    ],
+)
+def test_settings_from_the_command_line(text: str, expected: tuple[str, object]) -> None:
+    assert parse_setting(text) == expected
+
+
+def test_settings_that_are_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes key=value"):
+        parse_setting("steps")
+    with pytest.raises(ConfigError, match="did you mean 'checkpoint.every'"):
+        change_recipe(Recipe(), {"checkpoint.evry": 5})
+
+
+def test_every_setting_is_written_out() -> None:
+    written = tomllib.loads(recipe_toml(Recipe()))
+    assert written["tokenizer"]["quantizer"]["code_dim"] == 16
+    assert written["codebook"] == {"memory": 160.0, "revive_below": 0.1}

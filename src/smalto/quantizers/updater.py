@@ -226,13 +226,18 @@ class _Book:
         self.counts = counts[:size] + self.counts if self.num_calls else counts[:size]
         self.sums = sums[:size] + self.sums if self.num_calls else sums[:size]
         self.num_calls += 1
-        # Every vector draws a key and the largest keys stay: a uniform sample of all calls, without their number being known.
-        keys = torch.rand(len(vectors), generator=generator).to(vectors.device).masked_fill(~valid, -1)
+        starting = self.collecting or not self.started
+        # Every vector draws a key, and the largest keys stay: a random sample of all calls, without their number being known
+        # (Efraimidis and Spirakis 2006). For the start all weigh the same; for revival the squared error weighs, because that is where
+        # another code helps most, and a vector that already is a code needs none.
+        keys = torch.rand(len(vectors), generator=generator).log().to(vectors.device)
+        if not starting:
+            keys = keys / (vectors - self.quantizer.embedding.weight[indices]).square().sum(dim=1)
+        keys = keys.masked_fill(~valid, -torch.inf)
         if self._keys is not None and self.sample is not None:
             keys, vectors = torch.cat([self._keys, keys]), torch.cat([self.sample, vectors])
-        capacity = size if self.started and not self.collecting else VECTORS_PER_CODE * size
-        keys, order = keys.topk(min(capacity, len(keys)))
-        order = order[keys >= 0]
+        keys, order = keys.topk(min(VECTORS_PER_CODE * size if starting else size, len(keys)))
+        order = order[keys > -torch.inf]
         self._keys, self.sample = keys[: len(order)], vectors[order]
 
     def absorb(self, counts: Tensor, sums: Tensor, decay: float) -> None:

@@ -92,6 +92,8 @@ class VectorQuantizer(Quantizer):
         dim = code_dim or embedding_dim
         self.project_in = nn.Linear(embedding_dim, dim) if code_dim else nn.Identity()
         self.project_out = nn.Linear(dim, embedding_dim) if code_dim else nn.Identity()
+        if isinstance(self.project_in, nn.Linear) and isinstance(self.project_out, nn.Linear):
+            _begin_as_one_subspace(self.project_in, self.project_out)
         self.embedding = (EMACodebook if codebook == "ema" else Codebook)(num_embeddings, dim)
         self.nearest = NearestCode(metric)
 
@@ -159,3 +161,15 @@ class VectorQuantizer(Quantizer):
     def _to_map(vectors: Tensor, like: Tensor) -> Tensor:
         batch, channels, height, width = like.shape
         return vectors.to(like.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def _begin_as_one_subspace(project_in: nn.Linear, project_out: nn.Linear) -> None:
+    """Let the way out undo the way in: latents are projected on a random subspace, and codes start where they came from.
+
+    With two unrelated random matrices the decoder first has to learn to read the codes (0.3 dB after 400 steps of the quality benchmark).
+    """
+    nn.init.orthogonal_(project_in.weight)
+    project_out.weight.copy_(project_in.weight.T)
+    nn.init.zeros_(project_in.bias)
+    nn.init.zeros_(project_out.bias)

@@ -49,8 +49,8 @@ def train_loop(task: Task, stream: CropStream, run: RunFolder, recipe: Recipe, s
     progress.begin("training", recipe.steps, "steps", done=start)
     with (
         _stop_requests() as stop,
-        open(run.path / "log.jsonl", "a", encoding="utf-8") as log,
-        open(run.path / "times.jsonl", "a", encoding="utf-8") as times,
+        open(run.path / "log.jsonl", "a", encoding="utf-8", buffering=1) as log,
+        open(run.path / "times.jsonl", "a", encoding="utf-8", buffering=1) as times,
     ):
         for step in range(start + 1, recipe.steps + 1):
             begun = time.perf_counter()
@@ -64,8 +64,6 @@ def train_loop(task: Task, stream: CropStream, run: RunFolder, recipe: Recipe, s
             times.write(json.dumps({"step": step, "seconds": round(seconds, 5), "waiting": round(waited, 5), "images": len(batch)}) + "\n")
             progress.advance(1, images=len(batch), **figures)
             if stop.is_set() or step % recipe.checkpoint.every == 0 or step == recipe.steps:
-                log.flush()
-                times.flush()
                 run.save(step, task.tokenizer, {**task.state(), "stream": stream.position()}, recipe.checkpoint.keep)
             if stop.is_set() and step < recipe.steps:
                 run.event("interrupted", step=step)

@@ -47,7 +47,9 @@ def write_pictures(folder: Path, number: int, height: int = 40, width: int = 48)
     return folder
 
 
-def smalto_command(*arguments: object, check: bool = True, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def smalto_command(
+    *arguments: object, check: bool = True, cwd: Path | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run ``smalto ...`` as a user does."""
     command = [sys.executable, "-m", "smalto", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=ENVIRONMENT, check=False)

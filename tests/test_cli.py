@@ -44,7 +44,7 @@ def test_odd_and_broken_files_through_train_and_tokenize(tmp_path: Path) -> None
     assert f"{len(GOOD) + 1} pictures" in done.stdout
     assert f"Skipped {len(bad)} files" in done.stderr
     done = smalto_command("decode", tmp_path / "t", "--out", tmp_path / "decoded")
-    assert len([p for p in (tmp_path / "decoded").rglob("*.png")]) == len(GOOD) + 1
+    assert len(list((tmp_path / "decoded").rglob("*.png"))) == len(GOOD) + 1
 
 
 def test_the_whole_way(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_what_cannot_be_loaded_is_named(vqvae: smalto.SimpleVQVAE, tmp_path: Pat
     with pytest.raises(ConfigError, match="format_version 99"):
         smalto.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 17}))
-    with pytest.raises(RunError, match="does not fit config.json"):
+    with pytest.raises(RunError, match=r"does not fit config\.json"):
         smalto.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:500])

@@ -38,7 +38,7 @@ def stream(number: int = 10, **settings: object) -> CropStream:
 
 
 def numbers(batch: Tensor) -> list[int]:
-    return [int(round((float(crop[0, 0, 0]) + 1) * 127.5)) for crop in batch]
+    return [round((float(crop[0, 0, 0]) + 1) * 127.5) for crop in batch]
 
 
 def test_an_epoch_shows_every_picture_equally_and_mixed() -> None:
@@ -158,7 +158,7 @@ def test_the_split_holds_out_at_least_one_readable_picture(tmp_path: Path) -> No
         assert split(FilePictures(files, decoder, 0)) == ([0, 1, 2], [])
         for file in files:
             Path(file.path).write_bytes(b"broken")
-        with pytest.raises(DataError, match="none of the 3 pictures can be read: picture00.png"):
+        with pytest.raises(DataError, match=r"none of the 3 pictures can be read: picture00\.png"):
             split(FilePictures(files, decoder, 0))
         assert split_by_name(FilePictures(files, decoder, 0), ["picture01.png"]) == ([0, 2], [1])
 

@@ -157,7 +157,7 @@ def test_a_dataset_of_tensors_of_any_channels(tmp_path: Path, tiny_recipe: Recip
 
 def test_diverged_training_says_what_to_do(tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:
     recipe = change_recipe(tiny_recipe, {"optimizer.lr": 1e30, "steps": 50})
-    with pytest.raises(RunError, match="has diverged.*optimizer.lr"):
+    with pytest.raises(RunError, match=r"has diverged.*optimizer\.lr"):
         smalto.train(pictures, recipe, out=tmp_path / "run", device="cpu", workers=0)
 
 

@@ -78,7 +78,7 @@ def test_settings_from_the_command_line(text: str, expected: tuple[str, object])
 def test_settings_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="takes key=value"):
         parse_setting("steps")
-    with pytest.raises(ConfigError, match="did you mean 'checkpoint.every'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'checkpoint\.every'"):
         change_recipe(Recipe(), {"checkpoint.evry": 5})
 
 

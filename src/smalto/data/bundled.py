@@ -19,10 +19,10 @@ _CREDITS = {
     "coins.png": "Brooklyn Museum (no known copyright restrictions)",
     "flower.jpg": "vultilion, Flickr (CC BY 2.0)",
     "hubble_deep_field.jpg": "NASA and ESA (public domain)",
-    "ihc.png": "Center for Microscopy and Molecular Imaging (CC0)",
-    "motorcycle_left.png": "Scharstein et al., Middlebury Stereo 2014 (CC0)",
+    "ihc.png": "Center for Microscopy And Molecular Imaging (no known copyright restrictions)",
+    "motorcycle_left.png": "Scharstein et al., Middlebury Stereo Datasets 2014",
     "retina.jpg": "Häggström 2014, Wikimedia Commons (CC0)",
-    "rocket.jpg": "SpaceX (CC0)",
+    "rocket.jpg": "SpaceX (public domain)",
 }
 HELD_OUT = ("chelsea.png", "coffee.png", "rocket.jpg")
 

@@ -35,7 +35,7 @@ def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evalu
     write_report(
         run.path / "report.html",
         title=f"smalto: {run.path.name}",
-        subtitle=f"Trained for {recipe.steps:,} steps on {recipe.data.source}; measured on {figures['num_images']} {figures['measured_on']}.",
+        subtitle=f"{recipe.steps:,} steps on {recipe.data.source}; measured on {figures['num_images']} {figures['measured_on']}.",
         headline=_headline(figures),
         table=_table(figures, recipe),
         notes=_notes(figures, evaluation),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 28, 34
 MAX_POINTS = 300
 
 Series = tuple[str, Sequence[float], Sequence[float]]
@@ -21,13 +21,17 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool
     ys_all = [_log(y) if log_y else y for _, _, ys in drawn for y in ys]
     x_low, x_high = _widen(min(xs_all), max(xs_all))
     y_low, y_high = _widen(min(ys_all), max(ys_all))
+    margin = 0.04 * (y_high - y_low)
+    y_low, y_high = y_low - margin, y_high + margin
     parts = [_axes(x_low, x_high, y_low, y_high, x_label, y_label, log_y)]
-    for number, (label, xs, ys) in enumerate(drawn, start=1):
+    key_x = WIDTH - RIGHT
+    for number, (label, xs, ys) in reversed(list(enumerate(drawn, start=1))):
         points = " ".join(
             f"{_x(x, x_low, x_high):.1f},{_y(_log(y) if log_y else y, y_low, y_high):.1f}" for x, y in zip(xs, ys, strict=True)
         )
         parts.append(f'<polyline class="line s{number}" points="{points}"/>')
-        parts.append(f'<text class="key s{number}" x="{WIDTH - RIGHT}" y="{TOP + 14 * number}" text-anchor="end">{label}</text>')
+        parts.append(f'<text class="key s{number}" x="{key_x}" y="14" text-anchor="end">{label}</text>')
+        key_x -= 7 * len(label) + 14
     return _svg(parts, f"{y_label} over {x_label}")
 
 
@@ -63,7 +67,7 @@ def _axes(x_low: float, x_high: float, y_low: float, y_high: float, x_label: str
         x = _x(value, x_low, x_high)
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_number(value)}</text>')
     parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{x_label}</text>')
-    parts.append(f'<text class="tick" x="{LEFT + 4}" y="{TOP + 2}">{y_label}</text>')
+    parts.append(f'<text class="tick" x="{LEFT - 6}" y="14">{y_label}</text>')
     return "".join(parts)
 
 

@@ -1,0 +1,67 @@
+"""The documentation is true: its code runs, and both languages show the same code under the same headings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ENVIRONMENT, smalto_command, write_pictures
+
+ROOT = Path(__file__).parents[2]
+ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
+CHINESE = [ROOT / "README.zh.md", *sorted((ROOT / "docs" / "zh").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    found = [(match[1], match[2]) for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+    return [block for block in found if not languages or block[0] in languages]
+
+
+def heading_levels(page: Path) -> list[int]:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return [len(match[1]) for match in re.finditer(r"^(#+) ", text, re.MULTILINE)]
+
+
+def test_every_page_is_there_in_both_languages() -> None:
+    assert [p.name.replace(".zh", "") for p in CHINESE] == [p.name for p in ENGLISH]
+    assert len(ENGLISH) >= 3
+
+
+@pytest.mark.parametrize(("english", "chinese"), list(zip(ENGLISH, CHINESE, strict=True)), ids=lambda page: page.name)
+def test_both_languages_show_the_same(english: Path, chinese: Path) -> None:
+    assert blocks(english, "python", "bash", "toml") == blocks(chinese, "python", "bash", "toml")
+    assert heading_levels(english) == heading_levels(chinese)
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
+def test_its_code_runs(page: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 6, 80, 96)
+    (tmp_path / "photos" / "picture00.png").rename(tmp_path / "photos" / "cat.png")
+    (tmp_path / "my.toml").write_text("\n".join(code for _, code in blocks(page, "toml")))
+    python = [code for _, code in blocks(page, "python")]
+    if page.name == "concepts.md":
+        python = ["\n".join(python)]  # one program
+    for code in python:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, code + done.stderr
+    for _, code in blocks(page, "bash"):
+        for line in code.strip().splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            if program == "smalto":
+                shorter = ["--steps", "4"] if arguments[0] in ("train", "demo") else []  # of two, the last one counts
+                smalto_command(*arguments, *shorter, cwd=tmp_path)
+            else:
+                assert program in ("make", "pip", "git"), line  # what these do is tried in a fresh clone, not here
+
+
+@pytest.mark.parametrize("page", [*ENGLISH, *CHINESE], ids=lambda page: str(page.relative_to(ROOT)))
+def test_its_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target

@@ -182,13 +182,15 @@ def decode(
     batch: Batch = 8,
     device: Device = "auto",
     precision: Precision = "float32",
-    workers: Annotated[int | None, typer.Option(hidden=True)] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that write PNG files; 0: none. Default: all cores but one.")] = None,
 ) -> None:
     """Turn tokens back into PNG pictures."""
     from smalto.pipelines import tokenize as jobs
 
     with _progress() as progress:
-        paths = jobs.decode(tokens, out, tokenizer, batch=batch, device=device, precision=_precision(precision), progress=progress)
+        paths = jobs.decode(
+            tokens, out, tokenizer, batch=batch, device=device, precision=_precision(precision), workers=workers, progress=progress
+        )
     print(f"{len(paths):,} pictures -> {out}")
 
 
@@ -198,14 +200,20 @@ def reconstruct(
     tokenizer: Tokenizer,
     out: Annotated[Path | None, typer.Option(help="The PNG to write; default: NAME-reconstruction.png here.")] = None,
     longer_side: LongerSide = 768,
+    batch: Annotated[int, typer.Option(help="Makes no difference to one picture.")] = 1,
     device: Device = "auto",
     precision: Precision = "float32",
+    workers: Annotated[int, typer.Option(help="Makes no difference to one picture.")] = 0,
 ) -> None:
     """Encode one picture, decode it again, and say how near it came."""
     from smalto.pipelines import tokenize as jobs
 
-    with _progress():
-        result = jobs.reconstruct(photo, tokenizer, out, longer_side=longer_side, device=device, precision=_precision(precision))
+    with _progress() as progress:
+        if batch != 1 or workers:
+            progress.say("one picture is decoded and encoded at once: --batch and --workers make no difference")
+        result = jobs.reconstruct(
+            photo, tokenizer, out, longer_side=longer_side, device=device, precision=_precision(precision), progress=progress
+        )
     print(f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> {result.path}")
 
 

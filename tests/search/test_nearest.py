@@ -108,6 +108,23 @@ def test_reduced_float32_products_are_off_inside_and_back_on_after() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch without switches per backend")
+def test_the_switches_per_backend_are_off_inside_and_back_on_after() -> None:
+    queries, codebook = torch.randn(2000, 64), torch.randn(512, 64)
+    expected = nearest_codes(queries, codebook)
+    switches = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        switches[0].fp32_precision, switches[1].fp32_precision = "bf16", "tf32"
+        assert torch.equal(nearest_codes(queries, codebook), expected)
+        with pytest.raises(InputError):
+            nearest_codes(queries, codebook[:0])
+        assert [switch.fp32_precision for switch in switches] == ["bf16", "tf32"]
+    finally:
+        for switch, setting in zip(switches, before, strict=True):
+            switch.fp32_precision = setting
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest tensor that any operation made."""
 

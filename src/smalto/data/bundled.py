@@ -10,7 +10,7 @@ from smalto.errors import MissingExtra
 
 SOURCE = "bundled"
 
-_CREDITS = {
+CREDITS = {
     "astronaut.png": "Eileen Collins, NASA (public domain)",
     "camera.png": "Lav Varshney (CC0)",
     "chelsea.png": "Chelsea the cat, Stefan van der Walt (CC0)",
@@ -34,12 +34,12 @@ def bundled_photographs() -> list[PictureFile]:
         MissingExtra: scikit-image or scikit-learn is not installed.
     """
     folders = [_package_folder("skimage", "scikit-image") / "data", _package_folder("sklearn", "scikit-learn") / "datasets" / "images"]
-    return [PictureFile(name, str(folder / name)) for name in sorted(_CREDITS) for folder in folders if (folder / name).is_file()]
+    return [PictureFile(name, str(folder / name)) for name in sorted(CREDITS) for folder in folders if (folder / name).is_file()]
 
 
 def credit(name: str) -> str:
     """Who made a bundled photograph; empty for other names."""
-    return _CREDITS.get(name, "")
+    return CREDITS.get(name, "")
 
 
 def _package_folder(module: str, package: str) -> Path:

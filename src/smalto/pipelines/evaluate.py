@@ -125,7 +125,7 @@ def evaluate(
         Evaluation: ``.figures["psnr"]`` and so on.
     """
     progress = progress or Progress()
-    runner = Runner.of(tokenizer, device, precision, batch)
+    runner = Runner.of(tokenizer, device, precision, batch, progress)
     opened = open_source(source)
     files, on = opened.files, "all pictures"
     if not everything and not isinstance(tokenizer, ImageTokenizer):

@@ -7,6 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from smalto.data.bundled import CREDITS, SOURCE
 from smalto.data.images import summary
 from smalto.files import write_atomic
 from smalto.pipelines.evaluate import Evaluation
@@ -101,6 +102,7 @@ def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _table(figures: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
     waiting = figures["share_waiting_for_data"]
+    credits = "; ".join(f"{name}: {who}" for name, who in CREDITS.items()) if recipe.data.source == SOURCE else ""
     return [
         *figure_rows(figures),
         ("trained on", recipe.data.source),
@@ -114,6 +116,7 @@ def _table(figures: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
         ("seed", str(recipe.seed)),
         ("versions", ", ".join(f"{name} {number}" for name, number in figures["versions"].items())),
         ("fingerprint", figures["fingerprint"]),
+        *([("pictures by", credits)] if credits else []),
     ]
 
 

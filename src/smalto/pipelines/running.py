@@ -39,7 +39,7 @@ class Runner:
     batch: int
 
     @classmethod
-    def of(cls, tokenizer: ImageTokenizer | str | Path, device: str, precision: Precision, batch: int) -> Runner:
+    def of(cls, tokenizer: ImageTokenizer | str | Path, device: str, precision: Precision, batch: int, progress: Progress) -> Runner:
         if batch < 1:
             raise ConfigError(f"batch must be at least 1; got {batch}.")
         model = tokenizer if isinstance(tokenizer, ImageTokenizer) else load(tokenizer)
@@ -48,6 +48,7 @@ class Runner:
                 f"this tokenizer takes images of {model.in_channels} channels; picture files have 3. Call encode() with tensors."
             )
         target = resolve_device(device)
+        progress.say(f"device {target}, {precision}")
         return cls(model.to(target).eval(), target, precision, batch)
 
     def encode(self, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +21,7 @@ from smalto.errors import DataError, RunError
 from smalto.files import aside
 from smalto.layout import TokenLayout
 from smalto.metrics import psnr
-from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape
+from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape, default_workers
 from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer
 
@@ -65,7 +66,7 @@ def tokenize(
     progress, out = progress or Progress(), Path(out)
     if out.exists() and not overwrite:
         raise RunError(f"{out} exists already. Replace it with --overwrite, or name another --out.")
-    runner = Runner.of(tokenizer, device, precision, batch)
+    runner = Runner.of(tokenizer, device, precision, batch, progress)
     opened = None if isinstance(source, list) else open_source(source)
     files = source if isinstance(source, list) else opened.files if opened else []
     reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, size=size, workers=workers)
@@ -101,6 +102,7 @@ def decode(
     batch: int = 8,
     device: str = "auto",
     precision: Precision = "float32",
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Turn a token file back into PNG pictures, under the names that the pictures had.
@@ -109,6 +111,7 @@ def decode(
         tokens: what ``tokenize`` wrote.
         out: folder for the pictures.
         tokenizer: the folder of the tokenizer; None takes the recorded one.
+        workers: threads that write PNG files beside the model (0: none).
 
     Returns:
         The files, in the order of the token file.
@@ -119,7 +122,7 @@ def decode(
     progress, file, folder = progress or Progress(), TokenFile.load(tokens), Path(out)
     if tokenizer is None and not Path(file.tokenizer).exists():
         raise RunError(f"{tokens} was written by the tokenizer {file.tokenizer}, which is not there any more. Name it with --tokenizer.")
-    runner = Runner.of(tokenizer or file.tokenizer, device, precision, batch)
+    runner = Runner.of(tokenizer or file.tokenizer, device, precision, batch, progress)
     if runner.tokenizer.fingerprint() != file.fingerprint:
         raise RunError(
             f"the tokenizer {tokenizer or file.tokenizer} is not the one that wrote {tokens}: its fingerprint is "
@@ -128,11 +131,17 @@ def decode(
         )
     progress.begin("decoding", len(file.names), "pictures")
     paths = picture_paths(folder, file.names)
-    for start, stop in _runs_of_one_grid(file.grids, batch):
-        images = runner.decode(torch.stack(file.tokens[start:stop]), TokenLayout.single(*file.grids[start]))
-        for path, image in zip(paths[start:stop], images, strict=True):
-            write_png(path, image)
-        progress.advance(stop - start)
+    number = default_workers(workers)
+    with ThreadPoolExecutor(max(1, number)) as writers:
+        writing: list[Future[None]] = []
+        for start, stop in _runs_of_one_grid(file.grids, batch):
+            images = runner.decode(torch.stack(file.tokens[start:stop]), TokenLayout.single(*file.grids[start]))
+            _wait_for(writing)  # those of the batch before: no more than two batches are in memory
+            writing = [writers.submit(write_png, path, image) for path, image in zip(paths[start:stop], images, strict=True)]
+            if not number:
+                _wait_for(writing)
+            progress.advance(stop - start)
+        _wait_for(writing)
     progress.end()
     return paths
 
@@ -155,6 +164,7 @@ def reconstruct(
     longer_side: int | None = LONGER_SIDE,
     device: str = "auto",
     precision: Precision = "float32",
+    progress: Progress | None = None,
 ) -> Reconstructed:
     """Encode one picture, decode it again and write what came back to ``out`` (default: ``NAME-reconstruction.png`` in this folder).
 
@@ -164,8 +174,9 @@ def reconstruct(
     files, _ = find_pictures(photo)
     if Path(photo).is_dir():
         raise DataError(f"{photo} is a folder; name one picture, or use `smalto tokenize` and `smalto decode`.")
-    runner = Runner.of(tokenizer, device, precision, 1)
-    reader = PictureReader(files, runner.tokenizer.stride, Progress(), longer_side=longer_side, workers=0)
+    progress = progress or Progress()
+    runner = Runner.of(tokenizer, device, precision, 1, progress)
+    reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, workers=0)
     pictures = list(reader)
     if not pictures:
         raise DataError(f"{photo} cannot be read: {reader.skipped[0].reason}.")
@@ -196,6 +207,11 @@ def picture_paths(folder: Path, names: list[str]) -> list[Path]:
         taken.add(str(free).lower())
         chosen.append(folder / free)
     return chosen
+
+
+def _wait_for(jobs: list[Future[None]]) -> None:
+    for job in jobs:
+        job.result()
 
 
 def _runs_of_one_grid(grids: list[tuple[int, int]], batch: int) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +73,10 @@ def _prepare(codes: Tensor, shift: Tensor, cosine: bool) -> tuple[Tensor, Tensor
 
 
 def _mean(codebook: Tensor) -> Tensor:
-    total = codebook.new_zeros(codebook.shape[1], dtype=torch.float64)
-    for part in codebook.split(max(1, _BLOCK_FLOATS // 2 // codebook.shape[1])):
-        total += part.double().sum(dim=0)
-    return (total / codebook.shape[0]).float()
+    total = codebook.new_zeros(codebook.shape[1], dtype=torch.float32)
+    for part in codebook.split(max(1, _BLOCK_FLOATS // codebook.shape[1])):
+        total += part.float().sum(dim=0)
+    return total / codebook.shape[0]
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
@@ -84,14 +85,23 @@ def _slices(total: int, step: int) -> Iterator[slice]:
 
 @contextmanager
 def _plain_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 or bfloat16 inside float32 products; the caller's setting comes back whatever happens."""
-    before = torch.get_float32_matmul_precision()
+    """No autocast, no TF32 or bfloat16 inside float32 products; the caller's settings come back whatever happens."""
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    switches: list[Any] = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     with torch.autocast(device.type, enabled=False):
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        if switches:  # torch 2.9 and newer: one switch per backend; asking for the old one beside them is an error
+            before = [switch.fp32_precision for switch in switches]
+            try:
+                for switch in switches:
+                    switch.fp32_precision = "ieee"
+                yield
+            finally:
+                for switch, setting in zip(switches, before, strict=True):
+                    switch.fp32_precision = setting
+        else:
+            legacy = torch.get_float32_matmul_precision()
+            try:
+                torch.set_float32_matmul_precision("highest")
+                yield
+            finally:
+                torch.set_float32_matmul_precision(legacy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,6 +228,9 @@ def info(path: Annotated[Path, typer.Argument(help="A run, a tokenizer or a toke
 
 def main() -> None:
     """Entry point: a user's mistake ends in one line and exit code 1, Ctrl-C in 130."""
+    # Torch's threads wait by spinning; where anything else wants a core, such as a decoding worker, a step then takes several times
+    # as long. It must be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except SmaltoError as error:

@@ -158,7 +158,7 @@ def test_a_map_of_one_row_has_an_empty_upper_half(vqvae: smalto.SimpleVQVAE) -> 
     assert vqvae.idxBl_to_img(blocks, [(0, 3), (1, 3)]).shape == images.shape
 
 
-@pytest.mark.parametrize("blocks", [torch.zeros(1, 4), [], [torch.zeros(1, 4), torch.zeros(2, 4)], [torch.zeros(4)]])
+@pytest.mark.parametrize("blocks", [torch.zeros(1, 4), [], [torch.zeros(1, 4), torch.zeros(2, 4)], [torch.zeros(4)], None, [[1, 2]]])
 def test_what_is_no_list_of_blocks_is_named(vqvae: smalto.SimpleVQVAE, blocks: Any) -> None:
     with pytest.raises(InputError, match=r"idx_Bl must be a list|every block must be"):
         vqvae.idxBl_to_var_input(blocks)
@@ -201,10 +201,12 @@ def test_any_number_of_channels() -> None:
     ("images", "says"),
     [
         (torch.zeros(3, 16, 16), r"images\[None\]"),
-        (torch.zeros(1, 1, 16, 16), r"\[B, 3, H, W\]; got \[1, 1, 16, 16\]"),
+        (torch.zeros(1, 1, 16, 16), r"\[B, 3, H, W\]; got torch.float32 \[1, 1, 16, 16\]"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"images.float\(\) / 127.5 - 1"),
         (torch.zeros(1, 3, 18, 16), "multiples of 4; got 18 x 16.* for example to 16 x 16"),
         (torch.zeros(1, 3, 16, 0), "multiples of 4; got 16 x 0"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.float64), r"images are torch.float64 and the tokenizer is torch.float32"),
+        (torch.zeros(1, 3, 16, 16).numpy(), "must be a tensor"),
     ],
 )
 def test_wrong_images_say_what_to_do(vqvae: smalto.SimpleVQVAE, images: Tensor, says: str) -> None:
@@ -214,7 +216,7 @@ def test_wrong_images_say_what_to_do(vqvae: smalto.SimpleVQVAE, images: Tensor, 
 
 
 def test_tokens_of_another_layout_or_tokenizer_are_named(vqvae: smalto.SimpleVQVAE) -> None:
-    with pytest.raises(ValueError, match=r"\[B, 16\] for this layout; got \[1, 15\]"):
+    with pytest.raises(ValueError, match=r"\[B, 16\] for this layout; got torch.int64 \[1, 15\]"):
         vqvae.decode(torch.zeros(1, 15, dtype=torch.int64), vqvae.layout(16, 16))
     with pytest.raises(ValueError, match=r"in \[0, 16\); got values from 0 to 16"):
         vqvae.decode(torch.tensor([[0, 16, 1, 2]]), vqvae.layout(8, 8))
@@ -235,6 +237,16 @@ def test_saved_and_loaded_is_the_same(make: Any, tmp_path: Path) -> None:
     assert loaded.fingerprint() == tokenizer.fingerprint()
     assert all(torch.equal(value, tokenizer.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_precision_of_the_weights_is_kept(tokenizer: smalto.ImageTokenizer, tmp_path: Path, dtype: torch.dtype) -> None:
+    narrow = tokenizer.to(dtype)
+    narrow.save(tmp_path)
+    loaded = smalto.load(tmp_path)
+    assert loaded.fingerprint() == narrow.fingerprint()
+    assert not loaded.quantize.embedding.weight.requires_grad
+    assert loaded.encoder[0].weight.requires_grad
 
 
 def test_equal_models_are_equal_files(tokenizer: smalto.ImageTokenizer, tmp_path: Path) -> None:

@@ -1,5 +1,13 @@
 """What smalto raises for a user's mistake: one sentence each on what was got, what is expected, what to do."""
 
+from typing import Any
+
+
+def describe(value: Any) -> str:
+    """What was got, for an error message: dtype and shape of a tensor, the type of anything else."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    return f"{dtype} {list(shape)}" if dtype is not None and shape is not None else f"{type(value).__name__}"
+
 
 class SmaltoError(Exception):
     """Base of every error that smalto raises on purpose. The command line prints its message and nothing else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class TokenLayout:
     grids: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        grids = tuple((int(h), int(w)) for h, w in self.grids)
+        grids = tuple((operator.index(h), operator.index(w)) for h, w in self.grids)
         if not grids or any(h < 1 or w < 1 for h, w in grids):
             raise InputError(f"a layout needs at least one grid of (rows, columns), each at least 1; got {self.grids}.")
         object.__setattr__(self, "grids", grids)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smalto.autoencoders import SimpleAutoencoderConfig
 from smalto.config import Config, parse_config
-from smalto.errors import ConfigError, InputError, RunError
+from smalto.errors import ConfigError, InputError, RunError, describe
 from smalto.files import write_atomic
 from smalto.layout import TokenLayout, square_grids
 from smalto.quantizers import VectorQuantizerConfig
@@ -170,7 +170,8 @@ class ImageTokenizer(nn.Module):
             patch_hws: (rows, columns) of each block. Without it the whole map is taken to be square.
 
         Raises:
-            InputError: the lengths do not fit, or diagonal blocks, which leave out half of the picture.
+            InputError: the lengths do not fit, or diagonal blocks, which leave out half of the picture. They are known by the list that
+                ``img_to_idxBl`` gave; put into another list they cannot be told from halves of a smaller map.
         """
         tokens = self._join(idx_Bl)
         if isinstance(idx_Bl, _DiagonalBlocks):
@@ -179,13 +180,16 @@ class ImageTokenizer(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are floating point [B, in_channels, H, W] with sides that the stride divides."""
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self.in_channels:
             raise InputError(
-                f"images must be [B, {self.in_channels}, H, W]; got {list(images.shape)}. "
+                f"images must be a tensor [B, {self.in_channels}, H, W]; got {describe(images)}. "
                 "One image [C, H, W] becomes a batch with images[None]."
             )
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [-1, 1]; got {images.dtype}. Convert with images.float() / 127.5 - 1.")
+        weights = next(self.parameters()).dtype
+        if images.dtype != weights and not torch.is_autocast_enabled(images.device.type):
+            raise InputError(f"images are {images.dtype} and the tokenizer is {weights}. Convert with images.to({weights}).")
         self.layout(*images.shape[2:])
 
     def save(self, folder: str | Path) -> None:
@@ -207,10 +211,10 @@ class ImageTokenizer(nn.Module):
 
     @staticmethod
     def _join(idx_Bl: list[Tensor]) -> Tensor:
-        if isinstance(idx_Bl, Tensor) or not len(idx_Bl):
+        if not isinstance(idx_Bl, (list, tuple)) or not idx_Bl:
             raise InputError("idx_Bl must be a list of blocks [B, L_i], as img_to_idxBl gives it; wrap one tensor as [tokens].")
-        if any(block.ndim != 2 or block.shape[0] != idx_Bl[0].shape[0] for block in idx_Bl):
-            raise InputError(f"every block must be [B, L_i] with the same B; got {[list(block.shape) for block in idx_Bl]}.")
+        if any(not isinstance(block, Tensor) or block.ndim != 2 or block.shape[0] != idx_Bl[0].shape[0] for block in idx_Bl):
+            raise InputError(f"every block must be a tensor [B, L_i] with the same B; got {[describe(block) for block in idx_Bl]}.")
         return torch.cat(list(idx_Bl), dim=1)
 
     @staticmethod
@@ -223,6 +227,8 @@ class ImageTokenizer(nn.Module):
                     f"blocks of {lengths} tokens are not one square map or its two halves: pass patch_hws, one (rows, columns) per block."
                 )
             return TokenLayout.single(side, side)
+        if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in patch_hws):
+            raise InputError(f"patch_hws must hold one (rows, columns) per block; got {patch_hws}.")
         if len(patch_hws) != len(lengths) or any(h * w != n for (h, w), n in zip(patch_hws, lengths, strict=True)):
             raise InputError(f"patch_hws must hold one (rows, columns) per block, for blocks of {lengths} tokens; got {list(patch_hws)}.")
         filled = [(h, w) for h, w in patch_hws if h * w]
@@ -256,19 +262,18 @@ class SimpleVQVAE(ImageTokenizer):
         )
         super().__init__(
             TokenizerConfig(
-                autoencoder=SimpleAutoencoderConfig(latent_dim=embedding_dim, hidden_dim=hidden_dim, encoder_relu=encoder_relu),
-                quantizer=VectorQuantizerConfig(codebook_size=vocab_size, latent_dim=embedding_dim),
+                autoencoder=SimpleAutoencoderConfig(latent_dim=own.embedding_dim, hidden_dim=own.hidden_dim, encoder_relu=own.encoder_relu),
+                quantizer=VectorQuantizerConfig(codebook_size=own.vocab_size, latent_dim=own.embedding_dim),
             )
         )
         self.config = own
-        self.vocab_size, self.embedding_dim, self.hidden_dim = vocab_size, embedding_dim, hidden_dim
+        self.vocab_size, self.embedding_dim, self.hidden_dim = own.vocab_size, own.embedding_dim, own.hidden_dim
 
 
 def default_tokenizer_config(codebook_size: int = 512) -> TokenizerConfig:
     """What training uses without a recipe: SimpleVQVAE's layers around moving-average codes of 16 dimensions."""
-    return TokenizerConfig(
-        quantizer=VectorQuantizerConfig(codebook_size=codebook_size, code_dim=16, codebook="ema", beta=1.0),
-    )
+    settings = {"codebook_size": codebook_size, "code_dim": 16, "codebook": "ema", "beta": 1.0}
+    return parse_config(TokenizerConfig, {"quantizer": settings}, "default_tokenizer")
 
 
 def default_tokenizer(codebook_size: int = 512) -> ImageTokenizer:
@@ -296,7 +301,7 @@ def load(folder: str | Path) -> ImageTokenizer:
     except (safetensors.SafetensorError, OSError) as error:
         raise RunError(f"{folder / 'model.safetensors'} cannot be read ({error}). Take the one of an older checkpoint.") from None
     try:
-        tokenizer.load_state_dict(state)
+        tokenizer.load_state_dict(state, assign=True)  # in the precision that was saved
     except RuntimeError as error:
         raise RunError(f"{folder / 'model.safetensors'} does not fit config.json beside it: {error}") from None
     return tokenizer.eval()
@@ -314,6 +319,6 @@ def _read_config(path: Path) -> TokenizerConfig | SimpleVQVAEConfig:
         "image-tokenizer": TokenizerConfig,
         "simple-vqvae": SimpleVQVAEConfig,
     }
-    if data.get("kind") not in kinds:
+    if not isinstance(data.get("kind"), str) or data["kind"] not in kinds:
         raise ConfigError(f"{path}: kind must be one of {sorted(kinds)}; got {data.get('kind')!r}.")
     return parse_config(kinds[data["kind"]], data, str(path))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from smalto.errors import InputError
 from smalto.metrics import CodebookMeter, perplexity, psnr, ssim
 
 
@@ -62,3 +63,15 @@ def test_usage_does_not_depend_on_the_batches() -> None:
         parts.add(part.view(10, 100))
     assert whole.usage() == parts.usage()
     assert whole.perplexity() == parts.perplexity()
+
+
+def test_nonsense_is_named() -> None:
+    a = images(0)
+    for wrong in (a[:1], a[0], (a * 100).to(torch.uint8)):
+        with pytest.raises(InputError, match="of one shape"):
+            psnr(wrong, a)
+    with pytest.raises(InputError, match="at least 11 pixels"):
+        ssim(a[..., :10], a[..., :10])
+    assert ssim(a[:0], a[:0]).shape == (0,)
+    with pytest.raises(InputError, match=r"in \[0, 4\); got values from 0 to 4"):
+        CodebookMeter(4).add(torch.arange(5).to(torch.uint16))

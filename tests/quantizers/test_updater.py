@@ -23,10 +23,7 @@ def latents(number: int, dim: int = 4, seed: int = 0) -> Tensor:
 
 def started(quantizer: VectorQuantizer, **settings: object) -> CodebookUpdater:
     """An updater that is past its k-means start, with the codes where they are."""
-    updater = CodebookUpdater(quantizer, **settings)  # type: ignore[arg-type]
-    for book in updater._books.values():
-        book.started = True
-    return updater
+    return CodebookUpdater(quantizer, keep_codes=True, **settings)  # type: ignore[arg-type]
 
 
 def test_ema_follows_its_closed_form() -> None:
@@ -153,8 +150,7 @@ def test_revival_touches_only_dead_rows_and_zeroes_their_moments(kind: str) -> N
     quantizer = VectorQuantizer(10, 4, codebook=kind)  # type: ignore[arg-type]
     holder = nn.ModuleDict({"quantizer": quantizer, "encoder": nn.Conv2d(4, 4, 1)})
     optimizer = torch.optim.AdamW(holder.parameters(), weight_decay=0.0)
-    updater = CodebookUpdater(quantizer, optimizer, Revive(0.1), memory=1.0)
-    updater._books[""].started = True
+    updater = CodebookUpdater(quantizer, optimizer, Revive(0.1), memory=1.0, keep_codes=True)
     with torch.no_grad():
         quantizer.embedding.weight[7:] = 100.0 + torch.arange(3.0)[:, None]  # out of reach of everything
     if isinstance(quantizer.embedding, EMACodebook):
@@ -273,3 +269,126 @@ def test_a_plain_quantizer_learns_by_gradient_without_an_updater() -> None:
         quantizer(z).loss.backward()
         optimizer.step()
     assert quantizer(z).loss.item() < 0.8 * before
+
+
+def test_a_trained_codebook_can_be_kept() -> None:
+    quantizer = VectorQuantizer(32, 4, codebook="ema")
+    z = latents(200)
+    before = quantizer.embedding.weight.clone()
+    updater = CodebookUpdater(quantizer, keep_codes=True)
+    quantizer(z)
+    updater.step()
+    assert float((quantizer.embedding.weight - before).norm() / before.norm()) < 0.2
+    CodebookUpdater(quantizer).start(z)  # but a start is a start
+    assert float((quantizer.embedding.weight - before).norm() / before.norm()) > 0.5
+
+
+def test_any_seed_and_any_step_count() -> None:
+    quantizer = VectorQuantizer(6, 4)
+    updater = CodebookUpdater(quantizer, seed=2**62)
+    updater.num_steps = 10**12
+    quantizer(latents(20))
+    updater.step()
+
+
+def test_copies_of_the_model_feed_nobody() -> None:
+    import pickle
+
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(6, 4, codebook="ema")
+    updater = started(quantizer)
+    for other in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        other(latents(20))
+        with pytest.raises(RuntimeError, match="saw no forward pass"):
+            updater.step()
+
+
+def test_a_newer_updater_takes_over() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(6, 4, codebook="ema")
+    alone = copy.deepcopy(quantizer)
+    old, new, only = started(quantizer), started(quantizer), started(alone)
+    for model in (quantizer, alone):
+        model(latents(40))
+    new.step()
+    only.step()
+    assert torch.equal(quantizer.embedding.weight, alone.embedding.weight)
+    with pytest.raises(RuntimeError, match="saw no forward pass"):
+        old.step()
+
+
+def test_a_collapsed_encoder_does_not_end_the_run() -> None:
+    model = smalto.SimpleVQVAE(16, 8, 8, encoder_relu=True)
+    with torch.no_grad():
+        model.encoder[2].bias.fill_(-5)  # every latent is zero
+    updater = CodebookUpdater(model, memory=1.0)
+    for _ in range(20):
+        model(torch.randn(2, 3, 16, 16))
+        updater.step()
+    assert bool(model.get_codebook().isfinite().all())
+
+
+def test_start_leaves_frozen_parts_frozen() -> None:
+    model = smalto.SimpleVQVAE(16, 8, 8).train()
+    model.encoder.eval()
+    CodebookUpdater(model).start(torch.randn(2, 3, 16, 16))
+    assert (model.training, model.encoder.training, model.decoder.training) == (True, False, True)
+
+
+def test_a_skipped_batch_can_be_discarded() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(6, 4, codebook="ema")
+    other = copy.deepcopy(quantizer)
+    first, second = started(quantizer), started(other)
+    quantizer(latents(20) * 1000)
+    first.discard()
+    for model, updater in ((quantizer, first), (other, second)):
+        model(latents(20))
+        updater.step()
+    assert torch.equal(quantizer.embedding.weight, other.embedding.weight)
+    quantizer(latents(20))
+    first.load_state_dict(first.state_dict())  # what was pending is no part of the state
+    with pytest.raises(RuntimeError, match="saw no forward pass"):
+        first.step()
+
+
+def test_the_updater_follows_its_model() -> None:
+    with torch.device("meta"):
+        quantizer = VectorQuantizer(6, 4, codebook="ema")
+    updater = CodebookUpdater(quantizer)
+    quantizer.to_empty(device="cpu")
+    quantizer.embedding.reset_parameters()
+    assert torch.equal(quantizer.embedding.ema_counts, torch.ones(6))
+    quantizer(latents(60))
+    updater.step()
+    quantizer.double()(latents(60).double())
+    updater.step()
+
+
+def test_averages_stay_wide_in_a_narrow_model() -> None:
+    quantizer = VectorQuantizer(64, 4, codebook="ema").bfloat16()
+    updater = started(quantizer)
+    for step in range(50):
+        out = quantizer(latents(64, seed=step).bfloat16())
+        updater.step()
+    assert isinstance(quantizer.embedding, EMACodebook)
+    assert quantizer.embedding.ema_counts.dtype == torch.float32
+    assert float(quantizer.embedding.ema_counts.sum()) == pytest.approx(64, rel=0.05)
+    assert out.loss.dtype == torch.float32
+
+
+def test_cosine_k_means_places_codes_at_the_length_of_the_latents() -> None:
+    torch.manual_seed(0)
+    z = latents(2000) * 30
+    quantizer = VectorQuantizer(64, 4, metric="cosine")
+    CodebookUpdater(quantizer).start(z)
+    norms = quantizer.embedding.weight.detach().norm(dim=1)
+    assert float(norms.mean()) == pytest.approx(float(z.norm(dim=1).mean()), rel=0.2)
+
+
+def test_a_state_of_another_size_is_refused() -> None:
+    state = CodebookUpdater(VectorQuantizer(1, 4)).state_dict()
+    with pytest.raises(InputError, match="of 1 codes; this quantizer has 6"):
+        CodebookUpdater(VectorQuantizer(6, 4)).load_state_dict(state)
+    with pytest.raises(InputError, match="of the quantizers"):
+        CodebookUpdater(smalto.SimpleVQVAE(1, 4)).load_state_dict(state)

@@ -154,6 +154,24 @@ def test_quantized_keeps_the_dtype_and_the_loss_is_at_least_float32(quantizer: V
     assert torch.equal(out.quantized, quantizer.decode(out.indices.view(1, -1), quantizer.layout(2, 2)).to(dtype))
 
 
+@pytest.mark.parametrize("module", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("latents", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_mix_of_precisions_works(quantizer: VectorQuantizer, module: torch.dtype, latents: torch.dtype) -> None:
+    mixed = copy.deepcopy(quantizer).to(module)
+    out = mixed(torch.randn(2, 6, 3, 3).to(latents) * 20)
+    assert out.quantized.dtype == latents
+    assert out.loss.dtype == torch.promote_types(torch.promote_types(latents, module), torch.float32)
+    assert bool(out.loss.isfinite())
+    decoded = mixed.decode(out.indices.view(2, -1), mixed.layout(3, 3))
+    torch.testing.assert_close(decoded.to(latents), out.quantized, rtol=1e-2, atol=1e-2)
+
+
+def test_it_compiles_in_one_graph(quantizer: VectorQuantizer) -> None:
+    latents = torch.randn(2, 6, 3, 4)
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(compiled(latents), quantizer(latents), strict=True))
+
+
 def test_autocast_changes_nothing(quantizer: VectorQuantizer) -> None:
     latents = torch.randn(1, 6, 3, 3)
     plain = quantizer(latents)

@@ -80,6 +80,36 @@ def test_equal_codes_go_to_the_lowest_index() -> None:
     assert torch.equal(nearest_codes(torch.randn(5, 4), torch.ones(1000, 4)), torch.zeros(5, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("num_codes", [5, 17, 31, 33, 255, 257, 513, 1025])
+@pytest.mark.parametrize("dim", [3, 8, 64])
+def test_equal_codes_at_the_edge_of_a_tile_go_to_the_lowest_index_too(num_codes: int, dim: int) -> None:
+    # Edge kernels of a matrix product round in another way, so without padding the higher of two equal codes wins now and then.
+    codebook = torch.randn(num_codes, dim)
+    codebook[num_codes - 1] = codebook[num_codes // 2] = codebook[0]
+    for num_queries in (1, 3, 777):
+        assert bool((nearest_codes(codebook[0] + 0.01 * torch.randn(num_queries, dim), codebook) == 0).all())
+
+
+def test_settings_come_back_after_searches_in_many_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    before = torch.get_float32_matmul_precision()
+    queries, codebook = torch.randn(3000, 8), torch.randn(300, 8)
+    try:
+        torch.set_float32_matmul_precision("high")
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: nearest_codes(queries, codebook), range(40)))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_wide_codebook_stays_in_memory_bounds() -> None:
+    assert tiled._codes_per_tile(2**16) * 2**16 <= tiled._BLOCK_FLOATS
+    queries, codebook = torch.randn(3, 2**16), torch.randn(70, 2**16)
+    assert torch.equal(nearest_codes(queries, codebook), brute_force_distances(queries, codebook).argmin(1))
+
+
 def test_rows_that_are_not_finite_get_index_0_and_leave_the_others_alone() -> None:
     queries, codebook = torch.randn(50, 4), torch.randn(600, 4)
     expected = nearest_codes(queries, codebook)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError
 from smalto.search import USAGE_WINDOW
 
 
@@ -35,7 +36,9 @@ class CodebookMeter:
 
     def add(self, tokens: Tensor) -> None:
         """Take in tokens of any shape."""
-        tokens = tokens.reshape(-1).cpu()
+        tokens = tokens.reshape(-1).cpu().long()
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.histogram):
+            raise InputError(f"tokens must be in [0, {len(self.histogram)}); got values from {int(tokens.min())} to {int(tokens.max())}.")
         self.histogram += torch.bincount(tokens, minlength=len(self.histogram))
         # The W largest random keys belong to a uniform sample of W tokens, however many come.
         keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smalto.errors import MissingExtra
+from smalto.errors import InputError, MissingExtra, describe
 
 BORDER = 5  # half of the 11 pixels of SSIM's window
 
@@ -15,6 +15,7 @@ def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
 
     10·log10(4 / mse), because the range of [-1, 1] is 2. Higher is better; +3 dB is half the squared error. Identical images give inf.
     """
+    _check(reconstruction, images)
     error = (reconstruction.float().clamp(-1, 1) - images.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4 / error)
 
@@ -31,8 +32,21 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError:
         raise MissingExtra("torchmetrics", "eval", "SSIM") from None
+    _check(reconstruction, images)
+    if min(images.shape[2:]) <= 2 * BORDER:
+        raise InputError(f"SSIM needs sides of at least {2 * BORDER + 1} pixels; got {list(images.shape[2:])}.")
+    if not len(images):
+        return images.new_zeros(0)
     unit = (reconstruction.float().clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2
     _, similarity = structural_similarity_index_measure(*unit, data_range=1.0, reduction="none", return_full_image=True)
     # The border, where the window hangs over the edge, is left out, as in scikit-image and in the original.
     inside = similarity[..., BORDER:-BORDER, BORDER:-BORDER]
     return inside.mean(dim=(1, 2, 3))
+
+
+def _check(reconstruction: Tensor, images: Tensor) -> None:
+    if reconstruction.shape != images.shape or images.ndim != 4 or not (images.is_floating_point() and reconstruction.is_floating_point()):
+        raise InputError(
+            f"reconstruction and images must be floating point in [-1, 1] and of one shape [B, C, H, W]; got {describe(reconstruction)} "
+            f"and {describe(images)}."
+        )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smalto.errors import InputError
+from smalto.errors import InputError, describe
 from smalto.layout import TokenLayout
 
 
@@ -30,7 +30,8 @@ class Quantizer(nn.Module, ABC):
     """Latents [B, C, h, w] -> indices -> latents.
 
     ``forward`` is pure: it changes no parameter, buffer or random state. Whatever changes a codebook outside the optimizer
-    is the work of ``CodebookUpdater``. ``decode(encode(z), layout)`` is bitwise ``forward(z).quantized``.
+    is the work of ``CodebookUpdater``. ``decode(encode(z), layout)`` is bitwise ``forward(z).quantized`` (which has the
+    dtype of z: with z in bfloat16, after ``.to(z.dtype)``).
     """
 
     codebook_size: int
@@ -54,22 +55,22 @@ class Quantizer(nn.Module, ABC):
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise InputError unless latents are floating point [B, C, h, w] with C = ``latent_dim``."""
-        if latents.ndim != 4 or latents.shape[1] != self.latent_dim or not latents.is_floating_point():
-            raise InputError(f"latents must be floating point [B, {self.latent_dim}, h, w]; got {latents.dtype} {list(latents.shape)}.")
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != self.latent_dim or not latents.is_floating_point():
+            raise InputError(f"latents must be floating point [B, {self.latent_dim}, h, w]; got {describe(latents)}.")
 
     def check_indices(self, indices: Tensor, num_tokens: int) -> Tensor:
         """Return indices as int64, or raise InputError unless they are whole numbers [B, num_tokens] in [0, codebook_size)."""
-        if indices.ndim != 2 or indices.shape[1] != num_tokens:
+        if not isinstance(indices, Tensor) or indices.ndim != 2 or indices.shape[1] != num_tokens:
             raise InputError(
-                f"indices must be [B, {num_tokens}] for this layout; got {list(indices.shape)}. "
+                f"indices must be [B, {num_tokens}] for this layout; got {describe(indices)}. "
                 "Pass the layout (or patch_hws) that they were encoded with."
             )
         return self.check_range(indices)
 
     def check_range(self, indices: Tensor) -> Tensor:
         """Return indices as int64, or raise InputError unless they are whole numbers in [0, codebook_size)."""
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool:
-            raise InputError(f"indices must be whole numbers; got {indices.dtype}.")
+        if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool:
+            raise InputError(f"indices must be whole numbers; got {describe(indices)}.")
         indices = indices.long()
         if indices.numel():
             low, high = (int(i) for i in indices.aminmax())

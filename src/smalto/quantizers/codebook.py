@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,21 @@ class EMACodebook(Codebook):
         self.register_buffer("ema_counts", torch.ones(num_embeddings))
         self.register_buffer("ema_sums", self.weight.detach().clone())
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "ema_sums" in self._buffers:  # not yet, when nn.Embedding calls this
+            self.ema_counts.fill_(1)
+            self.ema_sums.copy_(self.weight.detach())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # .half() and .bfloat16() come through here. Averages move by less than such numbers can tell apart, so theirs stay wide.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("ema_counts", "ema_sums"):
+            buffer = self._buffers[name]
+            assert buffer is not None
+            self._buffers[name] = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+        return self
+
     @torch.no_grad()
     def absorb(self, counts: Tensor, sums: Tensor, decay: float) -> None:
         """Move towards the mean of what was assigned: counts [K] and sums [K, D], both in units of uniform use."""
@@ -44,7 +61,7 @@ class EMACodebook(Codebook):
         # Sums and counts shrink together, so a code that nothing hits stays where it is, until both are too small to divide.
         alive = self.ema_counts > 1e-8
         means = self.ema_sums / self.ema_counts.clamp(min=1e-8).unsqueeze(1)
-        self.weight.copy_(torch.where(alive.unsqueeze(1), means, self.weight))
+        self.weight.copy_(torch.where(alive.unsqueeze(1), means, self.weight.to(means.dtype)))
 
     @torch.no_grad()
     def place(self, rows: Tensor, vectors: Tensor) -> None:

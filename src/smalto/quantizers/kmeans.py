@@ -14,15 +14,13 @@ def kmeans(vectors: Tensor, num_codes: int, metric: Metric, generator: torch.Gen
     Args:
         vectors: [N, D], finite.
         num_codes: K wanted.
-        metric: ``"cosine"`` runs on normalised vectors and gives unit codes.
+        metric: ``"cosine"`` groups by angle; the centres are means of the vectors themselves, because the stored code is the value.
         generator: on the CPU; decides the choice.
         num_iterations: rounds of assignment and averaging.
 
     Returns:
         [min(K, number of distinct vectors), D]. A centre that loses all its vectors is put on the vector that is worst served.
     """
-    if metric == "cosine":
-        vectors = torch.nn.functional.normalize(vectors, dim=1)
     distinct = torch.unique(vectors, dim=0)
     chosen = torch.randperm(len(distinct), generator=generator)[:num_codes].to(vectors.device)
     centres = distinct[chosen]
@@ -34,7 +32,13 @@ def kmeans(vectors: Tensor, num_codes: int, metric: Metric, generator: torch.Gen
         means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centres.dtype)
         empty = (counts == 0).nonzero().squeeze(1)
         if len(empty):
-            errors = (vectors - centres[indices]).square().sum(dim=1)
+            errors = _errors(vectors, centres[indices], metric)
             means[empty] = vectors[errors.topk(min(len(empty), len(vectors))).indices]
-        centres = torch.nn.functional.normalize(means, dim=1) if metric == "cosine" else means
+        centres = means
     return centres
+
+
+def _errors(vectors: Tensor, centres: Tensor, metric: Metric) -> Tensor:
+    if metric == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(vectors, centres)
+    return (vectors - centres).square().sum(dim=1)

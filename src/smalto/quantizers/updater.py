@@ -40,7 +40,8 @@ class CodebookUpdater:
 
     It listens to every ``VectorQuantizer`` of the model through hooks of its own and counts a call only in training mode, with
     gradients on and outside the backward pass; so evaluation and activation checkpointing do not count, and the micro-batches of an
-    accumulated step add up. Between steps it keeps counts, sums and a bounded random sample of vectors: O(K·D) memory.
+    accumulated step add up. Between steps it keeps counts, sums and a bounded random sample of vectors: O(K·D) memory. A model has one
+    updater: a newer one takes over. Copies of the model have none.
 
     Args:
         model: holds at least one VectorQuantizer.
@@ -49,6 +50,8 @@ class CodebookUpdater:
         memory: how far moving averages look back, in tokens per code. A batch of N tokens decays the past by
             ``exp(-N / (K·memory))``, so the setting means the same for every batch and codebook size.
         seed: random choices depend on (seed, step) alone, so a resumed run makes the same ones.
+        keep_codes: begin with the codes as they are, as for a trained tokenizer; otherwise ``start``, or else the first ``step``,
+            places them anew.
 
     Raises:
         InputError: the model has no VectorQuantizer.
@@ -62,17 +65,23 @@ class CodebookUpdater:
         *,
         memory: float = 160.0,
         seed: int = 0,
+        keep_codes: bool = False,
     ) -> None:
-        if memory <= 0:
+        if not 0 < memory < math.inf:
             raise ConfigError(f"memory is in tokens per code and must be positive; got {memory}.")
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ConfigError("CodebookUpdater works in one process for now: codebooks of several would drift apart.")
         self.model, self.optimizer, self.revive, self.memory, self.seed = model, optimizer, revive, memory, seed
         self.num_steps = 0
-        self._books = {name: _Book(module) for name, module in model.named_modules() if isinstance(module, VectorQuantizer)}
+        quantizers = {name: module for name, module in model.named_modules() if isinstance(module, VectorQuantizer)}
+        self._books = {name: _Book(quantizer, started=keep_codes) for name, quantizer in quantizers.items()}
         if not self._books:
             raise InputError(f"{type(model).__name__} holds no VectorQuantizer: there is no codebook to look after.")
-        self._hooks = [book.quantizer.nearest.register_forward_hook(self._listener(book)) for book in self._books.values()]
+        for book in self._books.values():
+            for hook in list(book.quantizer.nearest._forward_hooks.values()):
+                if isinstance(hook, _Listener):
+                    hook.updater.close()
+        self._hooks = [book.quantizer.nearest.register_forward_hook(_Listener(self, book)) for book in self._books.values()]
 
     def start(self, images: Tensor | Iterable[Tensor]) -> None:
         """Place all codes by k-means on the latents of ``images``: what ``model`` takes, one batch or several.
@@ -80,7 +89,7 @@ class CodebookUpdater:
         Give at least 8 vectors per code where the data has them. Not called, the first ``step`` does it with what it saw.
         """
         batches = [images] if isinstance(images, Tensor) else list(images)
-        was_training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             # One quantizer after the other: what a later one sees depends on the codes of those before it.
@@ -95,7 +104,8 @@ class CodebookUpdater:
                     raise InputError("start() saw no finite latents: give it at least one batch of images.")
                 self._start(book)
         finally:
-            self.model.train(was_training)
+            for module, training in modes.items():
+                module.training = training
             for book in self._books.values():
                 book.collecting = False
                 book.forget()
@@ -118,6 +128,11 @@ class CodebookUpdater:
                 book.forget()
         self.num_steps += 1
 
+    def discard(self) -> None:
+        """Forget what was seen since the last step, as ``optimizer.zero_grad()`` does: for a batch that is skipped."""
+        for book in self._books.values():
+            book.forget()
+
     def usage(self) -> dict[str, float]:
         """Share of each quantizer's codes that were hit within the last 32·K tokens (usage@W, W = 32·K)."""
         return {name: book.usage() for name, book in self._books.items()}
@@ -129,7 +144,8 @@ class CodebookUpdater:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state["books"]) != set(self._books):
             raise InputError(f"the state is of the quantizers {sorted(state['books'])}; this model has {sorted(self._books)}.")
-        self.num_steps, self.seed = state["num_steps"], state["seed"]
+        self.num_steps, self.seed = int(state["num_steps"]), int(state["seed"])
+        self.discard()
         for name, book in self._books.items():
             book.load_state_dict(state["books"][name])
 
@@ -138,20 +154,9 @@ class CodebookUpdater:
         for hook in self._hooks:
             hook.remove()
 
-    def _listener(self, book: _Book) -> Any:
-        def listen(module: nn.Module, args: tuple[Tensor, Tensor, Tensor], indices: Tensor) -> None:
-            in_backward = torch._C._current_graph_task_id() != -1  # a recomputation by activation checkpointing
-            learning = module.training and torch.is_grad_enabled() and not in_backward and not torch.compiler.is_compiling()
-            if learning or book.collecting:
-                generator = self._generator(book)
-                with torch.no_grad():
-                    book.add(args[0].detach(), indices, args[2], generator)
-
-        return listen
-
     def _generator(self, book: _Book) -> torch.Generator:
         generator = torch.Generator()
-        generator.manual_seed((self.seed * 1_000_003 + self.num_steps) * 1_000_003 + book.num_calls)
+        generator.manual_seed(((self.seed * 1_000_003 + self.num_steps) * 1_000_003 + book.num_calls) % 2**63)
         return generator
 
     def _update(self, book: _Book) -> None:
@@ -170,7 +175,7 @@ class CodebookUpdater:
             self._revive(book, (book.use < self.revive.below).nonzero().squeeze(1))
 
     def _revive(self, book: _Book, dead: Tensor) -> None:
-        if not len(dead) or book.sample is None:
+        if not len(dead) or book.sample is None or not len(book.sample):
             return
         dead = dead[book.use[dead].argsort(stable=True)]
         vectors = _distinct(book.sample[: 2 * len(dead)])[: len(dead)]
@@ -190,17 +195,40 @@ class CodebookUpdater:
                 moment[rows] = 0
 
 
+class _Listener:
+    """The hook on one quantizer's search. Copied or pickled with the model, it becomes deaf: a copy feeds nobody's updater."""
+
+    def __init__(self, updater: CodebookUpdater, book: _Book) -> None:
+        self.updater, self._book = updater, book
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, Tensor, Tensor], indices: Tensor) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1  # a recomputation by activation checkpointing
+        learning = module.training and torch.is_grad_enabled() and not in_backward and not torch.compiler.is_compiling()
+        if learning or self._book.collecting:
+            with torch.no_grad():
+                self._book.add(args[0].detach(), indices, args[2], self.updater._generator(self._book))
+
+    def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
+        return _Deaf, ()
+
+
+class _Deaf:
+    """What a listener is in a copy of the model."""
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
 class _Book:
     """What the updater knows of one quantizer: statistics since the last step, and slow ones in units of uniform use."""
 
-    def __init__(self, quantizer: VectorQuantizer) -> None:
+    def __init__(self, quantizer: VectorQuantizer, started: bool) -> None:
         self.quantizer = quantizer
-        self.started = self.collecting = False
-        weight = quantizer.embedding.weight
+        self.started, self.collecting = started, False
         size = quantizer.codebook_size
         # Learned codebooks have no buffer of their own for this: their only state is the weight.
-        self._learned_use = torch.ones(size, device=weight.device)
-        self.idle = torch.full((size,), USAGE_WINDOW * size, dtype=torch.int64, device=weight.device)
+        self._learned_use = torch.ones(size)
+        self.idle = torch.full((size,), USAGE_WINDOW * size)
         self.forget()
 
     @property
@@ -221,6 +249,7 @@ class _Book:
 
     def add(self, vectors: Tensor, indices: Tensor, valid: Tensor, generator: torch.Generator) -> None:
         """Take in one call: vectors [N, D], indices [N], valid [N]."""
+        self.idle, self._learned_use = self.idle.to(vectors.device), self._learned_use.to(vectors.device)
         size = self.quantizer.codebook_size
         counts, sums = code_sums(vectors, torch.where(valid, indices, size), size + 1)  # the last bin takes what is not finite
         self.counts = counts[:size] + self.counts if self.num_calls else counts[:size]
@@ -255,6 +284,9 @@ class _Book:
         return {"started": self.started, "idle": self.idle.clone(), "use": self.use.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, own in (("idle", self.idle), ("use", self.use)):
+            if state[name].shape != own.shape:
+                raise InputError(f"the state is of {len(state[name])} codes; this quantizer has {len(own)}.")
         self.started = bool(state["started"])
         self.idle.copy_(state["idle"])
         self.use.copy_(state["use"])

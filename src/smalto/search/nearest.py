@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smalto.errors import InputError
+from smalto.errors import InputError, describe
 from smalto.search.tiled import nearest_tiled
 
 Metric = Literal["l2", "cosine"]
@@ -30,6 +30,8 @@ def nearest_codes(queries: Tensor, codebook: Tensor, metric: Metric = "l2") -> T
     Raises:
         InputError: ranks or dimensions do not fit, no codes, integer input, or an unknown metric.
     """
+    if not isinstance(queries, Tensor) or not isinstance(codebook, Tensor):
+        raise InputError(f"queries and codebook must be tensors; got {describe(queries)} and {describe(codebook)}.")
     if queries.ndim != 2 or codebook.ndim != 2 or queries.shape[1] != codebook.shape[1] or queries.shape[1] == 0:
         raise InputError(
             f"nearest_codes expects queries [N, D] and a codebook [K, D] with the same D of at least 1; got {list(queries.shape)} "

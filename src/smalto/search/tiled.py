@@ -8,13 +8,14 @@ each tile of codes, the second looks at the winning tile again to find the posit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from smalto.precision import plain_float32, without_autocast
+
 CODES_PER_TILE = 256
+COLUMNS = 16  # float32 numbers in the widest vector register
 QUERIES_PER_TILE = 2048
 _BLOCK_FLOATS = 2**22  # 16 MiB: the largest single temporary; fewer than four of this size live at once
 _BLOCK_QUERIES = 2**16
@@ -25,10 +26,10 @@ def nearest_tiled(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
     """``nearest_codes`` without the checks: float [N, D], float [K, D] -> int64 [N]."""
     num_queries, dim = queries.shape
     indices = torch.empty(num_queries, dtype=torch.int64, device=queries.device)
-    with _plain_float32(queries.device):
+    with without_autocast(queries.device), plain_float32():
         # Shifting both sides by the codebook's mean leaves l2 distances alone and keeps the products small, so float32 loses less.
         shift = queries.new_zeros(dim, dtype=torch.float32) if cosine else _mean(codebook)
-        num_tiles = -(-codebook.shape[0] // CODES_PER_TILE)
+        num_tiles = -(-codebook.shape[0] // _codes_per_tile(dim))
         block = max(1, min(_BLOCK_QUERIES, _BLOCK_FLOATS // max(num_tiles, dim)))
         for rows in _slices(num_queries, block):
             shifted = queries[rows].float() - shift
@@ -42,7 +43,7 @@ def _(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
 
 
 def _search_block(queries: Tensor, codebook: Tensor, shift: Tensor, cosine: bool) -> Tensor:
-    tiles = list(_slices(codebook.shape[0], CODES_PER_TILE))
+    tiles = list(_slices(codebook.shape[0], _codes_per_tile(codebook.shape[1])))
     best = queries.new_empty(len(tiles), queries.shape[0])
     for t, codes in enumerate(tiles):
         matrix, offset = _prepare(codebook[codes], shift, cosine)
@@ -64,12 +65,25 @@ def _search_block(queries: Tensor, codebook: Tensor, shift: Tensor, cosine: bool
 
 
 def _prepare(codes: Tensor, shift: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    """Codes [k, D] -> (matrix [D, k], offset [k]) with score = offset + query @ matrix."""
+    """Codes [k, D] -> (matrix [D, k'], offset [k']) with score = offset + query @ matrix.
+
+    k' is k rounded up to whole vector registers; what is added scores -inf. In narrower products the columns at the edge are rounded
+    in another way than the rest, and of two equal codes the higher could win.
+    """
     codes = codes.float() - shift
+    padding = (0, -codes.shape[0] % COLUMNS)
     if cosine:
-        codes = torch.nn.functional.normalize(codes, dim=1)
-        return codes.t(), codes.new_zeros(codes.shape[0])
-    return codes.t(), codes.square().sum(dim=1).mul_(-0.5)
+        codes = torch.nn.functional.normalize(codes, dim=1, eps=torch.finfo(torch.float32).tiny)
+        offset = codes.new_zeros(codes.shape[0])
+    else:
+        offset = codes.square().sum(dim=1).mul_(-0.5)
+    matrix = torch.nn.functional.pad(codes, (0, 0, *padding)).t()
+    return matrix, torch.nn.functional.pad(offset, padding, value=-torch.inf)
+
+
+def _codes_per_tile(dim: int) -> int:
+    """As many codes as a tile takes without its matrix outgrowing the largest temporary."""
+    return max(1, min(CODES_PER_TILE, _BLOCK_FLOATS // dim))
 
 
 def _mean(codebook: Tensor) -> Tensor:
@@ -81,27 +95,3 @@ def _mean(codebook: Tensor) -> Tensor:
 
 def _slices(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
-
-
-@contextmanager
-def _plain_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 or bfloat16 inside float32 products; the caller's settings come back whatever happens."""
-    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    switches: list[Any] = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    with torch.autocast(device.type, enabled=False):
-        if switches:  # torch 2.9 and newer: one switch per backend; asking for the old one beside them is an error
-            before = [switch.fp32_precision for switch in switches]
-            try:
-                for switch in switches:
-                    switch.fp32_precision = "ieee"
-                yield
-            finally:
-                for switch, setting in zip(switches, before, strict=True):
-                    switch.fp32_precision = setting
-        else:
-            legacy = torch.get_float32_matmul_precision()
-            try:
-                torch.set_float32_matmul_precision("highest")
-                yield
-            finally:
-                torch.set_float32_matmul_precision(legacy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_many_tiles_and_blocks_agree_with_brute_force(monkeypatch: pytest.Monkey
     queries, codebook = torch.randn(5000, 6), torch.randn(700, 6)
     expected = brute_force_distances(queries, codebook).argmin(1)
     assert torch.equal(nearest_codes(queries, codebook), expected)
-    monkeypatch.setattr(tiled, "CODES_PER_TILE", 13)
+    monkeypatch.setattr(tiled, "CODES_PER_TILE", 16)
     monkeypatch.setattr(tiled, "QUERIES_PER_TILE", 37)
     monkeypatch.setattr(tiled, "_BLOCK_QUERIES", 101)
     assert torch.equal(nearest_codes(queries, codebook), expected)
@@ -177,19 +178,23 @@ def test_no_n_by_k_matrix_is_ever_made() -> None:
     assert 0 < guard.elements <= tiled._BLOCK_FLOATS < queries.shape[0] * codebook.shape[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_extra_memory_stays_under_64_mib() -> None:
     script = """
-import resource, torch
+import torch
 from smalto.search import nearest_codes
+def peak():  # of this process: getrusage would begin with the parent's
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 torch.set_num_threads(1)
 queries, codebook = torch.randn(65536, 8), torch.randn(65536, 8)
 nearest_codes(queries[:4096], codebook[:4096])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 nearest_codes(queries, codebook)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 64
+    assert 1 < float(done.stdout) < 64
 
 
 def test_no_gradient_flows() -> None:

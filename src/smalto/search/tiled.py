@@ -15,7 +15,7 @@ from torch import Tensor
 from smalto.precision import plain_float32, without_autocast
 
 CODES_PER_TILE = 256
-COLUMNS = 16  # float32 numbers in the widest vector register
+COLUMNS = 16  # divides CODES_PER_TILE: float32 numbers in the widest vector register
 QUERIES_PER_TILE = 2048
 _BLOCK_FLOATS = 2**22  # 16 MiB: the largest single temporary; fewer than four of this size live at once
 _BLOCK_QUERIES = 2**16
@@ -30,9 +30,11 @@ def nearest_tiled(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
         # Shifting both sides by the codebook's mean leaves l2 distances alone and keeps the products small, so float32 loses less.
         shift = queries.new_zeros(dim, dtype=torch.float32) if cosine else _mean(codebook)
         num_tiles = -(-codebook.shape[0] // _codes_per_tile(dim))
-        block = max(1, min(_BLOCK_QUERIES, _BLOCK_FLOATS // max(num_tiles, dim)))
+        block = max(1, min(_BLOCK_QUERIES, _BLOCK_FLOATS // max(num_tiles, dim + 1)))
         for rows in _slices(num_queries, block):
-            shifted = queries[rows].float() - shift
+            # A column of ones takes the offset of each code into the product: cheaper than adding it afterwards.
+            shifted = queries.new_ones(rows.stop - rows.start, dim + 1, dtype=torch.float32)
+            torch.sub(queries[rows], shift, out=shifted[:, :dim])
             indices[rows] = _search_block(shifted, codebook, shift, cosine)
     return indices
 
@@ -45,12 +47,14 @@ def _(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
 def _search_block(queries: Tensor, codebook: Tensor, shift: Tensor, cosine: bool) -> Tensor:
     tiles = list(_slices(codebook.shape[0], _codes_per_tile(codebook.shape[1])))
     best = queries.new_empty(len(tiles), queries.shape[0])
+    scores = queries.new_empty(min(QUERIES_PER_TILE, queries.shape[0]), CODES_PER_TILE)
     for t, codes in enumerate(tiles):
-        matrix, offset = _prepare(codebook[codes], shift, cosine)
+        matrix = _prepare(codebook[codes], shift, cosine)
         for rows in _slices(queries.shape[0], QUERIES_PER_TILE):
-            torch.amax(torch.addmm(offset, queries[rows], matrix), dim=1, out=best[t, rows])
+            torch.amax(_product(queries[rows], matrix, scores), dim=1, out=best[t, rows])
     # Of equal maxima, max() returns the first: ties go to the lowest tile here and to the lowest code below.
-    # A NaN beats every number in amax, so a non-finite query is caught by its best score.
+    # A NaN in a query makes every score NaN, an infinity makes every score infinite or NaN, and amax passes a NaN on: so the best
+    # score tells whether the query was finite.
     top, winner = best.max(dim=0)
     order = winner.argsort()
     counts = torch.bincount(winner, minlength=len(tiles)).tolist()
@@ -58,27 +62,34 @@ def _search_block(queries: Tensor, codebook: Tensor, shift: Tensor, cosine: bool
     for codes, tile_rows in zip(tiles, order.split(counts), strict=True):
         if not len(tile_rows):
             continue
-        matrix, offset = _prepare(codebook[codes], shift, cosine)
+        matrix = _prepare(codebook[codes], shift, cosine)
         for part in tile_rows.split(QUERIES_PER_TILE):
-            indices[part] = torch.addmm(offset, queries[part], matrix).max(dim=1).indices + codes.start
-    return torch.where(queries.isfinite().all(dim=1) & top.isfinite(), indices, 0)
+            indices[part] = _product(queries[part], matrix, scores).max(dim=1).indices + codes.start
+    return torch.where(top.isfinite(), indices, 0)
 
 
-def _prepare(codes: Tensor, shift: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    """Codes [k, D] -> (matrix [D, k'], offset [k']) with score = offset + query @ matrix.
+def _product(queries: Tensor, matrix: Tensor, buffer: Tensor) -> Tensor:
+    """queries [n, D+1] @ matrix [D+1, k], written into the beginning of ``buffer``."""
+    out = buffer.view(-1)[: len(queries) * matrix.shape[1]].view(len(queries), matrix.shape[1])
+    return torch.mm(queries, matrix, out=out)
+
+
+def _prepare(codes: Tensor, shift: Tensor, cosine: bool) -> Tensor:
+    """Codes [k, D] -> matrix [D+1, k'] that gives scores when multiplied with queries that end with a one.
 
     k' is k rounded up to whole vector registers; what is added scores -inf. In narrower products the columns at the edge are rounded
     in another way than the rest, and of two equal codes the higher could win.
     """
     codes = codes.float() - shift
-    padding = (0, -codes.shape[0] % COLUMNS)
     if cosine:
         codes = torch.nn.functional.normalize(codes, dim=1, eps=torch.finfo(torch.float32).tiny)
-        offset = codes.new_zeros(codes.shape[0])
+        offset = codes.new_zeros(codes.shape[0], 1)
     else:
-        offset = codes.square().sum(dim=1).mul_(-0.5)
-    matrix = torch.nn.functional.pad(codes, (0, 0, *padding)).t()
-    return matrix, torch.nn.functional.pad(offset, padding, value=-torch.inf)
+        offset = codes.square().sum(dim=1, keepdim=True).mul_(-0.5)
+    padding = -codes.shape[0] % COLUMNS
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, padding))
+    offset = torch.nn.functional.pad(offset, (0, 0, 0, padding), value=-torch.inf)
+    return torch.cat([codes, offset], dim=1).t()
 
 
 def _codes_per_tile(dim: int) -> int:

@@ -71,8 +71,11 @@ def test_the_whole_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train"], "name either a FOLDER"),
-        (["train", "x", "--resume", "y"], "name either a FOLDER"),
+        (["train"], "name a FOLDER"),
+        (["train", ".", "--set", "data.source=x"], "named by FOLDER"),
+        (["train", ".", "--seed", "99999999999999999999"], "seed: "),
+        (["train", ".", "--out", "/proc/run"], "cannot be written"),
+        (["train", ".", "--out", "r" * 300], "cannot be written"),
         (["train", "--resume", "y", "--overwrite"], "leave out --recipe and --overwrite"),
         (["train", "nowhere"], "nowhere does not exist"),
         (["train", "--resume", "nowhere"], "is not a run"),
@@ -104,6 +107,21 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     done = smalto_command("train", "photos", "--out", "locked/run", *tiny_sets(), check=False, cwd=tmp_path)
     assert "permission denied" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.2, 1.6, 2.0])
+def test_ctrl_c_at_any_moment_is_one_line(tmp_path: Path, seconds: float) -> None:
+    import signal
+
+    write_pictures(tmp_path / "photos", 30, 200, 200)
+    command = [sys.executable, "-m", "smalto", "train", "photos", "--out", "run", *tiny_sets(), "--steps", "100000", "--workers", "2"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    if seconds > 0.5:  # before that Python itself is starting
+        assert "Traceback" not in error
+        assert process.returncode == 130
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -55,7 +57,10 @@ def demo(
 
 @app.command(epilog="Examples: smalto train photos/ --out runs/mine --steps 4000;  smalto train --resume runs/mine")
 def train(
-    folder: Annotated[str | None, typer.Argument(help="Folder of pictures, searched with its subfolders.")] = None,
+    folder: Annotated[
+        str | None,
+        typer.Argument(help="Folder of pictures, searched with its subfolders. With --resume: where they are now, if they moved."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/mine"),
     resume: Annotated[Path | None, typer.Option(help="Go on with this run instead.")] = None,
     overwrite: Overwrite = False,
@@ -85,13 +90,15 @@ def train(
         "precision": precision,
     }
     settings = dict(parse_setting(text) for text in set_ or []) | _given(short)
-    if (folder is None) == (resume is None):
-        raise SmaltoError("name either a FOLDER of pictures to train on, or a run to go on with: --resume RUN.")
+    if folder is None and resume is None:
+        raise SmaltoError("name a FOLDER of pictures to train on, or a run to go on with: --resume RUN.")
+    if "data.source" in settings:
+        raise SmaltoError("the pictures are named by FOLDER, not by --set data.source. With --resume, FOLDER says where they are now.")
     if resume is not None and (recipe is not None or overwrite):
         raise SmaltoError("--resume goes on with a run as it is: leave out --recipe and --overwrite.")
     with _progress(resume or out) as progress:
         if resume is not None:
-            _print_trained(jobs.resume(resume, settings=settings, device=device, workers=workers, progress=progress))
+            _print_trained(jobs.resume(resume, folder, settings=settings, device=device, workers=workers, progress=progress))
         else:
             assert folder is not None
             chosen = load_recipe(recipe, settings)
@@ -178,8 +185,9 @@ def tokenize(
 @app.command(epilog="Example: smalto decode tokens.safetensors --out pictures/")
 def decode(
     tokens: Annotated[Path, typer.Argument(help="A token file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("decoded"),
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; default: the one that the token file names.")] = None,
+    overwrite: Overwrite = False,
     batch: Batch = 8,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -190,7 +198,15 @@ def decode(
 
     with _progress() as progress:
         paths = jobs.decode(
-            tokens, out, tokenizer, batch=batch, device=device, precision=_precision(precision), workers=workers, progress=progress
+            tokens,
+            out,
+            tokenizer,
+            overwrite=overwrite,
+            batch=batch,
+            device=device,
+            precision=_precision(precision),
+            workers=workers,
+            progress=progress,
         )
     print(f"{len(paths):,} pictures -> {out}")
 
@@ -200,6 +216,7 @@ def reconstruct(
     photo: Annotated[Path, typer.Argument(help="One picture.")],
     tokenizer: Tokenizer,
     out: Annotated[Path | None, typer.Option(help="The PNG to write; default: NAME-reconstruction.png here.")] = None,
+    overwrite: Overwrite = False,
     longer_side: LongerSide = 768,
     batch: Annotated[int, typer.Option(help="Makes no difference to one picture.")] = 1,
     device: Device = "auto",
@@ -213,7 +230,14 @@ def reconstruct(
         if batch != 1 or workers:
             progress.say("one picture is decoded and encoded at once: --batch and --workers make no difference")
         result = jobs.reconstruct(
-            photo, tokenizer, out, longer_side=longer_side, device=device, precision=_precision(precision), progress=progress
+            photo,
+            tokenizer,
+            out,
+            overwrite=overwrite,
+            longer_side=longer_side,
+            device=device,
+            precision=_precision(precision),
+            progress=progress,
         )
     print(f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> {result.path}")
 
@@ -231,20 +255,24 @@ def main() -> None:
     # Torch's threads wait by spinning; where anything else wants a core, such as a decoding worker, a step then takes several times
     # as long. It must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may be no text
     try:
         app()
     except SmaltoError as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except PermissionError as error:
-        _fail(f"{error.filename}: permission denied. Name a place that you may write to.", 1)
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
+        advice = ". What was saved is whole: free some space and resume." if error.errno == errno.ENOSPC else "."
+        _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{advice}", 1)
+    except (MemoryError, RuntimeError) as error:
+        from smalto.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        _fail(
-            f"the disk is full{f' ({error.filename})' if error.filename else ''}. What was saved is whole; free some space and resume.", 1
-        )
+        _fail("out of memory. Try a smaller --batch, --size or --codebook-size.", 1)
 
 
 @contextmanager
@@ -257,10 +285,17 @@ def _progress(run: Path | None = None) -> Iterator[ConsoleProgress]:
         yield progress
     except Interrupted as stopped:
         progress.close()
-        again = f"smalto train --resume {run}" if run else "the same command again"
-        _fail(f"{stopped}; everything is saved. Go on with: {again}", 130)
+        _fail(f"{stopped}; everything is saved. Go on with: {_again(run)}", 130)
+    except KeyboardInterrupt:
+        progress.close()
+        begun = run is not None and (run / "recipe.toml").is_file()
+        _fail(f"interrupted. Go on with: {_again(run)}" if begun else "interrupted", 130)
     finally:
         progress.close()
+
+
+def _again(run: Path | None) -> str:
+    return f"smalto train --resume {run}" if run else "the same command again"
 
 
 def _print_trained(trained: Any) -> None:

@@ -6,13 +6,13 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from smalto.progress import Progress
 
 SECONDS_BETWEEN_LINES = 5.0
-_SHOWN = {"loss": "loss {:.4f}", "psnr": "PSNR {:.2f}", "held_out_psnr": "held-out {:.2f}", "usage": "codes {:.0%}"}
+_SHOWN = {"loss": "loss {:.4f}", "psnr": "PSNR {:.1f}", "usage": "codes {:.0%}", "held_out_psnr": "held-out {:.1f}"}
 
 
 class ConsoleProgress(Progress):
@@ -23,6 +23,10 @@ class ConsoleProgress(Progress):
         self._bars: Bars | None = None
         self._task = TaskID(0)
         self._figures: dict[str, float] = {}
+        self._title, self._unit = "", ""
+        self._total: int | None = None
+        self._done = self._first = self._images = 0
+        self._begun = self._last_line = time.monotonic()
 
     def begin(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._title, self._total, self._unit, self._done, self._first = title, total, unit, done, done
@@ -31,12 +35,10 @@ class ConsoleProgress(Progress):
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
                 TimeRemainingColumn(),
+                TextColumn("left  {task.fields[figures]}"),  # last: on a narrow terminal the end is cut
             )
             self._bars = Bars(*columns, console=self._console, refresh_per_second=5)
             self._task = self._bars.add_task(title, total=total, completed=done, figures="")

@@ -38,8 +38,12 @@ def computing(device: torch.device, precision: Precision, batch: int) -> Iterato
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not out_of_memory:
+        if not is_out_of_memory(error):
             raise
         advice = f"Try --batch {max(1, batch // 2)}." if batch > 1 else "Try smaller pictures or --device cpu."
         raise SmaltoError(f"{device} ran out of memory with a batch of {batch}. {advice}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on the CPU torch raises a plain RuntimeError for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from smalto.errors import RunError
+
 _ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}")  # what tempfile makes of the prefix below
 
 
@@ -27,13 +29,28 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 def aside(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; when the block ends well, the file or folder made there becomes ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:20]}.", dir=path.parent))  # short: the name itself may be as long as names can be
     try:
         yield folder / "new"
         os.replace(folder / "new", path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before long work that ``path`` can be written after it. Makes its parent folder.
+
+    Raises:
+        RunError: it cannot, and why.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".try."):
+            pass
+        path.is_dir()  # a name that is too long says so here
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}. Name another place.") from None
 
 
 def remove_leftovers(folder: Path) -> None:

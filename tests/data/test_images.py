@@ -107,6 +107,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     os.rename(tmp_path / "picture00.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
     files, _ = find_pictures(tmp_path)
     assert printable(files[0].name) == "caf\\udce9.png"
+    assert printable("a\x1b[31m\x07\nb") == "a\\x1b[31m\\x07\\nb"
     assert read_picture(files[0].path).shape == (40, 48, 3)
     assert isinstance(is_held_out(files[0].name), bool)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy
@@ -64,6 +65,13 @@ def test_the_wrong_or_a_lost_tokenizer_is_refused(tokenizer: Path, pictures: Pat
     with pytest.raises(RunError, match=r"not there any more. Name it with --tokenizer"):
         smalto.decode(out, tmp_path / "decoded")
     assert len(smalto.decode(out, tmp_path / "decoded", tokenizer, device="cpu")) == 6
+    with pytest.raises(RunError, match=r"picture00\.png and 5 others exist already"):  # perhaps the originals
+        smalto.decode(out, tmp_path / "decoded", tokenizer, device="cpu")
+    assert len(smalto.decode(out, tmp_path / "decoded", tokenizer, overwrite=True, device="cpu", workers=0)) == 6
+    with pytest.raises(RunError, match="is a folder"):
+        smalto.tokenize(pictures, tokenizer, tmp_path, overwrite=True)
+    with pytest.raises(RunError, match="cannot be written"):
+        smalto.tokenize(pictures, tokenizer, out / "below a file")
 
 
 def test_damaged_token_files_are_named(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
@@ -84,6 +92,42 @@ def test_damaged_token_files_are_named(tokenizer: Path, pictures: Path, tmp_path
         TokenFile.load(tmp_path / "nowhere")
 
 
+def test_token_files_with_wrong_headers_are_named(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
+    import safetensors.numpy
+
+    tensors = {"tokens": numpy.zeros(4, numpy.uint16), "grids": numpy.array([[2, 2]], numpy.int32)}
+    header = {
+        "format_version": 1,
+        "names": ["a"],
+        "codebook_size": 4,
+        "tokenizer": "t",
+        "fingerprint": "f",
+        "transform": "",
+        "precision": "float32",
+    }
+
+    def load(tensors: dict[str, numpy.ndarray], header: object) -> TokenFile:
+        (tmp_path / "t").write_bytes(safetensors.numpy.save(tensors, {"smalto": json.dumps(header)}))
+        return TokenFile.load(tmp_path / "t")
+
+    assert load(tensors, header).grids == [(2, 2)]
+    for wrong in ({"names": [7]}, {"codebook_size": "many"}, {"tokenizer": None}, {"format_version": 2}, {"more": 1}):
+        with pytest.raises(DataError, match="damaged"):
+            load(tensors, header | wrong)
+    with pytest.raises(DataError, match="damaged"):
+        load(tensors, {k: v for k, v in header.items() if k != "names"})
+    for shape in ({"grids": numpy.array([2, 2], numpy.int32)}, {"tokens": numpy.zeros((2, 2), numpy.uint16)}, {"tokens": numpy.zeros(4)}):
+        with pytest.raises(DataError, match="contradicts itself"):
+            load(tensors | shape, header)
+
+
+def test_pictures_smaller_than_a_token_are_enlarged(tokenizer: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "p", 1, 1, 1)
+    Image.fromarray(numpy.zeros((1, 2000, 3), numpy.uint8)).save(tmp_path / "p" / "line.png")
+    smalto.tokenize(tmp_path / "p", tokenizer, tmp_path / "t", device="cpu", workers=0)
+    assert TokenFile.load(tmp_path / "t").grids == [(1, 768), (1, 1)]
+
+
 def test_token_files_are_small_and_deterministic(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         smalto.tokenize(pictures, tokenizer, tmp_path / name, device="cpu", workers=0)
@@ -93,13 +137,27 @@ def test_token_files_are_small_and_deterministic(tokenizer: Path, pictures: Path
 
 def test_decoded_names_stay_inside_and_apart() -> None:
     folder = Path("out")
-    names = ["a.jpg", "A.png", "sub/a.jpg", "../../etc/passwd", "/abs.png", "..", "a.png.png"]
+    names = [
+        "a.jpg",
+        "A.png",
+        "sub/a.jpg",
+        "../../etc/passwd",
+        "/abs.png",
+        "..",
+        "a.png.png",
+        "a.jpg.png",
+        "b.jpg",
+        "b.png/c.jpg",
+        "x" * 255,
+    ]
     paths = picture_paths(folder, names)
     assert all(path.is_relative_to(folder) and ".." not in path.parts for path in paths)
     assert len({str(path).lower() for path in paths}) == len(names)
     assert paths[0] == folder / "a.png"
     assert paths[2] == folder / "sub" / "a.png"
     assert paths[3] == folder / "etc" / "passwd.png"
+    assert paths[8] != folder / "b.png"  # that is a folder
+    assert all(len(part) < 256 for path in paths for part in path.parts)
 
 
 def test_reconstruct_one_picture(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
@@ -107,10 +165,12 @@ def test_reconstruct_one_picture(tokenizer: Path, pictures: Path, tmp_path: Path
     assert read_picture(str(result.path)).shape == (40, 48, 3)
     assert (result.num_tokens, result.bytes) == (120, 90)
     with pytest.raises(DataError, match="is a folder"):
-        smalto.reconstruct(pictures, tokenizer, tmp_path / "r.png")
+        smalto.reconstruct(pictures, tokenizer, tmp_path / "q.png")
+    with pytest.raises(RunError, match="exists already"):
+        smalto.reconstruct(pictures / "picture00.png", tokenizer, pictures / "picture00.png")
     (pictures / "bad.png").write_bytes(b"x")
     with pytest.raises(DataError, match="cannot be read: not an image"):
-        smalto.reconstruct(pictures / "bad.png", tokenizer, tmp_path / "r.png", device="cpu")
+        smalto.reconstruct(pictures / "bad.png", tokenizer, tmp_path / "q.png", device="cpu")
 
 
 def test_evaluate_takes_the_held_out_part_of_the_training_folder(pictures: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -119,6 +179,14 @@ def test_evaluate_takes_the_held_out_part_of_the_training_folder(pictures: Path,
     assert (again["measured_on"], again["num_images"]) == ("held-out pictures", 1)
     assert again["psnr"] == pytest.approx(trained.metrics["psnr"], rel=1e-5)
     assert smalto.evaluate(pictures, tmp_path / "run", everything=True, device="cpu", workers=0).figures["num_images"] == 6
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006"
+    assert smalto.evaluate(pictures, checkpoint, device="cpu", workers=0).figures["measured_on"] == "held-out pictures"
+    (held_out,) = json.loads((tmp_path / "run" / "split.json").read_text())["held_out"]
+    trained_on = next(p for p in pictures.iterdir() if p.name != held_out)
+    with pytest.raises(DataError, match=r"trained on all 1 pictures.*--all"):
+        smalto.evaluate(trained_on, tmp_path / "run", device="cpu", workers=0)
+    pictures.rename(tmp_path / "moved")
+    assert smalto.evaluate(tmp_path / "moved", tmp_path / "run", device="cpu", workers=0).figures["num_images"] == 1
     other = write_pictures(tmp_path / "other", 3, 50, 30)
     figures = smalto.evaluate(other, tmp_path / "run", device="cpu", workers=0).figures
     assert (figures["num_images"], figures["measured_on"]) == (3, "pictures of another source than the training's")

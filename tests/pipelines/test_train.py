@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(pictures: Path
     smalto.resume(run, device="cpu", workers=0)
     assert {"event": "damaged checkpoint", "step": 6} in read_jsonl(run / "events.jsonl")
     assert (run / "model.safetensors").read_bytes() == expected
+    assert RunFolder(run).restore()[0] == 6  # a good one has taken its place
+    assert (run / "checkpoints" / "damaged-step-00000006").is_dir()
 
 
 def test_no_checkpoint_left_is_an_error(run: Path) -> None:
@@ -110,9 +114,13 @@ def test_a_resumed_run_may_go_further_but_stays_itself(run: Path) -> None:
     for key in ("tokenizer.quantizer.codebook_size", "seed", "data.source"):
         with pytest.raises(ConfigError, match=f"keeps its {key}"):
             smalto.resume(run, settings={key: 1})
+    with pytest.raises(ConfigError, match="is at step 8 already"):
+        smalto.resume(run, settings={"steps": 3}, device="cpu", workers=0)
 
 
-def test_what_is_there_is_not_overwritten_unasked(run: Path, pictures: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_what_is_there_is_not_overwritten_unasked(
+    run: Path, pictures: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RunError, match=r"exists already. Go on with --resume .* --overwrite"):
         smalto.train(pictures, tiny_recipe, out=run)
     mine = tmp_path / "mine"
@@ -120,7 +128,19 @@ def test_what_is_there_is_not_overwritten_unasked(run: Path, pictures: Path, tin
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(RunError, match="not a run of smalto"):
         smalto.train(pictures, tiny_recipe, out=mine, overwrite=True)
+    (run / "thesis.txt").write_text("more years of work")
+    with pytest.raises(RunError, match=r"holds other things too \(thesis\.txt\)"):
+        smalto.train(pictures, tiny_recipe, out=run, overwrite=True)
     assert (mine / "thesis.txt").exists()
+    assert (run / "thesis.txt").exists()
+    (run / "thesis.txt").unlink()
+    with pytest.raises(RunError, match="pictures lie inside"):
+        smalto.train(run / "decoded", tiny_recipe, out=write_pictures(run / "decoded", 5).parent, overwrite=True, workers=0)
+    shutil.rmtree(run / "decoded")
+    monkeypatch.chdir(run)
+    with pytest.raises(RunError, match="folder you are in"):
+        smalto.train(pictures, tiny_recipe, out=".", overwrite=True)
+    monkeypatch.chdir(tmp_path)
     smalto.train(pictures, change_recipe(tiny_recipe, {"steps": 1}), out=run, overwrite=True, device="cpu", workers=0)
     assert len(read_jsonl(run / "log.jsonl")) == 1
     with pytest.raises(RunError, match="is not a run"):
@@ -151,8 +171,51 @@ def test_a_dataset_of_tensors_of_any_channels(tmp_path: Path, tiny_recipe: Recip
     with pytest.raises(ConfigError, match="pass it again"):
         smalto.resume(tmp_path / "run")
     smalto.resume(tmp_path / "run", Noise(), settings={"steps": 7}, device="cpu")
-    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"must be a tensor \[B, 3, H, W\]"):
         smalto.train(Noise(), tiny_recipe, out=tmp_path / "other", device="cpu")
+
+
+def test_a_run_follows_its_pictures_to_another_folder(run: Path, pictures: Path, tmp_path: Path) -> None:
+    pictures.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="does not exist"):
+        smalto.resume(run, settings={"steps": 7}, device="cpu", workers=0)
+    trained = smalto.resume(run, tmp_path / "moved", settings={"steps": 7}, device="cpu", workers=0)
+    assert trained.metrics["measured_on"] == "held-out pictures"
+    assert RunFolder(run).split()["source"] == str((tmp_path / "moved").resolve())
+
+
+def test_no_steps_leave_the_start_on_disk(pictures: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    trained = smalto.train(pictures, change_recipe(tiny_recipe, {"steps": 0}), out=tmp_path / "run", device="cpu", workers=0)
+    assert trained.metrics["fingerprint"] == smalto.load(tmp_path / "run").fingerprint()
+
+
+def test_logs_that_are_lost_or_damaged_do_not_stop_a_run(run: Path) -> None:
+    (run / "times.jsonl").unlink()
+    (run / "log.jsonl").write_bytes((run / "log.jsonl").read_bytes() + b"7\n\xff\xfe")
+    trained = smalto.resume(run, settings={"steps": 7}, device="cpu", workers=0)
+    assert [row["step"] for row in read_jsonl(run / "log.jsonl")] == list(range(1, 8))
+    assert trained.metrics["training_images_per_second"] > 0  # of the one step that is known
+    (run / "split.json").write_text("{}")
+    with pytest.raises(RunError, match=r"split\.json is damaged"):
+        smalto.resume(run, device="cpu", workers=0)
+
+
+def test_pictures_smaller_than_a_token_do_not_spoil_a_run(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    folder = write_pictures(tmp_path / "p", 5, 2, 3)
+    trained = smalto.train(folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+    assert trained.metrics["num_images"] == 1
+
+
+def test_names_that_are_not_text(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    folder = write_pictures(tmp_path / "p", 6)
+    for path in list(folder.iterdir()):
+        os.rename(path, os.fsencode(path).replace(b"picture", b"caf\xe9 <b>\x1b[31m"))
+    smalto.train(folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "caf\\udce9 &lt;b&gt;\\x1b[31m" in page
+    os.rename(folder, os.fsencode(folder) + b"\xff")
+    with pytest.raises(DataError, match="is not plain text"):
+        smalto.train(os.fsdecode(os.fsencode(folder) + b"\xff"), tiny_recipe, out=tmp_path / "other", workers=0)
 
 
 def test_diverged_training_says_what_to_do(tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from smalto.data.pictures import Pictures, to_unit_range
+from smalto.data.pictures import Pictures, enlarge, to_unit_range
 from smalto.errors import DataError
 
 WINDOW = 64  # pictures whose crops are mixed, and that are held decoded at once
@@ -124,19 +123,12 @@ class CropStream:
         return [crops[i] for i in order]
 
     def _cut(self, picture: Tensor, index: int, place: Any) -> Tensor:
-        if min(picture.shape[1:]) < self._size:
-            self.enlarged.add(index)
-            picture = enlarge(picture, self._size)
+        side = min(self._size, *picture.shape[1:])
         down, across, flip = place
-        top = int(down * (picture.shape[1] - self._size + 1))
-        left = int(across * (picture.shape[2] - self._size + 1))
-        crop = picture[:, top : top + self._size, left : left + self._size]
+        top = int(down * (picture.shape[1] - side + 1))
+        left = int(across * (picture.shape[2] - side + 1))
+        crop = picture[:, top : top + side, left : left + side]
+        if side < self._size:  # cut first: of a thin strip only this much is enlarged
+            self.enlarged.add(index)
+            crop = enlarge(crop, self._size)
         return crop.flip(-1) if self._flip and flip < 0.5 else crop
-
-
-def enlarge(picture: Tensor, size: int) -> Tensor:
-    """Scale [C, H, W] up until its shorter side is ``size``."""
-    scale = size / min(picture.shape[1:])
-    target = [max(size, round(side * scale)) for side in picture.shape[1:]]
-    bigger = F.interpolate(picture[None].float(), target, mode="bicubic", align_corners=False)[0]
-    return bigger.round().clamp(0, 255).to(torch.uint8) if picture.dtype == torch.uint8 else bigger.clamp(-1, 1)

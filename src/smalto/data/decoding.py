@@ -5,15 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy
 
 from smalto.data.images import LONGER_SIDE, BadPicture, PictureFile, read_picture
 from smalto.errors import DataError
+
+T = TypeVar("T")
 
 
 class Decoder:
@@ -32,7 +36,7 @@ class Decoder:
 
     def submit(self, path: str) -> Future[numpy.ndarray] | None:
         """Ask for one file; pass what comes back to ``result``."""
-        return self._start_pool().submit(read_picture, path, self.longer_side) if self.workers else None
+        return self._submit(read_picture, path, self.longer_side) if self.workers else None
 
     def result(self, path: str, future: Future[numpy.ndarray] | None) -> numpy.ndarray:
         """The picture asked for, uint8 [H, W, 3]. Raises BadPicture."""
@@ -40,7 +44,7 @@ class Decoder:
             return read_picture(path, self.longer_side)
         try:
             return future.result()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, CancelledError):  # its worker died, or another picture's did and took the pool along
             return self._retry_alone(path)
 
     def in_order(self, files: Iterable[PictureFile]) -> Iterator[tuple[PictureFile, numpy.ndarray | BadPicture]]:
@@ -70,17 +74,22 @@ class Decoder:
         except BadPicture as bad:
             return file, bad
 
-    def _start_pool(self) -> ProcessPoolExecutor:
+    def _submit(self, job: Callable[..., T], *arguments: Any) -> Future[T]:
         if self._pool is None:
             # Spawned, not forked: torch's threads do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
-        return self._pool
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
+        with _interrupts_are_the_parents():  # submitting may start a worker
+            try:
+                return self._pool.submit(job, *arguments)
+            except BrokenProcessPool:  # it broke since: this job, too, is done again alone
+                broken: Future[T] = Future()
+                broken.set_exception(BrokenProcessPool())
+                return broken
 
     def _retry_alone(self, path: str) -> numpy.ndarray:
         self.close()
         try:
-            self._start_pool().submit(int).result()
+            self._submit(int).result()
         except BrokenProcessPool:
             self.close()
             raise DataError(
@@ -88,11 +97,20 @@ class Decoder:
                 "because workers import the script; or pass workers=0."
             ) from None
         try:
-            return self._start_pool().submit(read_picture, path, self.longer_side).result()
+            return self._submit(read_picture, path, self.longer_side).result()
         except BrokenProcessPool:
             self.close()
             raise BadPicture("damaged: it crashed the decoder") from None
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_are_the_parents() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, from their first moment on; here it waits until the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -92,6 +92,8 @@ def read_picture(path: str, longer_side: int | None = LONGER_SIDE) -> numpy.ndar
         raise BadPicture(f"oversized: more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels") from None
     except UnidentifiedImageError:
         raise BadPicture("not an image") from None
+    except PermissionError:
+        raise BadPicture("unreadable: permission denied") from None
     except MemoryError:
         raise BadPicture("too large for the memory") from None
     except Exception as error:  # decoders raise anything from struct.error to SyntaxError on a damaged file
@@ -121,7 +123,7 @@ def summary(skipped: list[Skipped], most: int = 8) -> str:
 
 def printable(name: str) -> str:
     """A file name that any terminal can show."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _walk(folder: Path, skipped: list[Skipped]) -> Iterator[PictureFile]:

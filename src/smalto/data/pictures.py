@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -95,7 +96,7 @@ class DatasetPictures(Pictures):
 
 def to_tensor(array: numpy.ndarray) -> Tensor:
     """uint8 [H, W, 3] -> uint8 [3, H, W]."""
-    return torch.from_numpy(numpy.ascontiguousarray(array.transpose(2, 0, 1)))
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
 def to_unit_range(picture: Tensor) -> Tensor:
@@ -108,13 +109,19 @@ def to_uint8(image: Tensor) -> Tensor:
     return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def enlarge(picture: Tensor, size: int) -> Tensor:
+    """Scale [C, H, W] up until its shorter side is ``size``."""
+    scale = size / min(picture.shape[1:])
+    target = [max(size, round(side * scale)) for side in picture.shape[1:]]
+    bigger = F.interpolate(picture[None].float(), target, mode="bicubic", align_corners=False)[0]
+    return bigger.round().clamp(0, 255).to(torch.uint8) if picture.dtype == torch.uint8 else bigger.clamp(-1, 1)
+
+
 def centre_crop(picture: Tensor, multiple: int) -> Tensor:
-    """Cut [..., H, W] to multiples of ``multiple``, evenly on both sides. Raises DataError for a picture that is smaller."""
-    height, width = (side // multiple * multiple for side in picture.shape[-2:])
-    if not height or not width:
-        raise DataError(
-            f"a picture of {picture.shape[-2]} x {picture.shape[-1]} pixels is smaller than one token ({multiple} x {multiple})."
-        )
+    """Cut [C, H, W] to multiples of ``multiple``, evenly on both sides; a picture that is smaller than one is enlarged to it."""
+    if min(picture.shape[1:]) < multiple:
+        picture = enlarge(picture, multiple)
+    height, width = (side // multiple * multiple for side in picture.shape[1:])
     top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
     return picture[..., top : top + height, left : left + width]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smalto.data.bundled import HELD_OUT, SOURCE, bundled_photographs
-from smalto.data.images import PictureFile, Skipped, find_pictures
+from smalto.data.images import PictureFile, Skipped, find_pictures, printable
+from smalto.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -28,4 +29,9 @@ def open_source(source: str | Path) -> Source:
     if str(source) == SOURCE:
         return Source(SOURCE, bundled_photographs(), [], HELD_OUT)
     files, skipped = find_pictures(source)
-    return Source(str(Path(source).resolve()), files, skipped)
+    name = str(Path(source).resolve())
+    if name != printable(name):
+        raise DataError(
+            f"the name of the folder {printable(name)} is not plain text, so a run could not remember it. Rename it, or name a link to it."
+        )
+    return Source(name, files, skipped)

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy
 import safetensors
 import safetensors.numpy
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from smalto.config import Config, parse_config
 from smalto.errors import DataError
 from smalto.files import write_atomic
 
-FORMAT_VERSION = 1
+
+class _Header(Config):
+    """What the file says beside its tensors."""
+
+    format_version: Literal[1] = 1
+    names: list[str]
+    codebook_size: int = Field(ge=1)
+    tokenizer: str
+    fingerprint: str
+    transform: str
+    precision: Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,8 @@ class TokenFile:
         dtype = numpy.uint16 if self.codebook_size <= 2**16 else numpy.uint32
         flat = numpy.concatenate([t.numpy().astype(dtype) for t in self.tokens]) if self.tokens else numpy.zeros(0, dtype)
         grids = numpy.array(self.grids, dtype=numpy.int32).reshape(-1, 2)
-        header = {key: value for key, value in vars(self).items() if key not in ("tokens", "grids")} | {"format_version": FORMAT_VERSION}
-        metadata = {"smalto": json.dumps(header, sort_keys=True)}
+        header = {key: value for key, value in vars(self).items() if key not in ("tokens", "grids")}
+        metadata = {"smalto": json.dumps({"format_version": 1, **header}, sort_keys=True)}
         write_atomic(path, safetensors.numpy.save({"tokens": flat, "grids": grids}, metadata))
 
     @classmethod
@@ -56,26 +69,25 @@ class TokenFile:
         """Read and check a file.
 
         Raises:
-            DataError: not there, not a token file, of another format, or its parts do not fit.
+            DataError: not there, not a token file, damaged, of another format, or its parts do not fit.
         """
         path = Path(path)
         if not path.is_file():
             raise DataError(f"{path} does not exist: token files are made by `smalto tokenize`.")
         try:
             with safetensors.safe_open(path, "numpy") as file:
-                header = json.loads((file.metadata() or {})["smalto"])
+                header = parse_config(_Header, json.loads((file.metadata() or {})["smalto"]), str(path))
                 flat, grids = file.get_tensor("tokens"), file.get_tensor("grids")
         except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             raise DataError(f"{path} is not a token file of smalto, or it is damaged ({error}).") from None
-        version = header.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path} has format_version {version!r}; this smalto reads {FORMAT_VERSION}.")
-        lengths = grids.prod(axis=1)
-        top = int(flat.max(initial=0))
-        if int(lengths.sum()) != len(flat) or len(grids) != len(header["names"]) or top >= header["codebook_size"]:
+        whole = flat.ndim == 1 and flat.dtype.kind == "u" and grids.ndim == 2 and grids.shape[1:] == (2,) and grids.dtype.kind == "i"
+        lengths = grids.astype(numpy.int64).prod(axis=1) if whole else numpy.zeros(0, numpy.int64)
+        top = int(flat.max(initial=0)) if whole else -1
+        if not whole or int(lengths.sum()) != len(flat) or len(grids) != len(header.names) or top >= header.codebook_size:
             raise DataError(
-                f"{path} contradicts itself: {len(header['names'])} names, {len(grids)} grids of {int(lengths.sum())} tokens together, "
-                f"{len(flat)} tokens up to {top}, {header['codebook_size']} codes. Write it again."
+                f"{path} contradicts itself: {len(header.names)} names, grids {list(grids.shape)} of {int(lengths.sum())} tokens together, "
+                f"tokens {list(flat.shape)} up to {top}, {header.codebook_size} codes. Write it again."
             )
         tokens = list(torch.from_numpy(flat.astype(numpy.int64)).split(lengths.tolist()))
-        return cls(tokens=tokens, grids=[(int(h), int(w)) for h, w in grids], **header)
+        facts = header.model_dump(exclude={"format_version"})
+        return cls(tokens=tokens, grids=[(int(h), int(w)) for h, w in grids], **facts)

@@ -13,11 +13,12 @@ BORDER = 5  # half of the 11 pixels of SSIM's window
 def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image, [B]; both [B, C, H, W], the reconstruction is clamped to [-1, 1] first.
 
-    10·log10(4 / mse), because the range of [-1, 1] is 2. Higher is better; +3 dB is half the squared error. Identical images give inf.
+    10·log10(4 / mse), because the range of [-1, 1] is 2. Higher is better; +3 dB is half the squared error. Identical images give 100 dB
+    and not infinity, so that a mean over many stays a number.
     """
     _check(reconstruction, images)
     error = (reconstruction.float().clamp(-1, 1) - images.float()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4 / error)
+    return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 
 def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:

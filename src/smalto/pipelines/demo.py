@@ -65,7 +65,7 @@ def demo(
         workers=0,
         progress=progress,
     )
-    pictures = decode(tokens, run.path / "decoded", device=device, precision=recipe.precision, progress=progress)
+    pictures = decode(tokens, run.path / "decoded", overwrite=True, device=device, precision=recipe.precision, progress=progress)
     # From here on only files count: the originals on one side, the PNGs that were decoded from tokens on disk on the other.
     stored = TokenFile.load(tokens)
     measurement = Measurement(stored.codebook_size)

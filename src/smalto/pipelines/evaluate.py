@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from smalto.data.bundled import credit
-from smalto.data.images import LONGER_SIDE, Skipped, summary
+from smalto.data.images import LONGER_SIDE, PictureFile, Skipped, printable, summary
 from smalto.data.pictures import to_uint8, to_unit_range
 from smalto.data.sources import Source, open_source
 from smalto.device import Precision
@@ -21,7 +20,7 @@ from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape
 from smalto.progress import Progress
 from smalto.report import Example
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.checkpoint import SPLIT_FILE
+from smalto.training.checkpoint import SPLIT_FILE, read_split
 
 MIN_SSIM_SIDE = 11
 MAX_EXAMPLES = 6
@@ -66,7 +65,7 @@ class Measurement:
         for i in range(min(len(names), self._max_examples - len(self._examples))):
             if images.shape[1] == 3:
                 pair = to_uint8(images[i]), to_uint8(reconstructions[i])
-                self._examples.append(Example(names[i], *pair, tokens[i], grid, values[i], credit(names[i])))
+                self._examples.append(Example(printable(names[i]), *pair, tokens[i], grid, values[i], credit(names[i])))
 
     def result(self, tokenizer: ImageTokenizer, on: str, transform: str, precision: str, skipped: list[Skipped]) -> Evaluation:
         """The figures, over all pictures added.
@@ -93,7 +92,7 @@ class Measurement:
             "images_per_second": len(self._psnr) / self._seconds if self._seconds else None,
             "pixels_per_image": self._pixels / len(self._psnr),
             "parameters": sum(p.numel() for p in tokenizer.parameters()),
-            "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+            "skipped": [{"name": printable(name), "reason": reason} for name, reason in skipped],
         }
         return Evaluation(figures, self._examples, self._meter.histogram, skipped)
 
@@ -148,20 +147,36 @@ def measure(runner: Runner, pictures: Any, max_examples: int = MAX_EXAMPLES) -> 
     return measurement
 
 
-def _unseen(source: Source, run: Path) -> tuple[list[Any], str]:
-    """The files of ``source`` that the run did not train on, and what to call them."""
-    split = run / SPLIT_FILE
-    if not split.is_file():
+def _unseen(source: Source, tokenizer: Path) -> tuple[list[PictureFile], str]:
+    """The files of ``source`` that the run of ``tokenizer`` did not train on, and what to call them.
+
+    Raises:
+        DataError: it has trained on all of them.
+    """
+    split = next((p / SPLIT_FILE for p in (tokenizer, tokenizer.parent.parent) if (p / SPLIT_FILE).is_file()), None)
+    if split is None:
         return source.files, "all pictures"
-    facts = json.loads(split.read_text(encoding="utf-8"))
-    if facts["source"] != source.name:
+    facts = read_split(split)
+    names = {file: _name_in(file, source, facts) for file in source.files}
+    if not any(names.values()):
         return source.files, "pictures of another source than the training's"
     held_out = set(facts["held_out"])
     if not held_out:
         return source.files, "training pictures"
-    return [file for file in source.files if file.name in held_out], "held-out pictures"
+    unseen = [file for file, name in names.items() if name is None or name in held_out]
+    if not unseen:
+        raise DataError(f"the run trained on all {len(source.files)} pictures of {source.name}. Measure them all the same with --all.")
+    return unseen, "held-out pictures"
+
+
+def _name_in(file: PictureFile, source: Source, facts: dict[str, Any]) -> str | None:
+    """The name of a file among the run's training pictures; None where it is not one of them."""
+    moved = len(source.files) == facts["num_pictures"] and set(facts["held_out"]) <= {f.name for f in source.files}
+    if source.name == facts["source"] or moved:
+        return file.name
+    path, folder = Path(file.path).resolve(), Path(facts["source"])
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
 
 
 def _mean(values: list[float]) -> float:
-    finite = [v for v in values if math.isfinite(v)]  # identical pictures have an infinite PSNR
-    return sum(finite) / len(finite) if finite else math.inf
+    return sum(values) / len(values)

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from smalto.data.bundled import CREDITS, SOURCE
-from smalto.data.images import summary
+from smalto.data.images import printable, summary
 from smalto.files import write_atomic
 from smalto.pipelines.evaluate import Evaluation
 from smalto.pipelines.running import Runner
@@ -35,7 +35,7 @@ def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evalu
     run.event("finished", step=recipe.steps)
     write_report(
         run.path / "report.html",
-        title=f"smalto: {run.path.name}",
+        title=f"smalto: {printable(run.path.resolve().name)}",
         subtitle=f"{recipe.steps:,} steps on {recipe.data.source}; measured on {figures['num_images']} {figures['measured_on']}.",
         headline=_headline(figures),
         table=_table(figures, recipe),
@@ -45,7 +45,7 @@ def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evalu
         histogram=evaluation.histogram,
         log=read_jsonl(run.path / "log.jsonl"),
     )
-    write_atomic(run.path / "metrics.json", json.dumps(figures, indent=2) + "\n")  # last: it says that the run is complete
+    write_atomic(run.path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")  # last: it says that the run is complete
     return figures
 
 
@@ -56,7 +56,12 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("measured on", f"{figures['num_images']} {figures['measured_on']}"),
         ("pictures", figures["transform"]),
         ("PSNR", f"{figures['psnr']:.2f} dB"),
-        ("SSIM", f"{figures['ssim']:.4f}" if figures["ssim"] is not None else 'not measured: pip install "smalto[eval]"'),
+        (
+            "SSIM",
+            f"{figures['ssim']:.4f}"
+            if figures["ssim"] is not None
+            else 'not measured (it needs pip install "smalto[eval]" and sides of 11 pixels)',
+        ),
         (f"usage@{figures['usage_window']:,}", f"{figures['usage']:.1%} of {figures['codebook_size']:,} codes"),
         ("perplexity", f"{figures['perplexity']:.1f}"),
         ("bits per pixel", f"{figures['bits_per_pixel']:.4f}"),

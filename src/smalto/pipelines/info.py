@@ -55,7 +55,10 @@ def info(path: str | Path) -> dict[str, Any]:
             "seed": recipe.seed,
         }
         if (path / "metrics.json").is_file():
-            metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-            facts["PSNR"] = f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
+            try:
+                metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+                facts["PSNR"] = f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
+            except (ValueError, KeyError, TypeError):
+                facts["PSNR"] = "metrics.json is damaged; smalto train --resume writes it again"
             facts["report"] = str(path / "report.html")
     return facts

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smalto.data.crops import enlarge
 from smalto.data.decoding import Decoder
 from smalto.data.images import LONGER_SIDE, BadPicture, PictureFile, Skipped
-from smalto.data.pictures import centre_crop, to_tensor
+from smalto.data.pictures import centre_crop, enlarge, to_tensor
 from smalto.device import Precision, computing, resolve_device
 from smalto.errors import ConfigError, DataError
 from smalto.layout import TokenLayout
@@ -104,18 +103,15 @@ class PictureReader:
                 if isinstance(picture, BadPicture):
                     self.skipped.append(Skipped(file.name, str(picture)))
                     continue
-                try:
-                    yield file.name, self._cut(to_tensor(picture))
-                except DataError as error:
-                    self.skipped.append(Skipped(file.name, f"too small: {error}"))
+                yield file.name, self._cut(to_tensor(picture))
 
     def _cut(self, picture: Tensor) -> Tensor:
         if self._size is None:
             return centre_crop(picture, self._stride)
-        if min(picture.shape[1:]) < self._size:
-            picture = enlarge(picture, self._size)
-        top, left = (picture.shape[1] - self._size) // 2, (picture.shape[2] - self._size) // 2
-        return picture[:, top : top + self._size, left : left + self._size]
+        side = min(self._size, *picture.shape[1:])
+        top, left = (picture.shape[1] - side) // 2, (picture.shape[2] - side) // 2
+        square = picture[:, top : top + side, left : left + side]
+        return enlarge(square, self._size) if side < self._size else square
 
 
 def batches_of_one_shape(pictures: Iterable[tuple[str, Tensor]], batch: int) -> Iterator[tuple[list[str], Tensor]]:

@@ -18,7 +18,7 @@ from smalto.data.sources import open_source
 from smalto.data.token_file import TokenFile
 from smalto.device import Precision
 from smalto.errors import DataError, RunError
-from smalto.files import aside
+from smalto.files import aside, check_writable
 from smalto.layout import TokenLayout
 from smalto.metrics import psnr
 from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape, default_workers
@@ -66,6 +66,9 @@ def tokenize(
     progress, out = progress or Progress(), Path(out)
     if out.exists() and not overwrite:
         raise RunError(f"{out} exists already. Replace it with --overwrite, or name another --out.")
+    if out.is_dir():
+        raise RunError(f"{out} is a folder. Name a file for --out.")
+    check_writable(out)
     runner = Runner.of(tokenizer, device, precision, batch, progress)
     opened = None if isinstance(source, list) else open_source(source)
     files = source if isinstance(source, list) else opened.files if opened else []
@@ -86,7 +89,7 @@ def tokenize(
         tokens=[found[name][0] for name in names],
         grids=[found[name][1] for name in names],
         codebook_size=runner.tokenizer.quantize.codebook_size,
-        tokenizer=str(tokenizer),
+        tokenizer=str(Path(tokenizer).resolve()),
         fingerprint=runner.tokenizer.fingerprint(),
         transform=reader.transform,
         precision=precision,
@@ -99,6 +102,7 @@ def decode(
     out: str | Path,
     tokenizer: str | Path | None = None,
     *,
+    overwrite: bool = False,
     batch: int = 8,
     device: str = "auto",
     precision: Precision = "float32",
@@ -111,13 +115,14 @@ def decode(
         tokens: what ``tokenize`` wrote.
         out: folder for the pictures.
         tokenizer: the folder of the tokenizer; None takes the recorded one.
+        overwrite: replace pictures that are there.
         workers: threads that write PNG files beside the model (0: none).
 
     Returns:
         The files, in the order of the token file.
 
     Raises:
-        RunError: there is no such tokenizer, or it is not the one that wrote these tokens.
+        RunError: there is no such tokenizer, it is not the one that wrote these tokens, or a picture would be overwritten.
     """
     progress, file, folder = progress or Progress(), TokenFile.load(tokens), Path(out)
     if tokenizer is None and not Path(file.tokenizer).exists():
@@ -129,8 +134,13 @@ def decode(
             f"{runner.tokenizer.fingerprint()[:12]}, the file's {file.fingerprint[:12]}. Has it been trained further? "
             "Checkpoints of a run are tokenizers too."
         )
-    progress.begin("decoding", len(file.names), "pictures")
     paths = picture_paths(folder, file.names)
+    in_the_way = [path for path in paths if path.exists()]
+    if in_the_way and not overwrite:
+        others = f" and {len(in_the_way) - 1} others exist" if len(in_the_way) > 1 else " exists"
+        raise RunError(f"{in_the_way[0]}{others} already. Replace them with --overwrite, or name another --out.")
+    check_writable(paths[0])
+    progress.begin("decoding", len(file.names), "pictures")
     number = default_workers(workers)
     with ThreadPoolExecutor(max(1, number)) as writers:
         writing: list[Future[None]] = []
@@ -161,6 +171,7 @@ def reconstruct(
     tokenizer: ImageTokenizer | str | Path,
     out: str | Path | None = None,
     *,
+    overwrite: bool = False,
     longer_side: int | None = LONGER_SIDE,
     device: str = "auto",
     precision: Precision = "float32",
@@ -170,20 +181,26 @@ def reconstruct(
 
     Raises:
         DataError: the picture cannot be read.
+        RunError: ``out`` exists and ``overwrite`` is off.
     """
+    path = Path(out) if out else Path(f"{Path(photo).stem}-reconstruction.png")
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists already. Replace it with --overwrite, or name another --out.")
+    check_writable(path)
     files, _ = find_pictures(photo)
     if Path(photo).is_dir():
         raise DataError(f"{photo} is a folder; name one picture, or use `smalto tokenize` and `smalto decode`.")
     progress = progress or Progress()
     runner = Runner.of(tokenizer, device, precision, 1, progress)
     reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, workers=0)
+    progress.begin("reconstructing", 1, "pictures")
     pictures = list(reader)
+    progress.end()
     if not pictures:
         raise DataError(f"{photo} cannot be read: {reader.skipped[0].reason}.")
     images = to_unit_range(pictures[0][1])[None]
     tokens = runner.encode(images)
     image = runner.decode(tokens, runner.tokenizer.layout(*images.shape[2:]))
-    path = Path(out) if out else Path(f"{Path(photo).stem}-reconstruction.png")
     write_png(path, image[0])
     bits = (runner.tokenizer.quantize.codebook_size - 1).bit_length()
     return Reconstructed(path, float(psnr(image, images)), tokens.numel(), -(-tokens.numel() * bits // 8))
@@ -198,12 +215,13 @@ def write_png(path: Path, image: Tensor) -> None:
 def picture_paths(folder: Path, names: list[str]) -> list[Path]:
     """Where the decoded pictures go: below ``folder`` whatever the names say, as .png, and no two alike."""
     relative = [PurePosixPath(*[part for part in PurePosixPath(name).parts if part not in ("/", "..")] or ["picture"]) for name in names]
-    taken: set[str] = set()
+    taken = {str(parent).lower() for path in relative for parent in path.parents}  # a.jpg beside a folder a.png/
     chosen = []
     for path in relative:
-        # a.jpg becomes a.png; a second a.* keeps its whole name: a.webp.png. Case does not tell files apart everywhere.
-        names_to_try = itertools.chain([path.with_suffix(".png")], (path.with_name(f"{path.name}{n or ''}.png") for n in itertools.count()))
-        free = next(candidate for candidate in names_to_try if str(candidate).lower() not in taken)
+        stem = path.stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "surrogateescape")
+        # a.jpg becomes a.png; a second a.* keeps its suffix: a.webp.png. Case does not tell files apart everywhere.
+        endings = itertools.chain([".png"], (f"{path.suffix}{n or ''}.png" for n in itertools.count()))
+        free = next(c for c in (path.with_name(stem + ending) for ending in endings) if str(c).lower() not in taken)
         taken.add(str(free).lower())
         chosen.append(folder / free)
     return chosen

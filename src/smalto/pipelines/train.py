@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from smalto.data.crops import CropStream
 from smalto.data.decoding import Decoder
-from smalto.data.images import Skipped, summary
+from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, Skipped, summary
 from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre_crop, split, split_by_name
 from smalto.data.sources import open_source
 from smalto.device import resolve_device
-from smalto.errors import ConfigError
+from smalto.errors import ConfigError, RunError
 from smalto.pipelines.evaluate import measure
 from smalto.pipelines.finish import finish_run
 from smalto.pipelines.running import Runner, default_workers
@@ -52,6 +52,10 @@ class Material:
     training: list[int]
     held_out: list[int]
     unusable: list[Skipped]
+
+    @property
+    def picture_files(self) -> bool:
+        return isinstance(self.pictures, FilePictures)
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -97,13 +101,14 @@ def train(
         Interrupted: SIGINT or SIGTERM came; ``resume(out)`` goes on.
     """
     recipe, progress = recipe or Recipe(), progress or Progress()
+    RunFolder.check_free(Path(out), overwrite)
     with open_material(data, recipe, workers) as material:
         return _finish(*fit(material, recipe, Path(out), overwrite, device, progress), material, progress)
 
 
 def resume(
     run: str | Path,
-    data: Dataset[Any] | None = None,
+    data: Data | None = None,
     *,
     settings: dict[str, Any] | None = None,
     device: str = "auto",
@@ -114,7 +119,7 @@ def resume(
 
     Args:
         run: the run folder.
-        data: needed again where the run was trained on a dataset.
+        data: where the pictures are now, if they moved; needed again where the run was trained on a dataset.
         settings: changes to its recipe, such as ``{"steps": 4000}``; the tokenizer and the pictures stay.
         device, workers, progress: as for ``train``.
     """
@@ -154,15 +159,22 @@ def fit(
     material: Material, recipe: Recipe, out: Path, overwrite: bool, device: str, progress: Progress
 ) -> tuple[RunFolder, Recipe, Runner]:
     """Make a run and train it to the end."""
-    RunFolder.check_free(out, overwrite)
+    if Path(material.source).is_relative_to(out.resolve()):
+        raise RunError(f"the pictures lie inside {out}, which is to be the run. Name another --out.")
+    if material.picture_files and recipe.tokenizer.autoencoder.in_channels != 3:
+        raise ConfigError(
+            f"picture files have 3 channels; tokenizer.autoencoder.in_channels is {recipe.tokenizer.autoencoder.in_channels}."
+        )
     target = resolve_device(device)
     recipe = change_recipe(recipe, {"data.source": material.source})
+    _announce(material, target, progress)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         tokenizer = recipe.tokenizer.build()
     task = _task(tokenizer.to(target), material, recipe)
+    number = max(recipe.data.batch, task.num_start_images)
+    task.start(list(material.crops(material.training, recipe, number, _START_CROPS).split(recipe.data.batch)))
     run = RunFolder.create(out, recipe, material.facts(), tokenizer, task.state(), overwrite)
-    _announce(material, target, progress)
     return _loop(task, material, run, recipe, 0, None, progress)
 
 
@@ -170,14 +182,20 @@ def refit(material: Material, run: RunFolder, recipe: Recipe, device: str, progr
     """Train a run that exists to its end."""
     target = resolve_device(device)
     step, tokenizer, state = run.restore()
+    if recipe.steps < step:
+        raise ConfigError(f"{run.path} is at step {step} already; --steps must be at least that to go on with it, got {recipe.steps}.")
+    before = run.split()
+    recipe = change_recipe(recipe, {"data.source": material.source})
+    if len(material.pictures) != before["num_pictures"]:
+        progress.say(
+            f"there were {before['num_pictures']} pictures when this run began and there are {len(material.pictures)} now, "
+            "so the crops will differ"
+        )
+    if before["held_out"] and not material.held_out:
+        progress.say(f"the {len(before['held_out'])} held-out pictures are not there any more, so figures are on training pictures")
     task = _task(tokenizer.to(target), material, recipe)
     task.load_state(state)
-    run.continue_from(step, recipe)
-    before = run.split()["num_pictures"]
-    if len(material.pictures) != before:
-        progress.say(
-            f"there were {before} pictures when this run began and there are {len(material.pictures)} now, so the crops will differ"
-        )
+    run.continue_from(step, recipe, {**before, "source": material.source})
     _announce(material, target, progress)
     progress.say(f"going on after step {step} of {recipe.steps}")
     return _loop(task, material, run, recipe, step, state.get("stream"), progress)
@@ -191,9 +209,7 @@ def _task(tokenizer: ImageTokenizer, material: Material, recipe: Recipe) -> Toke
 def _loop(
     task: TokenizerTask, material: Material, run: RunFolder, recipe: Recipe, step: int, position: dict[str, int] | None, progress: Progress
 ) -> tuple[RunFolder, Recipe, Runner]:
-    if step == 0:
-        number = max(recipe.data.batch, task.num_start_images)
-        task.start(list(material.crops(material.training, recipe, number, _START_CROPS).split(recipe.data.batch)))
+    known = len(material.skipped)
     stream = CropStream(
         material.pictures,
         material.training,
@@ -205,6 +221,8 @@ def _loop(
         position=position,
     )
     train_loop(task, stream, run, recipe, step, progress)
+    if len(material.skipped) > known:
+        progress.say(f"found while training: {summary(material.skipped)}")
     if stream.enlarged:
         run.event("enlarged pictures", count=len(stream.enlarged))
         progress.say(f"{len(stream.enlarged)} pictures are smaller than the crop and were enlarged to {recipe.data.size} pixels")
@@ -212,9 +230,9 @@ def _loop(
 
 
 def _announce(material: Material, device: torch.device, progress: Progress) -> None:
-    held_out = (
-        f"{len(material.held_out)} held out" if material.held_out else "none held out (fewer than 4), so figures are on training pictures"
-    )
+    few = len(material.pictures) < MIN_PICTURES_TO_HOLD_OUT
+    reason = "fewer than 4 pictures, so figures are on training pictures" if few else "figures are on training pictures"
+    held_out = f"{len(material.held_out)} held out" if material.held_out else f"none held out ({reason})"
     progress.say(f"{len(material.training)} pictures to train on, {held_out}; device {device}")
     if material.skipped:
         progress.say(summary(material.skipped))
@@ -237,5 +255,5 @@ def _whole(material: Material, indices: list[int], stride: int, progress: Progre
         material.pictures.ask(indices[place : place + 8])
         picture = material.pictures.get(index)
         progress.advance()
-        if picture is not None and min(picture.shape[1:]) >= stride:
+        if picture is not None:
             yield material.pictures.names[index], centre_crop(picture, stride)

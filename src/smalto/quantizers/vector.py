@@ -22,9 +22,9 @@ class VectorQuantizerConfig(Config):
     """Settings of a VectorQuantizer; ``build()`` makes it."""
 
     kind: Literal["vector"] = "vector"
-    codebook_size: int = Field(512, ge=1, description="number of codes (K)")
-    latent_dim: int = Field(64, ge=1, description="channels of the latents (C)")
-    code_dim: int | None = Field(None, ge=1, description="look codes up in this many dimensions, behind linear projections")
+    codebook_size: int = Field(512, ge=1, le=2**24, description="number of codes (K)")
+    latent_dim: int = Field(64, ge=1, le=65536, description="channels of the latents (C)")
+    code_dim: int | None = Field(None, ge=1, le=65536, description="look codes up in this many dimensions, behind linear projections")
     codebook: Literal["learned", "ema"] = Field("learned", description="codes learn by gradient or by moving averages")
     metric: Metric = Field("l2", description="what nearest means")
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss")

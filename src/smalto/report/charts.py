@@ -14,7 +14,8 @@ Series = tuple[str, Sequence[float], Sequence[float]]
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:
     """Lines through (label, xs, ys); long ones are averaged down to 300 points. ``log_y`` for values that span decades."""
-    drawn = [(label, *_thin(xs, ys)) for label, xs, ys in series if len(xs)]
+    drawn = [(label, *_thin(xs, ys)) for label, xs, ys in series]
+    drawn = [(label, xs, ys) for label, xs, ys in drawn if xs]
     if not drawn:
         return ""
     xs_all = [x for _, xs, _ in drawn for x in xs]
@@ -100,6 +101,8 @@ def _number(value: float) -> str:
 
 
 def _thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    step = -(-len(xs) // MAX_POINTS)
+    finite = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+    xs, ys = [x for x, _ in finite], [y for _, y in finite]
+    step = max(1, -(-len(xs) // MAX_POINTS))
     groups = [(xs[i : i + step], ys[i : i + step]) for i in range(0, len(xs), step)]
     return [sum(x) / len(x) for x, _ in groups], [sum(y) / len(y) for _, y in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,19 @@ import torch
 from torch import Tensor
 
 from smalto.errors import RunError
-from smalto.files import aside, remove_leftovers, sync_tree, write_atomic
+from smalto.files import aside, check_writable, remove_leftovers, sync_tree, write_atomic
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe import Recipe, load_recipe, recipe_toml
 
 STATE_FILE = "state.safetensors"
+LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 SPLIT_FILE = "split.json"  # where the pictures came from and the names of those held out
+
+OWN_NAMES = frozenset(
+    {"recipe.toml", SPLIT_FILE, "config.json", "model.safetensors", "checkpoints", "metrics.json", "report.html"}
+    | {"tokens.safetensors", "decoded"}  # of a demo
+    | set(LOGS)
+)
 
 
 class RunFolder:
@@ -30,10 +38,16 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / "recipe.toml").is_file() or not (self.path / "checkpoints").is_dir():
+        if not self.is_run(self.path):
             raise RunError(
-                f"{self.path} is not a run: it has no recipe.toml and checkpoints. Runs are made by `smalto train FOLDER --out RUN`."
+                f"{self.path} is not a run: it has no recipe.toml, {SPLIT_FILE} and checkpoints. "
+                "Runs are made by `smalto train FOLDER --out RUN`."
             )
+
+    @staticmethod
+    def is_run(path: Path) -> bool:
+        """Whether a folder looks like a run."""
+        return (path / "recipe.toml").is_file() and (path / SPLIT_FILE).is_file() and (path / "checkpoints").is_dir()
 
     @classmethod
     def create(
@@ -56,30 +70,34 @@ class RunFolder:
             new.mkdir()
             write_atomic(new / "recipe.toml", recipe_toml(recipe))
             write_atomic(new / SPLIT_FILE, json.dumps(split) + "\n")
-            for name in ("log.jsonl", "times.jsonl", "events.jsonl"):
+            for name in LOGS:
                 (new / name).touch()
             (new / "checkpoints").mkdir()
             cls(new).save(0, tokenizer, state)
             sync_tree(new)
             if path.is_dir():
-                shutil.rmtree(path)
+                os.replace(path, new.parent / "old")  # goes with the temporary folder, once the new run is in its place
         return cls(path)
 
     @staticmethod
     def check_free(path: Path, overwrite: bool) -> None:
-        """Raise RunError unless a run may be made at ``path``."""
-        if path.is_dir() and any(path.iterdir()):
-            if not overwrite:
-                raise RunError(f"{path} exists already. Go on with --resume {path}, replace it with --overwrite, or name another --out.")
-            if not (path / "recipe.toml").is_file():
-                raise RunError(f"{path} is not a run of smalto, so --overwrite leaves it alone. Name another --out.")
-        elif path.exists() and not path.is_dir():
+        """Raise RunError unless a run may be made at ``path``. Only a run, with nothing else in its folder, may be replaced."""
+        if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file. Name a folder for --out.")
+        entries = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        if entries and not overwrite:
+            raise RunError(f"{path} exists already. Go on with --resume {path}, replace it with --overwrite, or name another --out.")
+        foreign = sorted(entries - OWN_NAMES)
+        if entries and (not RunFolder.is_run(path) or foreign):
+            what = f"holds other things too ({', '.join(foreign[:3])})" if RunFolder.is_run(path) else "is not a run of smalto"
+            raise RunError(f"{path} {what}, so --overwrite leaves it alone. Name another --out.")
+        if Path.cwd().is_relative_to(path.resolve()):
+            raise RunError(f"{path} is the folder you are in, or one above it. Name another --out.")
+        check_writable(path)
 
     def split(self) -> dict[str, Any]:
         """``source``, ``num_pictures`` and the names ``held_out``."""
-        facts: dict[str, Any] = json.loads((self.path / SPLIT_FILE).read_text(encoding="utf-8"))
-        return facts
+        return read_split(self.path / SPLIT_FILE)
 
     def recipe(self) -> Recipe:
         return load_recipe(self.path / "recipe.toml")
@@ -87,7 +105,7 @@ class RunFolder:
     def save(self, step: int, tokenizer: ImageTokenizer, state: dict[str, Any], keep: int = 2) -> None:
         """Write checkpoint ``step``, make it the run's latest model, and remove all but the newest ``keep``."""
         target = self.checkpoint(step)
-        if not target.exists():
+        if not target.exists():  # saved already by a run that was stopped right here
             with aside(target) as new:
                 tokenizer.save(new)
                 tensors: dict[str, Tensor] = {}
@@ -104,7 +122,7 @@ class RunFolder:
         return sorted(int(name) for name in found if name.isdigit())
 
     def restore(self) -> tuple[int, ImageTokenizer, dict[str, Any]]:
-        """The newest checkpoint that can be read: its step, model and state. Damaged ones are recorded as events.
+        """The newest checkpoint that can be read: its step, model and state. Damaged ones are renamed and recorded as events.
 
         Raises:
             RunError: none can be read.
@@ -121,15 +139,18 @@ class RunFolder:
             except (RunError, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 reasons.append(f"{folder.name}: {error}")
                 self.event("damaged checkpoint", step=step)
+                shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
+                os.replace(folder, folder.with_name(f"damaged-{folder.name}"))  # its name is free for a good one
         raise RunError(f"{self.path} has no checkpoint that can be read. {' '.join(reasons)}")
 
-    def continue_from(self, step: int, recipe: Recipe) -> None:
+    def continue_from(self, step: int, recipe: Recipe, split: dict[str, Any]) -> None:
         """Record that the run goes on: drop the log lines that an interrupted run wrote past its checkpoint, and a line cut short."""
         for folder in (self.path, self.path / "checkpoints"):
             remove_leftovers(folder)
         write_atomic(self.path / "recipe.toml", recipe_toml(recipe))
+        write_atomic(self.path / SPLIT_FILE, json.dumps(split) + "\n")
         for name in ("log.jsonl", "times.jsonl"):
-            rows = [row for row in read_jsonl(self.path / name) if row["step"] <= step]
+            rows = [row for row in read_jsonl(self.path / name) if row.get("step", step + 1) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
         self.event("resumed", step=step)
 
@@ -143,14 +164,31 @@ class RunFolder:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that was cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    """The lines of a log, up to one that was cut short or damaged; none where the log is gone."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(row, dict):
+                break
+            rows.append(row)
     return rows
+
+
+def read_split(path: Path) -> dict[str, Any]:
+    """What split.json says. Raises RunError where it is damaged."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts["source"], str) or not isinstance(facts["num_pictures"], int) or not isinstance(facts["held_out"], list):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{path} is damaged: it should say source, num_pictures and held_out. Without it nobody knows what was held out."
+        ) from None
+    return dict(facts)
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

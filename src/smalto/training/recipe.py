@@ -21,10 +21,10 @@ class DataConfig(Config):
     """Pictures and crops."""
 
     source: str = Field("", description="folder of pictures; filled in when a run starts")
-    size: int = Field(64, ge=8, description="side of a crop in pixels; a multiple of the tokenizer's stride")
-    batch: int = Field(16, ge=1, description="crops per step")
-    longer_side: int = Field(LONGER_SIDE, ge=8, description="larger pictures are reduced to this when decoded")
-    crops_per_picture: int = Field(8, ge=1, description="crops cut from one decode")
+    size: int = Field(64, ge=8, le=8192, description="side of a crop in pixels; a multiple of the tokenizer's stride")
+    batch: int = Field(16, ge=1, le=65536, description="crops per step")
+    longer_side: int = Field(LONGER_SIDE, ge=8, le=65536, description="larger pictures are reduced to this when decoded")
+    crops_per_picture: int = Field(8, ge=1, le=4096, description="crops cut from one decode")
     flip: bool = Field(True, description="mirror half of the crops")
     cache_mb: int = Field(1024, ge=0, description="decoded pictures kept in memory, MiB")
 
@@ -59,14 +59,14 @@ class EvaluateConfig(Config):
     """How often a run looks at held-out pictures."""
 
     every: int = Field(100, ge=1, description="steps between two looks at fixed held-out crops")
-    crops: int = Field(64, ge=1, description="how many of them")
+    crops: int = Field(64, ge=1, le=65536, description="how many of them")
     pictures: int = Field(256, ge=1, description="whole held-out pictures measured at the end, at most")
 
 
 class Recipe(Config):
     """A whole training run. ``Recipe()`` is what training uses without a recipe."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(2000, ge=0)
     precision: Precision = Field("float32", description='"bf16" runs encoder and decoder in bfloat16; the quantizer stays in float32')
     tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)

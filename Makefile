@@ -28,6 +28,7 @@ check: .venv ## style, types and the direction of imports
 bench: .venv ## measure; results go to benchmarks/results (half an hour; let nothing else run)
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/quality.py
+	rm -rf runs/bench && $(BIN)/python benchmarks/demo.py runs/bench && $(BIN)/python docs/make_picture.py runs/bench/demo
 
 .venv: .venv/installed ## only set up; PIP_ARGS=... goes to pip
 

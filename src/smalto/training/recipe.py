@@ -67,7 +67,7 @@ class Recipe(Config):
     """A whole training run. ``Recipe()`` is what training uses without a recipe."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    steps: int = Field(3000, ge=0)
+    steps: int = Field(2400, ge=0)
     precision: Precision = Field("float32", description='"bf16" runs encoder and decoder in bfloat16; the quantizer stays in float32')
     tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)
     data: DataConfig = DataConfig()

@@ -109,8 +109,8 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     assert "permission denied" in done.stderr
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.2, 1.6, 2.0])
-def test_ctrl_c_at_any_moment_is_one_line(tmp_path: Path, seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [1.0, 2.0, 3.0])
+def test_ctrl_c_while_it_starts_ends_it_in_one_line(tmp_path: Path, seconds: float) -> None:
     import signal
 
     write_pictures(tmp_path / "photos", 30, 200, 200)
@@ -119,9 +119,8 @@ def test_ctrl_c_at_any_moment_is_one_line(tmp_path: Path, seconds: float) -> Non
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
-    if seconds > 0.5:  # before that Python itself is starting
-        assert "Traceback" not in error
-        assert process.returncode == 130
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:

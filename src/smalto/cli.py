@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -255,6 +256,8 @@ def main() -> None:
     # Torch's threads wait by spinning; where anything else wants a core, such as a decoding worker, a step then takes several times
     # as long. It must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # While torch is being imported Python may swallow a KeyboardInterrupt, and nothing is lost yet: leave at once.
+    signal.signal(signal.SIGINT, _leave_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be no text
@@ -275,11 +278,17 @@ def main() -> None:
         _fail("out of memory. Try a smaller --batch, --size or --codebook-size.", 1)
 
 
+def _leave_at_once(number: int, frame: Any) -> None:
+    os.write(2, b"smalto: interrupted\n")
+    os._exit(130)
+
+
 @contextmanager
 def _progress(run: Path | None = None) -> Iterator[ConsoleProgress]:
     from smalto.console import ConsoleProgress
     from smalto.training.trainer import Interrupted
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     progress = ConsoleProgress()
     try:
         yield progress

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer imports it anyway: here, where Ctrl-C still may leave at once
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -75,7 +75,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
         (["train", ".", "--set", "data.source=x"], "named by FOLDER"),
         (["train", ".", "--seed", "99999999999999999999"], "seed: "),
         (["train", ".", "--out", "/proc/run"], "cannot be written"),
-        (["train", ".", "--out", "r" * 300], "cannot be written"),
+        (["train", ".", "--out", "r" * 300], "File name too long"),
         (["train", "--resume", "y", "--overwrite"], "leave out --recipe and --overwrite"),
         (["train", "nowhere"], "nowhere does not exist"),
         (["train", "--resume", "nowhere"], "is not a run"),

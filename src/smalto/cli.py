@@ -253,7 +253,7 @@ def info(path: Annotated[Path, typer.Argument(help="A run, a tokenizer or a toke
 
 def main() -> None:
     """Entry point: a user's mistake ends in one line and exit code 1, Ctrl-C in 130."""
-    # Torch's threads wait by spinning; where anything else wants a core, such as a decoding worker, a step then takes several times
+    # Torch's threads wait by spinning; where another process of this kind wants the cores, a step can then take several times
     # as long. It must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # While torch is being imported Python may swallow a KeyboardInterrupt, and nothing is lost yet: leave at once.

@@ -297,10 +297,10 @@ def test_copies_of_the_model_feed_nobody() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(6, 4, codebook="ema")
     updater = started(quantizer)
-    for other in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
-        other(latents(20))
-        with pytest.raises(RuntimeError, match="saw no forward pass"):
-            updater.step()
+    assert b"CodebookUpdater" not in pickle.dumps(quantizer)  # goes to another process without its updater
+    copy.deepcopy(quantizer)(latents(20))
+    with pytest.raises(RuntimeError, match="saw no forward pass"):
+        updater.step()
 
 
 def test_a_newer_updater_takes_over() -> None:

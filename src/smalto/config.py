@@ -46,12 +46,13 @@ def nearest_key(key: str, keys: list[str]) -> str:
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     """All settings of a model and of the models inside it, as ``a.b.c``."""
-    return list(_walk(kind, prefix))
+    return list(dict.fromkeys(_walk(kind, prefix)))
 
 
 def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in kind.model_fields.items():
-        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        parts = (getattr(t, "__origin__", t) for t in (field.annotation, *get_args(field.annotation)))
+        inner = [t for t in parts if isinstance(t, type) and issubclass(t, BaseModel)]
         if inner:
             for model in inner:
                 yield from _walk(model, f"{prefix}{name}.")
@@ -60,7 +61,12 @@ def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _explain(kind: type[BaseModel], loc: tuple[int | str, ...], error: str, message: str, value: Any) -> str:
-    key = ".".join(str(part) for part in loc)
+    names = {name for path in dotted_keys(kind) for name in path.split(".")}
+    # pydantic names the member of a union too, by its kind; that is no key.
+    key = ".".join(str(part) for part in loc if part in names or isinstance(part, int) or part == loc[-1])
+    if error == "union_tag_invalid":
+        got = value.get("kind") if isinstance(value, dict) else value
+        return f"{key}.kind: {message.split('does not match any of the ')[-1]} (got {got!r})"
     if error == "extra_forbidden":
         return f"unknown key {key!r}: {nearest_key(key, dotted_keys(kind))}"
     if error == "missing":

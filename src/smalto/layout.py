@@ -30,6 +30,10 @@ class TokenLayout:
         """The layout of one ``height`` x ``width`` map of tokens."""
         return cls(((height, width),))
 
+    def prefix(self, num_grids: int) -> TokenLayout:
+        """The layout of the first grids alone: of a picture from its first stages."""
+        return TokenLayout(self.grids[:num_grids])
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens per grid."""

@@ -18,7 +18,7 @@ from smalto.config import Config, parse_config
 from smalto.errors import ConfigError, InputError, RunError, describe
 from smalto.files import write_atomic
 from smalto.layout import TokenLayout, square_grids
-from smalto.quantizers import VectorQuantizerConfig
+from smalto.quantizers import QuantizerConfig, VectorQuantizerConfig, fold
 
 FORMAT_VERSION = 1
 Blocks = Literal["whole", "halves", "diagonal"]
@@ -43,7 +43,7 @@ class TokenizerConfig(Config):
 
     kind: Literal["image-tokenizer"] = "image-tokenizer"
     autoencoder: SimpleAutoencoderConfig = SimpleAutoencoderConfig()
-    quantizer: VectorQuantizerConfig = VectorQuantizerConfig()
+    quantizer: QuantizerConfig = VectorQuantizerConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TokenizerConfig:
@@ -93,10 +93,13 @@ class ImageTokenizer(nn.Module):
         self.quantize = config.quantizer.build()
         self.decoder = config.autoencoder.build_decoder()
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        """Images [B, C, H, W] -> (reconstruction [B, C, H, W] not clamped, vq_loss scalar, indices int64 [B*L]), with gradients."""
+    def forward(self, images: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> TokenizerOutput:
+        """Images [B, C, H, W] -> (reconstruction [B, C, H, W] not clamped, vq_loss scalar, indices int64 [B*L]), with gradients.
+
+        ``num_stages`` and ``noise`` are the quantizer's: see ``Quantizer.forward``.
+        """
         self.check_images(images)
-        quantized, vq_loss, indices = self.quantize(self.encoder(images))
+        quantized, vq_loss, indices = self.quantize(self.encoder(images), num_stages=num_stages, noise=noise)
         return TokenizerOutput(self.decoder(quantized), vq_loss, indices)
 
     @torch.no_grad()
@@ -133,7 +136,7 @@ class ImageTokenizer(nn.Module):
         return self.quantize.layout(height // self.stride, width // self.stride)
 
     def get_codebook(self) -> Tensor:
-        """The codes as the decoder sees them: [K, latent_dim]."""
+        """All codes: [K, D], or [G, K, D] where every grid of the layout has its own."""
         return self.quantize.get_codebook()
 
     def img_to_idxBl(self, imgs: Tensor, blocks: Blocks | None = None) -> list[Tensor]:
@@ -141,17 +144,23 @@ class ImageTokenizer(nn.Module):
 
         Args:
             imgs: as for ``encode``.
-            blocks: ``"whole"``: one block. ``"halves"``: the upper rows [0, h//2) and the rest, so that ``torch.cat(blocks, 1)`` is
-                the whole map in raster order. ``"diagonal"``: the upper left and the lower right quadrant only (the published
-                sketch); these cannot be decoded. None: this tokenizer's own kind (``SimpleVQVAE``: halves; others: whole).
+            blocks: ``"whole"``: one block per grid of the layout, so one block for a single-scale tokenizer. ``"halves"``: the upper rows
+                [0, h//2) and the rest, so that ``torch.cat(blocks, 1)`` is the whole map in raster order. ``"diagonal"``: the upper left
+                and the lower right quadrant only (the published sketch); these cannot be decoded. None: this tokenizer's own kind
+                (``SimpleVQVAE``: halves; others: whole).
+
+        Raises:
+            InputError: an unknown kind, or halves of a layout of several grids.
         """
         blocks = blocks or self.default_blocks
         if blocks not in ("whole", "halves", "diagonal"):
             raise InputError(f'blocks must be "whole", "halves" or "diagonal"; got {blocks!r}.')
-        tokens = self.encode(imgs)
+        tokens, layout = self.encode(imgs), self.layout(*imgs.shape[2:])
         if blocks == "whole":
-            return [tokens]
-        ((rows, columns),) = self.layout(*imgs.shape[2:]).grids
+            return list(tokens.split(layout.lengths, dim=1))
+        if len(layout.grids) > 1:
+            raise InputError(f'blocks="{blocks}" cuts one map of tokens; this tokenizer makes {len(layout.grids)}. Use blocks="whole".')
+        rows, columns = layout.grids[0]
         index_map = tokens.view(-1, rows, columns)
         upper, lower, middle = index_map[:, : rows // 2], index_map[:, rows // 2 :], columns // 2
         if blocks == "halves":
@@ -160,14 +169,16 @@ class ImageTokenizer(nn.Module):
 
     def idxBl_to_var_input(self, idx_Bl: list[Tensor]) -> Tensor:
         """Blocks of tokens -> the codes in order, [B, L, D]: input of the autoregressive model that follows."""
-        return self.quantize.lookup(self.quantize.check_range(self._join(idx_Bl)))
+        self._join(idx_Bl)
+        return self.quantize.lookup(idx_Bl)
 
     def idxBl_to_img(self, idx_Bl: list[Tensor], patch_hws: list[tuple[int, int]] | None = None, *, clamp: bool = True) -> Tensor:
         """Blocks of tokens -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
-            idx_Bl: what ``img_to_idxBl`` gave: one block, or blocks that lie below one another.
-            patch_hws: (rows, columns) of each block. Without it the whole map is taken to be square.
+            idx_Bl: what ``img_to_idxBl`` gave: blocks that lie below one another, or one block per grid of the layout (the first ones
+                alone give the picture of the first stages).
+            patch_hws: (rows, columns) of each block. Without it every map is taken to be square.
 
         Raises:
             InputError: the lengths do not fit, or diagonal blocks, which leave out half of the picture. They are known by the list that
@@ -176,7 +187,10 @@ class ImageTokenizer(nn.Module):
         tokens = self._join(idx_Bl)
         if isinstance(idx_Bl, _DiagonalBlocks):
             raise InputError('diagonal blocks hold half of the picture and cannot be decoded. Use img_to_idxBl(images, blocks="halves").')
-        return self.decode(tokens, self._stacked_layout([block.shape[1] for block in idx_Bl], patch_hws), clamp=clamp)
+        lengths = [block.shape[1] for block in idx_Bl]
+        single = len(self.quantize.layout(1, 1).grids) == 1
+        layout = self._stacked_layout(lengths, patch_hws) if single else self._layout_by_grid(lengths, patch_hws)
+        return self.decode(tokens, layout, clamp=clamp)
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are floating point [B, in_channels, H, W] with sides that the stride divides."""
@@ -227,14 +241,34 @@ class ImageTokenizer(nn.Module):
                     f"blocks of {lengths} tokens are not one square map or its two halves: pass patch_hws, one (rows, columns) per block."
                 )
             return TokenLayout.single(side, side)
-        if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in patch_hws):
-            raise InputError(f"patch_hws must hold one (rows, columns) per block; got {patch_hws}.")
-        if len(patch_hws) != len(lengths) or any(h * w != n for (h, w), n in zip(patch_hws, lengths, strict=True)):
-            raise InputError(f"patch_hws must hold one (rows, columns) per block, for blocks of {lengths} tokens; got {list(patch_hws)}.")
+        _check_patch_hws(patch_hws, lengths)
         filled = [(h, w) for h, w in patch_hws if h * w]
         if not filled or len({w for _, w in filled}) != 1:
             raise InputError(f"blocks of one map lie below one another, so patch_hws must share their columns; got {list(patch_hws)}.")
         return TokenLayout.single(sum(h for h, _ in filled), filled[0][1])
+
+    @staticmethod
+    def _layout_by_grid(lengths: list[int], patch_hws: list[tuple[int, int]] | None) -> TokenLayout:
+        if patch_hws is None:
+            grids = square_grids(lengths)
+            if grids is None:
+                raise InputError(f"blocks of {lengths} tokens are not square maps: pass patch_hws, one (rows, columns) per block.")
+            return TokenLayout(grids)
+        _check_patch_hws(patch_hws, lengths)
+        return TokenLayout(tuple(patch_hws))
+
+    def folded(self) -> ImageTokenizer:
+        """A copy with projected codebooks (SimVQ) as the plain ones of the same codes: same tokens, for files that outlive training."""
+        tokenizer = fold(self)
+        if isinstance(self.config, TokenizerConfig):
+            tokenizer.config = self.config.model_copy(update={"quantizer": self.config.quantizer.folded()})
+        return tokenizer
+
+
+def _check_patch_hws(patch_hws: list[tuple[int, int]], lengths: list[int]) -> None:
+    pairs = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in patch_hws)
+    if not pairs or len(patch_hws) != len(lengths) or any(h * w != n for (h, w), n in zip(patch_hws, lengths, strict=True)):
+        raise InputError(f"patch_hws must hold one (rows, columns) per block, for blocks of {lengths} tokens; got {list(patch_hws)}.")
 
 
 class _DiagonalBlocks(list[Tensor]):

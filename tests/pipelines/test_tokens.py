@@ -15,6 +15,7 @@ from smalto.data.images import read_picture
 from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
 from smalto.data.token_file import TokenFile
 from smalto.errors import ConfigError, DataError, RunError
+from smalto.layout import TokenLayout
 from smalto.pipelines.tokenize import picture_paths
 from smalto.training.recipe import Recipe
 from tests.conftest import write_pictures
@@ -35,7 +36,7 @@ def test_tokens_on_disk_decode_to_what_the_model_gives(tokenizer: Path, pictures
     assert (result.num_images, result.skipped) == (7, [])
     file = TokenFile.load(out)
     assert file.names == sorted(p.name for p in pictures.iterdir())
-    assert dict(zip(file.names, file.grids, strict=True))["other shape.jpg"] == (7, 5)
+    assert dict(zip(file.names, file.layouts, strict=True))["other shape.jpg"] == TokenLayout.single(7, 5)
     model = smalto.load(tokenizer)
     paths = smalto.decode(out, tmp_path / "decoded", device="cpu")
     for name, tokens, path in zip(file.names, file.tokens, paths, strict=True):
@@ -47,7 +48,7 @@ def test_tokens_on_disk_decode_to_what_the_model_gives(tokenizer: Path, pictures
 
 def test_a_square_size_cuts_and_enlarges(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
     smalto.tokenize(pictures, tokenizer, tmp_path / "t", size=64, device="cpu", workers=0)
-    assert set(TokenFile.load(tmp_path / "t").grids) == {(16, 16)}
+    assert set(TokenFile.load(tmp_path / "t").layouts) == {TokenLayout.single(16, 16)}
     with pytest.raises(ConfigError, match="multiple of the tokenizer's stride 4; got 30"):
         smalto.tokenize(pictures, tokenizer, tmp_path / "u", size=30, device="cpu", workers=0)
 
@@ -78,7 +79,7 @@ def test_damaged_token_files_are_named(tokenizer: Path, pictures: Path, tmp_path
     out = tmp_path / "t"
     smalto.tokenize(pictures, tokenizer, out, device="cpu", workers=0)
     file = TokenFile.load(out)
-    for change in ({"names": file.names[1:]}, {"codebook_size": int(torch.cat(file.tokens).max())}, {"grids": file.grids[1:]}):
+    for change in ({"names": file.names[1:]}, {"codebook_size": int(torch.cat(file.tokens).max())}, {"layouts": file.layouts[1:]}):
         TokenFile(**(vars(file) | change)).save(tmp_path / "u")
         with pytest.raises(DataError, match="contradicts itself"):
             TokenFile.load(tmp_path / "u")
@@ -95,9 +96,9 @@ def test_damaged_token_files_are_named(tokenizer: Path, pictures: Path, tmp_path
 def test_token_files_with_wrong_headers_are_named(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
     import safetensors.numpy
 
-    tensors = {"tokens": numpy.zeros(4, numpy.uint16), "grids": numpy.array([[2, 2]], numpy.int32)}
+    tensors = {"tokens": numpy.zeros(4, numpy.uint16), "grids": numpy.array([[[2, 2]]], numpy.int32)}
     header = {
-        "format_version": 1,
+        "format_version": 2,
         "names": ["a"],
         "codebook_size": 4,
         "tokenizer": "t",
@@ -110,8 +111,8 @@ def test_token_files_with_wrong_headers_are_named(tokenizer: Path, pictures: Pat
         (tmp_path / "t").write_bytes(safetensors.numpy.save(tensors, {"smalto": json.dumps(header)}))
         return TokenFile.load(tmp_path / "t")
 
-    assert load(tensors, header).grids == [(2, 2)]
-    for wrong in ({"names": [7]}, {"codebook_size": "many"}, {"tokenizer": None}, {"format_version": 2}, {"more": 1}):
+    assert load(tensors, header).layouts == [TokenLayout.single(2, 2)]
+    for wrong in ({"names": [7]}, {"codebook_size": "many"}, {"tokenizer": None}, {"format_version": 1}, {"more": 1}):
         with pytest.raises(DataError, match="damaged"):
             load(tensors, header | wrong)
     with pytest.raises(DataError, match="damaged"):
@@ -125,7 +126,7 @@ def test_pictures_smaller_than_a_token_are_enlarged(tokenizer: Path, tmp_path: P
     write_pictures(tmp_path / "p", 1, 1, 1)
     Image.fromarray(numpy.zeros((1, 2000, 3), numpy.uint8)).save(tmp_path / "p" / "line.png")
     smalto.tokenize(tmp_path / "p", tokenizer, tmp_path / "t", device="cpu", workers=0)
-    assert TokenFile.load(tmp_path / "t").grids == [(1, 768), (1, 1)]
+    assert TokenFile.load(tmp_path / "t").layouts == [TokenLayout.single(1, 768), TokenLayout.single(1, 1)]
 
 
 def test_token_files_are_small_and_deterministic(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:

@@ -237,10 +237,14 @@ def test_wrong_indices_are_named(quantizer: VectorQuantizer, indices: torch.Tens
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"codebook": "neural"}, "codebook must be"),
-        ({"metric": "dot"}, "metric must be"),
-        ({"estimator": "gumbel"}, "estimator must be"),
-        ({"code_dim": 0}, "at least 1"),
+        ({"codebook": "neural"}, "codebook: .*'learned', 'ema' or 'projected'"),
+        ({"metric": "dot"}, "metric: .*'l2' or 'cosine'"),
+        ({"estimator": "gumbel"}, "estimator: .*'diveq'"),
+        ({"code_dim": 0}, "code_dim: .*greater than or equal to 1"),
+        ({"beta": -1.0}, "beta: .*greater than or equal to 0"),
+        ({"beta": math.nan}, "beta: .*finite"),
+        ({"unit_codes": True}, 'unit_codes .* metric="cosine"'),
+        ({"codebook": "ema", "estimator": "diveq"}, "'diveq' teaches codes by gradient and .* takes none"),
     ],
 )
 def test_wrong_settings_are_named(arguments: dict[str, Any], says: str) -> None:

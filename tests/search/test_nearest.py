@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smalto.errors import InputError
 from smalto.search import code_sums, nearest_codes, tiled
+from smalto.search.code_sums import code_sums_op
+from smalto.search.nearest import nearest_op
 
 
 def brute_force_distances(queries: Tensor, codebook: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def test_settings_come_back_after_searches_in_many_threads() -> None:
 
 
 def test_a_wide_codebook_stays_in_memory_bounds() -> None:
-    assert tiled._codes_per_tile(2**16) * 2**16 <= tiled._BLOCK_FLOATS
+    assert tiled._Codes(torch.zeros(70, 2**16), cosine=False).per_tile * 2**16 <= tiled.BLOCK_FLOATS
     queries, codebook = torch.randn(3, 2**16), torch.randn(70, 2**16)
     assert torch.equal(nearest_codes(queries, codebook), brute_force_distances(queries, codebook).argmin(1))
 
@@ -174,8 +176,8 @@ class LargestTensor(TorchDispatchMode):
 def test_no_n_by_k_matrix_is_ever_made() -> None:
     queries, codebook = torch.randn(20_000, 4), torch.randn(2_000, 4)
     with LargestTensor() as guard:
-        tiled.nearest_tiled._init_fn(queries, codebook, False)  # the body itself: a custom op hides its inner operations
-    assert 0 < guard.elements <= tiled._BLOCK_FLOATS < queries.shape[0] * codebook.shape[0]
+        tiled.search(queries, codebook, cosine=False)  # the body itself: a custom op hides its inner operations
+    assert 0 < guard.elements <= tiled.BLOCK_FLOATS < queries.shape[0] * codebook.shape[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -203,7 +205,8 @@ def test_no_gradient_flows() -> None:
 
 
 def test_the_operator_is_registered_as_torch_wants_it() -> None:
-    torch.library.opcheck(tiled.nearest_tiled, (torch.randn(9, 3), torch.randn(5, 3), False))
+    torch.library.opcheck(nearest_op, (torch.randn(9, 3), torch.randn(5, 3), False, "", False))
+    torch.library.opcheck(code_sums_op, (torch.randn(9, 3), torch.randint(5, (9,)), 5))
 
 
 @pytest.mark.parametrize(

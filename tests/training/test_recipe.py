@@ -45,7 +45,7 @@ def test_a_recipe_may_say_only_what_differs(tmp_path: Path) -> None:
         ("[data]\nsizee = 64", "unknown key 'data.sizee': did you mean 'data.size'"),
         ("[tokenizer.quantizer]\ncodebook_sise = 4", "did you mean 'tokenizer.quantizer.codebook_size'"),
         ("[optimizer]\nlr = -1", r"optimizer.lr: .*greater than 0 \(got -1\)"),
-        ("[tokenizer.quantizer]\ncodebook = 'neural'", "'learned' or 'ema'"),
+        ("[tokenizer.quantizer]\ncodebook = 'neural'", "'learned', 'ema' or 'projected'"),
         ("[data]\nsize = 66", "stride 4 does not divide"),
         ("[tokenizer.quantizer]\nlatent_dim = 32", "must be equal"),
         ("steps = ", "not valid TOML"),

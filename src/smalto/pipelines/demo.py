@@ -70,11 +70,11 @@ def demo(
     stored = TokenFile.load(tokens)
     measurement = Measurement(stored.codebook_size)
     originals = {file.name: file.path for file in held_out}
-    for name, row, grid, png in zip(stored.names, stored.tokens, stored.grids, pictures, strict=True):
+    for name, row, layout, png in zip(stored.names, stored.tokens, stored.layouts, pictures, strict=True):
         original = to_unit_range(centre_crop(to_tensor(read_picture(originals[name], longer_side)), runner.tokenizer.stride))
         decoded = to_unit_range(to_tensor(read_picture(str(png), None)))
         _, _, seconds = runner.roundtrip(original[None])
-        measurement.add([name], original[None], decoded[None], row[None], grid, seconds)
+        measurement.add([name], original[None], decoded[None], row[None], layout, seconds)
     evaluation = measurement.result(
         runner.tokenizer, "held-out pictures", stored.transform + ", decoded from tokens on disk", recipe.precision, material.skipped
     )

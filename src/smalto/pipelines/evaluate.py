@@ -15,6 +15,7 @@ from smalto.data.pictures import to_uint8, to_unit_range
 from smalto.data.sources import Source, open_source
 from smalto.device import Precision
 from smalto.errors import DataError, MissingExtra
+from smalto.layout import TokenLayout
 from smalto.metrics import CodebookMeter, psnr, ssim
 from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape
 from smalto.progress import Progress
@@ -49,7 +50,7 @@ class Measurement:
         self._examples: list[Example] = []
         self._has_ssim = True
 
-    def add(self, names: list[str], images: Tensor, reconstructions: Tensor, tokens: Tensor, grid: tuple[int, int], seconds: float) -> None:
+    def add(self, names: list[str], images: Tensor, reconstructions: Tensor, tokens: Tensor, layout: TokenLayout, seconds: float) -> None:
         """Take in a batch: images and reconstructions float [B, C, H, W] in [-1, 1], tokens [B, L], seconds to encode and decode."""
         self._meter.add(tokens)
         values = psnr(reconstructions, images).tolist()
@@ -65,7 +66,10 @@ class Measurement:
         for i in range(min(len(names), self._max_examples - len(self._examples))):
             if images.shape[1] == 3:
                 pair = to_uint8(images[i]), to_uint8(reconstructions[i])
-                self._examples.append(Example(printable(names[i]), *pair, tokens[i], grid, values[i], credit(names[i])))
+                first = tokens[i, : layout.lengths[0]]
+                self._examples.append(
+                    Example(printable(names[i]), *pair, first, layout.grids[0], tokens.shape[1], values[i], credit(names[i]))
+                )
 
     def result(self, tokenizer: ImageTokenizer, on: str, transform: str, precision: str, skipped: list[Skipped]) -> Evaluation:
         """The figures, over all pictures added.
@@ -143,7 +147,7 @@ def measure(runner: Runner, pictures: Any, max_examples: int = MAX_EXAMPLES) -> 
     for names, stacked in batches_of_one_shape(pictures, runner.batch):
         images = to_unit_range(stacked)
         tokens, reconstructions, seconds = runner.roundtrip(images)
-        measurement.add(names, images, reconstructions, tokens, runner.tokenizer.layout(*images.shape[2:]).grids[0], seconds)
+        measurement.add(names, images, reconstructions, tokens, runner.tokenizer.layout(*images.shape[2:]), seconds)
     return measurement
 
 

@@ -27,7 +27,7 @@ def info(path: str | Path) -> dict[str, Any]:
         return {
             "kind": "token file",
             "images": len(tokens.names),
-            "tokens": sum(tokens.grids[i][0] * tokens.grids[i][1] for i in range(len(tokens.grids))),
+            "tokens": sum(layout.num_tokens for layout in tokens.layouts),
             "codebook size": tokens.codebook_size,
             "tokenizer": tokens.tokenizer,
             "fingerprint": tokens.fingerprint,

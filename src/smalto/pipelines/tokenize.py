@@ -75,11 +75,11 @@ def tokenize(
     reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, size=size, workers=workers)
     reader.skipped += opened.skipped if opened else []
     progress.begin("tokenizing", len(files), "pictures")
-    found: dict[str, tuple[Tensor, tuple[int, int]]] = {}
+    found: dict[str, tuple[Tensor, TokenLayout]] = {}
     for names, images in batches_of_one_shape(reader, batch):
         tokens = runner.encode(to_unit_range(images))
-        grid = runner.tokenizer.layout(*images.shape[2:]).grids[0]
-        found |= {name: (row, grid) for name, row in zip(names, tokens, strict=True)}
+        layout = runner.tokenizer.layout(*images.shape[2:])
+        found |= {name: (row, layout) for name, row in zip(names, tokens, strict=True)}
     progress.end()
     if not found:
         raise DataError(f"none of the {len(files)} pictures can be read. {summary(reader.skipped)}")
@@ -87,7 +87,7 @@ def tokenize(
     TokenFile(
         names=names,
         tokens=[found[name][0] for name in names],
-        grids=[found[name][1] for name in names],
+        layouts=[found[name][1] for name in names],
         codebook_size=runner.tokenizer.quantize.codebook_size,
         tokenizer=str(Path(tokenizer).resolve()),
         fingerprint=runner.tokenizer.fingerprint(),
@@ -144,8 +144,8 @@ def decode(
     number = default_workers(workers)
     with ThreadPoolExecutor(max(1, number)) as writers:
         writing: list[Future[None]] = []
-        for start, stop in _runs_of_one_grid(file.grids, batch):
-            images = runner.decode(torch.stack(file.tokens[start:stop]), TokenLayout.single(*file.grids[start]))
+        for start, stop in _runs_of_one_layout(file.layouts, batch):
+            images = runner.decode(torch.stack(file.tokens[start:stop]), file.layouts[start])
             _wait_for(writing)  # those of the batch before: no more than two batches are in memory
             writing = [writers.submit(write_png, path, image) for path, image in zip(paths[start:stop], images, strict=True)]
             if not number:
@@ -232,9 +232,9 @@ def _wait_for(jobs: list[Future[None]]) -> None:
         job.result()
 
 
-def _runs_of_one_grid(grids: list[tuple[int, int]], batch: int) -> Iterator[tuple[int, int]]:
+def _runs_of_one_layout(layouts: list[TokenLayout], batch: int) -> Iterator[tuple[int, int]]:
     start = 0
-    for stop in range(1, len(grids) + 1):
-        if stop == len(grids) or grids[stop] != grids[start] or stop - start == batch:
+    for stop in range(1, len(layouts) + 1):
+        if stop == len(layouts) or layouts[stop] != layouts[start] or stop - start == batch:
             yield start, stop
             start = stop

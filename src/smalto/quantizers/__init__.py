@@ -1,7 +1,11 @@
 """Quantizers turn latents into indices and back; the updater looks after their codebooks."""
 
 from smalto.quantizers.base import Quantizer, QuantizerOutput
-from smalto.quantizers.codebook import Codebook, EMACodebook
+from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
+from smalto.quantizers.configs import QuantizerConfig
+from smalto.quantizers.folding import fold
+from smalto.quantizers.product import ProductVQ, ProductVQConfig
+from smalto.quantizers.residual import ResidualVQ, ResidualVQConfig
 from smalto.quantizers.updater import CodebookUpdater, Revive
 from smalto.quantizers.vector import VectorQuantizer, VectorQuantizerConfig
 
@@ -9,9 +13,16 @@ __all__ = [
     "Codebook",
     "CodebookUpdater",
     "EMACodebook",
+    "ProductVQ",
+    "ProductVQConfig",
+    "ProjectedCodebook",
     "Quantizer",
+    "QuantizerConfig",
     "QuantizerOutput",
+    "ResidualVQ",
+    "ResidualVQConfig",
     "Revive",
     "VectorQuantizer",
     "VectorQuantizerConfig",
+    "fold",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,15 +32,27 @@ class Quantizer(nn.Module, ABC):
 
     ``forward`` is pure: it changes no parameter, buffer or random state. Whatever changes a codebook outside the optimizer
     is the work of ``CodebookUpdater``. ``decode(encode(z), layout)`` is bitwise ``forward(z).quantized`` (which has the
-    dtype of z: with z in bfloat16, after ``.to(z.dtype)``).
+    dtype of z: after ``.to(z.dtype)``). All arithmetic is in float32, in float64 where the weights are float64.
+
+    A vector that holds a NaN or an infinity takes code 0 and is left out of loss, gradient and statistics.
+
+    Attributes:
+        codebook_size: every token is in [0, codebook_size).
+        latent_dim: channels of the latents, C.
     """
 
     codebook_size: int
     latent_dim: int
 
     @abstractmethod
-    def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantize latents [B, C, h, w], with gradients."""
+    def forward(self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> QuantizerOutput:
+        """Quantize latents [B, C, h, w], with gradients.
+
+        Args:
+            latents: floating point [B, C, h, w].
+            num_stages: use this many stages only; None: all. A quantizer without stages takes None or 1.
+            noise: [B, D, h, w] with D the dimension of the codes, for an estimator that wants it, in training.
+        """
 
     @abstractmethod
     def encode(self, latents: Tensor) -> Tensor:
@@ -47,14 +60,26 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens int64 [B, L] -> quantized latents [B, C, h, w]."""
+        """Tokens int64 [B, L] -> quantized latents [B, C, h, w].
+
+        Raises:
+            InputError: a layout that is not this quantizer's, another number of tokens than the layout's, or an index that is no code's.
+        """
+
+    @abstractmethod
+    def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Codes of tokens, in order: blocks of int64 [B, L_i], one per grid of the layout -> [B, L, D]."""
+
+    @abstractmethod
+    def get_codebook(self) -> Tensor:
+        """All codes: [K, D], or [G, K, D] where every grid of the layout has its own."""
 
     @abstractmethod
     def layout(self, height: int, width: int) -> TokenLayout:
         """The layout of the tokens of a latent map of ``height`` x ``width``."""
 
     def check_latents(self, latents: Tensor) -> None:
-        """Raise InputError unless latents are floating point [B, C, h, w] with C = ``latent_dim``."""
+        """Raise InputError unless latents are floating point [B, c, h, w] with c = ``latent_dim``."""
         if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != self.latent_dim or not latents.is_floating_point():
             raise InputError(f"latents must be floating point [B, {self.latent_dim}, h, w]; got {describe(latents)}.")
 

@@ -9,12 +9,20 @@ from torch import Tensor, nn
 
 
 class Codebook(nn.Embedding):
-    """K codes of dimension D that learn by gradient; ``weight`` is [K, D]. Called with indices, it returns codes."""
+    """K codes of dimension D that learn by gradient; ``weight`` is [K, D]."""
 
     def reset_parameters(self) -> None:
         # About unit length in any dimension. The usual uniform(±1/K) puts all codes in one tiny ball around zero: the few on its
         # rim then win every latent and the rest never learn.
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+    def codes(self) -> Tensor:
+        """The codes, [K, D]."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices int64 [...] -> codes [..., D]."""
+        return nn.functional.embedding(input, self.codes())
 
     @torch.no_grad()
     def place(self, rows: Tensor, vectors: Tensor) -> None:
@@ -68,3 +76,48 @@ class EMACodebook(Codebook):
         super().place(rows, vectors)
         self.ema_counts[rows] = 1
         self.ema_sums[rows] = vectors.to(self.ema_sums.dtype)
+
+
+class ProjectedCodebook(Codebook):
+    """SimVQ (Zhu et al. 2024, arXiv 2411.02038): frozen random vectors times one linear map that learns by gradient.
+
+    Every step moves every code, so none can be left behind. ``weight`` holds the frozen vectors [K, D], ``projection`` the map [D, D].
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.weight.requires_grad_(False)
+        self.projection = nn.Parameter(torch.eye(embedding_dim))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "projection" in self._parameters:  # not yet, when nn.Embedding calls this
+            nn.init.eye_(self.projection)
+
+    def codes(self) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.to(wide) @ self.projection.to(wide)
+
+    @torch.no_grad()
+    def fit(self, vectors: Tensor) -> None:
+        """Choose the map so that the codes have the second moments of ``vectors`` [N, D]: the beginning of training."""
+        own, wanted = self.weight.cpu().double(), vectors.cpu().double()  # D x D is little work, and not every device has float64
+        projection = _root(own.T @ own / len(own), -0.5) @ _root(wanted.T @ wanted / len(wanted), 0.5)
+        self.projection.copy_(projection)
+
+    def fold(self) -> Codebook:
+        """A plain codebook of the same codes: for saving, and for layouts that know no map."""
+        plain = Codebook(self.num_embeddings, self.embedding_dim, device=self.weight.device)
+        plain.weight = nn.Parameter(self.codes().detach().clone())
+        return plain
+
+    def place(self, rows: Tensor, vectors: Tensor) -> None:
+        raise AssertionError("projected codes move together")
+
+
+def _root(moments: Tensor, power: float) -> Tensor:
+    """A power of a symmetric matrix; directions in which there is nothing stay empty."""
+    values, directions = torch.linalg.eigh(moments)
+    kept = values > values[-1] * 1e-12
+    powers = torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny) ** power, 0)
+    return directions * powers @ directions.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smalto import distributed
 from smalto.errors import ConfigError, InputError
-from smalto.quantizers.codebook import EMACodebook
+from smalto.quantizers.codebook import EMACodebook, ProjectedCodebook
 from smalto.quantizers.kmeans import kmeans
+from smalto.quantizers.residual import ResidualVQ
+from smalto.quantizers.statistics import Statistics
 from smalto.quantizers.vector import VectorQuantizer
-from smalto.search import USAGE_WINDOW, code_sums
+from smalto.search import USAGE_WINDOW
 
 VECTORS_PER_CODE = 8  # how many vectors the k-means start asks for
+REVIVALS_PER_STEP = 1024  # at most: what a step exchanges between processes stays small
+_START_FLOATS = 2**25  # 128 MiB: what the start exchanges between processes, about
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,22 @@ class CodebookUpdater:
         updater = CodebookUpdater(model, optimizer)
         loss.backward(); optimizer.step(); updater.step()
 
-    It listens to every ``VectorQuantizer`` of the model through hooks of its own and counts a call only in training mode, with
-    gradients on and outside the backward pass; so evaluation and activation checkpointing do not count, and the micro-batches of an
-    accumulated step add up. Between steps it keeps counts, sums and a bounded random sample of vectors: O(K·D) memory. A model has one
-    updater: a newer one takes over. Copies of the model have none.
+    It listens to every ``VectorQuantizer`` of the model, those inside other quantizers too, and counts a call only in training mode, with
+    gradients on and outside the backward pass; so evaluation, a discriminator's pass under ``no_grad`` and activation checkpointing do
+    not count, and the micro-batches of an accumulated step add up. ``torch.compile`` takes the counting into its graph. Between steps it
+    keeps counts, sums and a bounded sample of vectors: O(K·D) memory. A model has one updater: a newer one takes over. Copies of the
+    model have none.
+
+    In several processes every one builds an updater and calls ``step`` after each of its own batches, whatever their sizes: one all-reduce
+    of fixed size gives all of them what one process would have seen. The processes may be joined before or after the updater is built.
 
     Args:
         model: holds at least one VectorQuantizer.
         optimizer: the one that trains learned codes; the moments of revived rows are zeroed in it.
-        revive: when a code is dead; None never revives.
+        revive: when a code is dead; None never revives. Projected codebooks (SimVQ) need no revival.
         memory: how far moving averages look back, in tokens per code. A batch of N tokens decays the past by
             ``exp(-N / (K·memory))``, so the setting means the same for every batch and codebook size.
-        seed: random choices depend on (seed, step) alone, so a resumed run makes the same ones.
+        seed: random choices depend on (seed, step) and on the vectors alone, so a resumed run makes the same ones.
         keep_codes: begin with the codes as they are, as for a trained tokenizer; otherwise ``start``, or else the first ``step``,
             places them anew.
 
@@ -69,24 +79,31 @@ class CodebookUpdater:
     ) -> None:
         if not 0 < memory < math.inf:
             raise ConfigError(f"memory is in tokens per code and must be positive; got {memory}.")
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ConfigError("CodebookUpdater works in one process for now: codebooks of several would drift apart.")
         self.model, self.optimizer, self.revive, self.memory, self.seed = model, optimizer, revive, memory, seed
         self.num_steps = 0
+        self.num_not_finite = 0  # vectors of the last step that held a NaN or an infinity
+        self._codebooks_agree = False  # between processes
         quantizers = {name: module for name, module in model.named_modules() if isinstance(module, VectorQuantizer)}
-        self._books = {name: _Book(quantizer, started=keep_codes) for name, quantizer in quantizers.items()}
+        self._books = {name: _Book(quantizer, number, keep_codes) for number, (name, quantizer) in enumerate(quantizers.items())}
+        by_quantizer = {book.quantizer: book for book in self._books.values()}
+        for residual in [module for module in model.modules() if isinstance(module, ResidualVQ)]:
+            stages = [by_quantizer[stage] for stage in residual.stages if isinstance(stage, VectorQuantizer)]
+            for earlier, later in itertools.pairwise(stages):
+                later.after = earlier
         if not self._books:
             raise InputError(f"{type(model).__name__} holds no VectorQuantizer: there is no codebook to look after.")
         for book in self._books.values():
-            for hook in list(book.quantizer.nearest._forward_hooks.values()):
-                if isinstance(hook, _Listener):
-                    hook.updater.close()
-        self._hooks = [book.quantizer.nearest.register_forward_hook(_Listener(self, book)) for book in self._books.values()]
+            self._clear(book)
+            book.quantizer.nearest.listener = _Listener(book)
 
     def start(self, images: Tensor | Iterable[Tensor]) -> None:
         """Place all codes by k-means on the latents of ``images``: what ``model`` takes, one batch or several.
 
-        Give at least 8 vectors per code where the data has them. Not called, the first ``step`` does it with what it saw.
+        Give at least 8 vectors per code where the data has them; in several processes all call it, each with its share. Not
+        called, the first ``step`` does it with what it saw.
+
+        Raises:
+            InputError: there was no finite latent.
         """
         batches = [images] if isinstance(images, Tensor) else list(images)
         modes = {module: module.training for module in self.model.modules()}
@@ -94,44 +111,50 @@ class CodebookUpdater:
         try:
             # One quantizer after the other: what a later one sees depends on the codes of those before it.
             for book in self._books.values():
-                book.forget()
-                book.collecting = True
+                book.started, book.collecting = False, True
+                self._clear(book)
                 with torch.no_grad():
                     for batch in batches:
                         self.model(batch)
                 book.collecting = False
-                if book.sample is None or not len(book.sample):
+                self._exchange([book])
+                if not self._start(book):
                     raise InputError("start() saw no finite latents: give it at least one batch of images.")
-                self._start(book)
         finally:
             for module, training in modes.items():
                 module.training = training
             for book in self._books.values():
                 book.collecting = False
-                book.forget()
+            self.discard()
+        self._agree()
 
     @torch.no_grad()
     def step(self) -> None:
         """Bring all codebooks up to date with what was seen since the last step.
 
         Raises:
-            RuntimeError: nothing was seen: no forward in training mode with gradients on.
+            RuntimeError: nothing was seen: no forward in training mode with gradients on, in any process.
         """
-        if not any(book.num_calls for book in self._books.values()):
+        books = list(self._books.values())
+        self._exchange(books)
+        if not any(book.was_called for book in books):
+            hint = " Activation checkpointing must be the non-reentrant kind (use_reentrant=False)." if _recomputed(books) else ""
             raise RuntimeError(
                 "CodebookUpdater.step() saw no forward pass since the last step. Call model.train() and run the model with gradients "
-                "on before it; one step() per optimizer step."
+                f"on before it; one step() per optimizer step.{hint}"
             )
-        for book in self._books.values():
-            if book.num_calls:
-                self._update(book)
-                book.forget()
+        ready = [book for book in books if book.started or book.after is None or book.after.started]
+        for book in ready:
+            self._update(book)
+        self.num_not_finite = max(book.num_not_finite for book in books)
         self.num_steps += 1
+        self.discard()
+        self._agree()
 
     def discard(self) -> None:
         """Forget what was seen since the last step, as ``optimizer.zero_grad()`` does: for a batch that is skipped."""
         for book in self._books.values():
-            book.forget()
+            self._clear(book)
 
     def usage(self) -> dict[str, float]:
         """Share of each quantizer's codes that were hit within the last 32·K tokens (usage@W, W = 32·K)."""
@@ -145,91 +168,122 @@ class CodebookUpdater:
         if set(state["books"]) != set(self._books):
             raise InputError(f"the state is of the quantizers {sorted(state['books'])}; this model has {sorted(self._books)}.")
         self.num_steps, self.seed = int(state["num_steps"]), int(state["seed"])
-        self.discard()
         for name, book in self._books.items():
             book.load_state_dict(state["books"][name])
+        self.discard()
+        self._codebooks_agree = False
 
     def close(self) -> None:
         """Stop listening."""
-        for hook in self._hooks:
-            hook.remove()
+        for book in self._books.values():
+            listener = book.quantizer.nearest.listener
+            if isinstance(listener, _Listener) and listener.book is book:
+                book.quantizer.nearest.listener = None
 
-    def _generator(self, book: _Book) -> torch.Generator:
-        generator = torch.Generator()
-        generator.manual_seed(((self.seed * 1_000_003 + self.num_steps) * 1_000_003 + book.num_calls) % 2**63)
-        return generator
+    def _clear(self, book: _Book) -> None:
+        size = book.quantizer.codebook_size
+        sample_size = min(size, REVIVALS_PER_STEP) if book.started else VECTORS_PER_CODE * size
+        salt = ((self.seed * 1_000_003 + self.num_steps) * 1_000_003 + book.number) % 2**63
+        book.follow(book.quantizer.embedding.weight).clear(sample_size, salt, by_error=book.started)
+        book.num_recomputed = 0
+
+    def _exchange(self, books: list[_Book]) -> None:
+        """Give every process what all of them saw: one all-reduce, whose size depends on the codebooks alone."""
+        world = distributed.world_size()
+        if world > 1:
+            packed = [book.statistics.pack(distributed.rank(), world, _START_FLOATS) for book in books]
+            summed = distributed.all_reduce(torch.cat([p.to(packed[0].dtype) for p in packed]))
+            for book, part in zip(books, summed.split([len(p) for p in packed]), strict=True):
+                book.statistics.unpack(part)
+
+    def _agree(self) -> None:
+        """Once, and after every start: the first process's codebooks for all. From then on equal sums keep them equal."""
+        if distributed.world_size() > 1 and not self._codebooks_agree:
+            distributed.broadcast(tensor for book in self._books.values() for tensor in book.tensors())
+            self._codebooks_agree = True
 
     def _update(self, book: _Book) -> None:
         if not book.started:
-            if book.sample is not None and len(book.sample):
-                self._start(book)
+            self._start(book)
             return
-        num_tokens = int(book.counts.sum())
+        num_tokens = float(book.statistics.counts[:-1].double().sum())
         if not num_tokens:
             return
         size = book.quantizer.codebook_size
-        decay = math.exp(-num_tokens / (size * self.memory))
-        book.absorb(book.counts * (size / num_tokens), book.sums * (size / num_tokens), decay)
-        book.idle.add_(num_tokens).masked_fill_(book.counts > 0, 0)
-        if self.revive is not None:
-            self._revive(book, (book.use < self.revive.below).nonzero().squeeze(1))
+        book.absorb(size / num_tokens, decay=math.exp(-num_tokens / (size * self.memory)))
+        book.idle.add_(int(num_tokens)).masked_fill_(book.statistics.counts[:-1] > 0, 0)
+        if self.revive is not None and not isinstance(book.quantizer.embedding, ProjectedCodebook):
+            dead = (book.use < self.revive.below).nonzero().squeeze(1)
+            dead = dead[book.use[dead].argsort(stable=True)]
+            vectors = book.statistics.candidates()[: len(dead)]
+            self._place(book, dead[: len(vectors)], vectors)
 
-    def _revive(self, book: _Book, dead: Tensor) -> None:
-        if not len(dead) or book.sample is None or not len(book.sample):
-            return
-        dead = dead[book.use[dead].argsort(stable=True)]
-        vectors = _distinct(book.sample[: 2 * len(dead)])[: len(dead)]
-        self._place(book, dead[: len(vectors)], vectors)
-
-    def _start(self, book: _Book) -> None:
-        assert book.sample is not None
-        centres = kmeans(book.sample, book.quantizer.codebook_size, book.quantizer.nearest.metric, self._generator(book))
-        self._place(book, torch.arange(len(centres), device=centres.device), centres)
-        book.started = True
+    def _start(self, book: _Book) -> bool:
+        """Place the codes by what was sampled; False where that is nothing."""
+        vectors = book.statistics.candidates()
+        if not len(vectors):
+            return False
+        embedding = book.quantizer.embedding
+        if isinstance(embedding, ProjectedCodebook):
+            embedding.fit(vectors)
+            self._zero_moments(embedding.projection, slice(None))
+        else:
+            generator = torch.Generator().manual_seed(book.statistics.seed)
+            centres = kmeans(vectors, book.quantizer.codebook_size, book.quantizer.nearest.metric, generator)
+            self._place(book, torch.arange(len(centres), device=centres.device), centres)
+        book.started, self._codebooks_agree = True, False
+        return True
 
     def _place(self, book: _Book, rows: Tensor, vectors: Tensor) -> None:
-        book.place(rows, vectors)
-        weight = book.quantizer.embedding.weight
-        for moment in (self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}).values():
-            if isinstance(moment, Tensor) and moment.shape == weight.shape:
+        book.quantizer.embedding.place(rows, vectors)
+        book.use[rows] = 1
+        self._zero_moments(book.quantizer.embedding.weight, rows)
+
+    def _zero_moments(self, parameter: Tensor, rows: Tensor | slice) -> None:
+        """Make the optimizer forget in which direction ``rows`` were going."""
+        for moment in (self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}).values():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                 moment[rows] = 0
 
 
 class _Listener:
-    """The hook on one quantizer's search. Copied or pickled with the model, it becomes deaf: a copy feeds nobody's updater."""
+    """What one quantizer's search calls. Copied or pickled with the model it becomes None: a copy feeds nobody's updater."""
 
-    def __init__(self, updater: CodebookUpdater, book: _Book) -> None:
-        self.updater, self._book = updater, book
+    def __init__(self, book: _Book) -> None:
+        self.book = book
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, Tensor, Tensor], indices: Tensor) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1  # a recomputation by activation checkpointing
-        learning = module.training and torch.is_grad_enabled() and not in_backward and not torch.compiler.is_compiling()
-        if learning or self._book.collecting:
+    def __call__(self, module: nn.Module, vectors: Tensor, codes: Tensor, indices: Tensor, valid: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            # A compiled backward pass recomputes inside its graph and does not come by here.
+            if torch.compiler.is_exporting():
+                return
+        elif torch._C._current_graph_task_id() != -1:  # a recomputation by activation checkpointing
+            self.book.num_recomputed += 1
+            return
+        if (module.training and torch.is_grad_enabled()) or self.book.collecting:
             with torch.no_grad():
-                self._book.add(args[0].detach(), indices, args[2], self.updater._generator(self._book))
+                self.book.follow(vectors).add(vectors, codes, indices, valid)
 
-    def __reduce__(self) -> tuple[type[_Deaf], tuple[()]]:
-        return _Deaf, ()
-
-
-class _Deaf:
-    """What a listener is in a copy of the model."""
-
-    def __call__(self, *args: Any) -> None:
-        pass
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class _Book:
-    """What the updater knows of one quantizer: statistics since the last step, and slow ones in units of uniform use."""
+    """What the updater knows of one quantizer: statistics since the last step, and slow ones in units of uniform use.
 
-    def __init__(self, quantizer: VectorQuantizer, started: bool) -> None:
-        self.quantizer = quantizer
-        self.started, self.collecting = started, False
+    ``after`` is the book of the residual stage before: until that one's codes are placed, what this one sees means nothing.
+    """
+
+    def __init__(self, quantizer: VectorQuantizer, number: int, started: bool) -> None:
+        self.quantizer, self.number, self.started = quantizer, number, started
+        self.after: _Book | None = None
+        self.collecting = False
+        self.num_recomputed = 0
         size = quantizer.codebook_size
+        self.statistics = Statistics(size, quantizer.embedding.embedding_dim, torch.zeros(0, dtype=quantizer.dtype))
         # Learned codebooks have no buffer of their own for this: their only state is the weight.
-        self._learned_use = torch.ones(size)
+        self._learned_use = torch.ones(size, dtype=quantizer.dtype)
         self.idle = torch.full((size,), USAGE_WINDOW * size)
-        self.forget()
 
     @property
     def use(self) -> Tensor:
@@ -237,48 +291,38 @@ class _Book:
         embedding = self.quantizer.embedding
         return embedding.ema_counts if isinstance(embedding, EMACodebook) else self._learned_use
 
+    def follow(self, tensor: Tensor) -> Statistics:
+        """The statistics, begun anew where ``tensor`` is when the model has moved."""
+        if tensor.is_meta:  # not yet anywhere
+            return self.statistics
+        if self.statistics.sums.device != tensor.device or self.statistics.sums.dtype != self.quantizer.dtype:
+            self.statistics = self.statistics.anew(tensor.to(self.quantizer.dtype))
+            self._learned_use, self.idle = self._learned_use.to(self.statistics.sums), self.idle.to(tensor.device)
+        return self.statistics
+
+    @property
+    def was_called(self) -> bool:
+        return bool(self.statistics.num_calls > 0)
+
+    @property
+    def num_not_finite(self) -> int:
+        return int(self.statistics.counts[-1])
+
     def usage(self) -> float:
         return float((self.idle < USAGE_WINDOW * self.quantizer.codebook_size).float().mean())
 
-    def forget(self) -> None:
-        self.num_calls = 0
-        self.counts: Tensor = torch.zeros(0)
-        self.sums: Tensor = torch.zeros(0)
-        self.sample: Tensor | None = None
-        self._keys: Tensor | None = None
-
-    def add(self, vectors: Tensor, indices: Tensor, valid: Tensor, generator: torch.Generator) -> None:
-        """Take in one call: vectors [N, D], indices [N], valid [N]."""
-        self.idle, self._learned_use = self.idle.to(vectors.device), self._learned_use.to(vectors.device)
-        size = self.quantizer.codebook_size
-        counts, sums = code_sums(vectors, torch.where(valid, indices, size), size + 1)  # the last bin takes what is not finite
-        self.counts = counts[:size] + self.counts if self.num_calls else counts[:size]
-        self.sums = sums[:size] + self.sums if self.num_calls else sums[:size]
-        self.num_calls += 1
-        starting = self.collecting or not self.started
-        # Every vector draws a key, and the largest keys stay: a random sample of all calls, without their number being known
-        # (Efraimidis and Spirakis 2006). For the start all weigh the same; for revival the squared error weighs, because that is where
-        # another code helps most, and a vector that already is a code needs none.
-        keys = torch.rand(len(vectors), generator=generator).log().to(vectors.device)
-        if not starting:
-            keys = keys / (vectors - self.quantizer.embedding.weight[indices]).square().sum(dim=1)
-        keys = keys.masked_fill(~valid, -torch.inf)
-        if self._keys is not None and self.sample is not None:
-            keys, vectors = torch.cat([self._keys, keys]), torch.cat([self.sample, vectors])
-        keys, order = keys.topk(min(VECTORS_PER_CODE * size if starting else size, len(keys)))
-        order = order[keys > -torch.inf]
-        self._keys, self.sample = keys[: len(order)], vectors[order]
-
-    def absorb(self, counts: Tensor, sums: Tensor, decay: float) -> None:
-        embedding = self.quantizer.embedding
+    def absorb(self, scale: float, decay: float) -> None:
+        """Take the statistics times ``scale`` into the moving averages."""
+        counts, embedding = self.statistics.counts[:-1] * scale, self.quantizer.embedding
         if isinstance(embedding, EMACodebook):
-            embedding.absorb(counts, sums, decay)
+            embedding.absorb(counts, self.statistics.sums * scale, decay)
         else:
             self.use.mul_(decay).add_(counts, alpha=1 - decay)
 
-    def place(self, rows: Tensor, vectors: Tensor) -> None:
-        self.quantizer.embedding.place(rows, vectors)
-        self.use[rows] = 1
+    def tensors(self) -> list[Tensor]:
+        """All that processes must have in common."""
+        own = [*self.quantizer.embedding.parameters(), *self.quantizer.embedding.buffers()]
+        return [*(tensor.detach() for tensor in own), self.use, self.idle]
 
     def state_dict(self) -> dict[str, Any]:
         return {"started": self.started, "idle": self.idle.clone(), "use": self.use.clone()}
@@ -292,9 +336,5 @@ class _Book:
         self.use.copy_(state["use"])
 
 
-def _distinct(vectors: Tensor) -> Tensor:
-    """The different rows of [N, D], in order of first appearance."""
-    _, group = torch.unique(vectors, dim=0, return_inverse=True)
-    first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
-    first.scatter_reduce_(0, group, torch.arange(len(group), device=group.device), "amin")
-    return vectors[first.sort().values]
+def _recomputed(books: list[_Book]) -> bool:
+    return any(book.num_recomputed for book in books)

@@ -16,13 +16,14 @@ from smalto.report.pictures import ERROR_GAIN, code_colours, data_uri, error_map
 
 @dataclass(frozen=True)
 class Example:
-    """One picture to show: uint8 [3, H, W] before and after, its tokens [L] and their grid."""
+    """One picture to show: uint8 [3, H, W] before and after, the tokens [h*w] of its first grid, and how many it has in all."""
 
     name: str
     picture: Tensor
     reconstruction: Tensor
     tokens: Tensor
     grid: tuple[int, int]
+    num_tokens: int
     psnr: float
     credit: str = ""
 
@@ -73,7 +74,7 @@ def _shown(example: Example, colours: Tensor) -> dict[str, Any]:
     scale = max(1, width // example.grid[1])
     return {
         "name": example.name,
-        "size": f"{width} x {height} pixels, {example.grid[0] * example.grid[1]:,} tokens",
+        "size": f"{width} x {height} pixels, {example.num_tokens:,} tokens",
         "psnr": f"{example.psnr:.2f} dB",
         "credit": example.credit,
         "pictures": [

@@ -30,10 +30,12 @@ def error_map(picture: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def code_colours(codebook: Tensor) -> Tensor:
-    """One colour per code [K, 3] uint8, from the codes' three main directions: codes that are alike look alike."""
+    """One colour per code, uint8 [K, 3], for codes [K, D] or the first of [G, K, D]. Codes that are alike look alike."""
+    codebook = codebook[0] if codebook.ndim == 3 else codebook
     centred = codebook.float() - codebook.float().mean(dim=0)
     if centred.shape[1] < 3:
         centred = torch.nn.functional.pad(centred, (0, 3 - centred.shape[1]))
+    # The three main directions of the codes.
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     coordinates = torch.zeros(len(centred), 3)
     coordinates[:, : len(directions[:3])] = centred @ directions[:3].T

@@ -1,6 +1,6 @@
 """Nearest-code search and code sums: pure functions of tensors that know nothing of modules or training."""
 
 from smalto.search.code_sums import USAGE_WINDOW, code_sums
-from smalto.search.nearest import Metric, nearest_codes
+from smalto.search.nearest import Backend, Metric, nearest_codes
 
-__all__ = ["USAGE_WINDOW", "Metric", "code_sums", "nearest_codes"]
+__all__ = ["USAGE_WINDOW", "Backend", "Metric", "code_sums", "nearest_codes"]

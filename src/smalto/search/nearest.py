@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from smalto.errors import InputError, describe
-from smalto.search.tiled import nearest_tiled
+from smalto.search import faiss_search, tiled
 
 Metric = Literal["l2", "cosine"]
+Backend = Literal["tiled", "faiss"]
 
 
-def nearest_codes(queries: Tensor, codebook: Tensor, metric: Metric = "l2") -> Tensor:
+def nearest_codes(
+    queries: Tensor, codebook: Tensor, metric: Metric = "l2", *, backend: Backend | None = None, exact: bool = False
+) -> Tensor:
     """Return the index of the nearest code of every query.
 
     Args:
@@ -21,14 +24,19 @@ def nearest_codes(queries: Tensor, codebook: Tensor, metric: Metric = "l2") -> T
         codebook: [K, D] floating point on the same device, K at least 1.
         metric: ``"l2"`` takes the smallest Euclidean distance, ``"cosine"`` the largest angle cosine
             ``z·c/|c|`` (the length of a code does not count; a zero code has cosine 0).
+        backend: ``"tiled"``: torch, on every device. ``"faiss"``: faiss, on the CPU. None: the faster one, by a rule
+            that was measured (``benchmarks/search.py``); tiled where faiss is not installed.
+        exact: settle what float32 leaves open by comparing in float64 (always tiled).
 
     Returns:
         int64 [N]; of codes that are equal the lowest index. No gradient flows. A row that holds a NaN or an infinity gets
-        index 0. Computed in float32 whatever the input, autocast and TF32 settings; beside the result it needs at most
-        64 MiB, whatever N and K.
+        index 0. Computed in float32 whatever the input, autocast and TF32 settings: the squared distance of the chosen code exceeds
+        the best by at most ``4·2⁻²⁴·√D·(|z|+max|c|)²``, and where the best two differ by more, every backend and every split of
+        the batch gives the same index. Beside the result it needs at most 64 MiB, whatever N and K.
 
     Raises:
-        InputError: ranks or dimensions do not fit, no codes, integer input, or an unknown metric.
+        InputError: ranks or dimensions do not fit, no codes, integer input, or an unknown metric or backend.
+        MissingExtra: faiss is asked for and not installed.
     """
     if not isinstance(queries, Tensor) or not isinstance(codebook, Tensor):
         raise InputError(f"queries and codebook must be tensors; got {describe(queries)} and {describe(codebook)}.")
@@ -43,5 +51,22 @@ def nearest_codes(queries: Tensor, codebook: Tensor, metric: Metric = "l2") -> T
         raise InputError(f"queries and codebook must be floating point; got {queries.dtype} and {codebook.dtype}.")
     if metric not in ("l2", "cosine"):
         raise InputError(f'metric must be "l2" or "cosine"; got {metric!r}.')
+    if backend not in (None, "tiled", "faiss"):
+        raise InputError(f'backend must be "tiled", "faiss" or None; got {backend!r}.')
+    if backend == "faiss" and (exact or queries.device.type != "cpu"):
+        raise InputError('backend="faiss" searches in float32 on the CPU; use backend=None for exact=True and for other devices.')
     with torch.no_grad():
-        return nearest_tiled(queries, codebook, metric == "cosine")
+        return nearest_op(queries, codebook, metric == "cosine", backend or "", exact)
+
+
+@torch.library.custom_op("smalto::nearest_codes", mutates_args=())
+def nearest_op(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
+    """``nearest_codes`` without the checks; an empty ``backend`` chooses."""
+    if backend == "faiss" or (not backend and not exact and faiss_search.is_faster(queries, codebook)):
+        return faiss_search.search(queries, codebook, cosine)
+    return tiled.search(queries, codebook, cosine, exact)
+
+
+@nearest_op.register_fake
+def _(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
+    return queries.new_empty(queries.shape[0], dtype=torch.int64)

@@ -8,6 +8,7 @@ each tile of codes, the second looks at the winning tile again to find the posit
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,92 +18,162 @@ from smalto.precision import plain_float32, without_autocast
 CODES_PER_TILE = 256
 COLUMNS = 16  # divides CODES_PER_TILE: float32 numbers in the widest vector register
 QUERIES_PER_TILE = 2048
-_BLOCK_FLOATS = 2**22  # 16 MiB: the largest single temporary; fewer than four of this size live at once
+BLOCK_FLOATS = 2**22  # 16 MiB: the largest single temporary; fewer than four of this size live at once
 _BLOCK_QUERIES = 2**16
 
 
-@torch.library.custom_op("smalto::nearest_tiled", mutates_args=())
-def nearest_tiled(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
+def search(queries: Tensor, codebook: Tensor, cosine: bool, exact: bool = False) -> Tensor:
     """``nearest_codes`` without the checks: float [N, D], float [K, D] -> int64 [N]."""
-    num_queries, dim = queries.shape
-    indices = torch.empty(num_queries, dtype=torch.int64, device=queries.device)
+    indices = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     with without_autocast(queries.device), plain_float32():
-        # Shifting both sides by the codebook's mean leaves l2 distances alone and keeps the products small, so float32 loses less.
-        shift = queries.new_zeros(dim, dtype=torch.float32) if cosine else _mean(codebook)
-        num_tiles = -(-codebook.shape[0] // _codes_per_tile(dim))
-        block = max(1, min(_BLOCK_QUERIES, _BLOCK_FLOATS // max(num_tiles, dim + 1)))
-        for rows in _slices(num_queries, block):
-            # A column of ones takes the offset of each code into the product: cheaper than adding it afterwards.
-            shifted = queries.new_ones(rows.stop - rows.start, dim + 1, dtype=torch.float32)
-            torch.sub(queries[rows], shift, out=shifted[:, :dim])
-            indices[rows] = _search_block(shifted, codebook, shift, cosine)
+        codes = _Codes(codebook, cosine)
+        block = max(1, min(_BLOCK_QUERIES, BLOCK_FLOATS // max(codes.num_tiles, queries.shape[1] + 1)))
+        for rows in slices(len(queries), block):
+            shifted = codes.with_ones(queries[rows], torch.float32)
+            best = _best_of_each_tile(shifted, codes)
+            if exact:
+                indices[rows] = _position_exact(queries[rows], codes, best)
+            else:
+                indices[rows] = _position(shifted, codes, best)
     return indices
 
 
-@nearest_tiled.register_fake
-def _(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
-    return queries.new_empty(queries.shape[0], dtype=torch.int64)
+class _Group(NamedTuple):
+    """Some tiles of codes, ready to be multiplied."""
+
+    first_tile: int
+    tiles: Tensor  # [T, codes per tile, D+1]; multiplied with queries that end with a one they give scores
 
 
-def _search_block(queries: Tensor, codebook: Tensor, shift: Tensor, cosine: bool) -> Tensor:
-    tiles = list(_slices(codebook.shape[0], _codes_per_tile(codebook.shape[1])))
-    best = queries.new_empty(len(tiles), queries.shape[0])
-    scores = queries.new_empty(min(QUERIES_PER_TILE, queries.shape[0]), CODES_PER_TILE)
-    for t, codes in enumerate(tiles):
-        matrix = _prepare(codebook[codes], shift, cosine)
-        for rows in _slices(queries.shape[0], QUERIES_PER_TILE):
-            torch.amax(_product(queries[rows], matrix, scores), dim=1, out=best[t, rows])
+class _Codes:
+    """A codebook in tiles, as many of them prepared at a time as fit one temporary."""
+
+    def __init__(self, codebook: Tensor, cosine: bool) -> None:
+        (num_codes, dim), self._codebook, self._cosine = codebook.shape, codebook, cosine
+        # Shifting both sides by the codebook's mean leaves l2 distances alone and keeps the products small, so float32 loses less.
+        self.shift = codebook.new_zeros(dim, dtype=torch.float32) if cosine else mean_code(codebook)
+        # In products narrower than whole vector registers the columns at the edge are rounded in another way than the rest, and of two
+        # equal codes the higher could win: so every tile is padded with codes that score -inf.
+        fitting = min(CODES_PER_TILE, BLOCK_FLOATS // (dim + 1), num_codes)
+        self.per_tile = max(COLUMNS, -(-fitting // COLUMNS) * COLUMNS)
+        self.num_tiles = -(-num_codes // self.per_tile)
+        self._tiles_per_group = max(1, BLOCK_FLOATS // (self.per_tile * (dim + 1)))
+        self._only: _Group | None = None
+
+    def groups(self, dtype: torch.dtype = torch.float32) -> Iterator[_Group]:
+        if dtype is torch.float32 and self.num_tiles <= self._tiles_per_group:
+            self._only = self._only or self._prepare(slice(0, self.num_tiles), dtype)
+            yield self._only
+        else:
+            for tiles in slices(self.num_tiles, self._tiles_per_group):
+                yield self._prepare(tiles, dtype)
+
+    def _prepare(self, tiles: slice, dtype: torch.dtype) -> _Group:
+        codes = shifted(self._codebook[tiles.start * self.per_tile : tiles.stop * self.per_tile], self.shift, dtype)
+        if self._cosine:
+            codes = unit(codes)
+        matrix = codes.new_zeros((tiles.stop - tiles.start) * self.per_tile, codes.shape[1] + 1)
+        matrix[: len(codes), :-1] = codes
+        matrix[: len(codes), -1] = 0 if self._cosine else codes.square().sum(dim=1).mul_(-0.5)
+        matrix[len(codes) :, -1] = -torch.inf
+        return _Group(tiles.start, matrix.view(-1, self.per_tile, matrix.shape[1]))
+
+    def with_ones(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Shifted queries [n, D+1] that end with a one.
+
+        That column takes the offset of each code into the product: cheaper than adding it afterwards.
+        """
+        out = queries.new_ones(queries.shape[0], queries.shape[1] + 1, dtype=dtype)
+        torch.sub(queries.to(torch.promote_types(queries.dtype, dtype)), self.shift, out=out[:, :-1])
+        return out
+
+    def longest(self) -> float:
+        """Length of the longest shifted code, for cosine 1."""
+        if self._cosine:
+            return 1.0
+        parts = self._codebook.split(max(1, BLOCK_FLOATS // self._codebook.shape[1] // 2))
+        return max(float((part.double() - self.shift).norm(dim=1).max()) for part in parts)
+
+
+def _best_of_each_tile(queries: Tensor, codes: _Codes) -> Tensor:
+    """First pass: the best score in every tile, [T, n]."""
+    best = queries.new_empty(codes.num_tiles, len(queries))
+    buffer = queries.new_empty(min(QUERIES_PER_TILE, len(queries)), codes.per_tile)
+    for group in codes.groups():
+        for t, tile in enumerate(group.tiles, start=group.first_tile):
+            for rows in slices(len(queries), QUERIES_PER_TILE):
+                part = queries[rows]
+                torch.amax(torch.mm(part, tile.t(), out=buffer[: len(part)]), dim=1, out=best[t, rows])
+    return best
+
+
+def _position(queries: Tensor, codes: _Codes, best: Tensor) -> Tensor:
+    """Second pass: the position of the best score, from the one tile that holds it."""
     # Of equal maxima, max() returns the first: ties go to the lowest tile here and to the lowest code below.
     # A NaN in a query makes every score NaN, an infinity makes every score infinite or NaN, and amax passes a NaN on: so the best
     # score tells whether the query was finite.
     top, winner = best.max(dim=0)
     order = winner.argsort()
-    counts = torch.bincount(winner, minlength=len(tiles)).tolist()
-    indices = torch.empty_like(winner)
-    for codes, tile_rows in zip(tiles, order.split(counts), strict=True):
-        if not len(tile_rows):
-            continue
-        matrix = _prepare(codebook[codes], shift, cosine)
-        for part in tile_rows.split(QUERIES_PER_TILE):
-            indices[part] = _product(queries[part], matrix, scores).max(dim=1).indices + codes.start
+    counts = torch.bincount(winner, minlength=codes.num_tiles).tolist()
+    positions = torch.empty_like(winner)
+    buffer = queries.new_empty(min(QUERIES_PER_TILE, len(queries)), codes.per_tile)
+    begin = 0
+    for group in codes.groups():
+        sizes = counts[group.first_tile : group.first_tile + len(group.tiles)]
+        rows = order[begin : begin + sum(sizes)]
+        begin += len(rows)
+        if len(rows) < _FEW * len(group.tiles):
+            # Few queries to a tile: every query takes a copy of its tile along, which is less work than a call per tile.
+            for part in rows.split(max(1, BLOCK_FLOATS // group.tiles[0].numel())):
+                scores = torch.bmm(group.tiles[winner[part] - group.first_tile], queries[part].unsqueeze(2)).squeeze(2)
+                positions[part] = scores.max(dim=1).indices
+        else:
+            for tile, tile_rows in zip(group.tiles, rows.split(sizes), strict=True):
+                for part in tile_rows.split(QUERIES_PER_TILE):
+                    positions[part] = torch.mm(queries[part], tile.t(), out=buffer[: len(part)]).max(dim=1).indices
+    return torch.where(top.isfinite(), winner * codes.per_tile + positions, 0)
+
+
+_FEW = 32  # queries per tile
+
+
+def _position_exact(queries: Tensor, codes: _Codes, best: Tensor) -> Tensor:
+    """Second pass in float64, over every tile that float32 cannot rule out."""
+    top = best.amax(dim=0)
+    # Rounding of a product of D + 1 terms, in the worst case, on both of the scores that are compared.
+    length = (queries.double() - codes.shift).norm(dim=1)
+    reach = (length + codes.longest()) * codes.longest()
+    margin = (queries.shape[1] + 8) * 2.0**-23 * reach
+    indices = torch.zeros_like(top, dtype=torch.int64)
+    found = torch.full_like(top, -torch.inf, dtype=torch.float64)
+    for group in codes.groups(torch.float64):
+        for t, tile in enumerate(group.tiles, start=group.first_tile):
+            for part in (best[t] >= top - margin).nonzero().squeeze(1).split(QUERIES_PER_TILE):
+                score, position = torch.mm(codes.with_ones(queries[part], torch.float64), tile.t()).max(dim=1)
+                better = score > found[part]
+                indices[part] = torch.where(better, position + t * codes.per_tile, indices[part])
+                found[part] = torch.where(better, score, found[part])
     return torch.where(top.isfinite(), indices, 0)
 
 
-def _product(queries: Tensor, matrix: Tensor, buffer: Tensor) -> Tensor:
-    """queries [n, D+1] @ matrix [D+1, k], written into the beginning of ``buffer``."""
-    out = buffer.view(-1)[: len(queries) * matrix.shape[1]].view(len(queries), matrix.shape[1])
-    return torch.mm(queries, matrix, out=out)
-
-
-def _prepare(codes: Tensor, shift: Tensor, cosine: bool) -> Tensor:
-    """Codes [k, D] -> matrix [D+1, k'] that gives scores when multiplied with queries that end with a one.
-
-    k' is k rounded up to whole vector registers; what is added scores -inf. In narrower products the columns at the edge are rounded
-    in another way than the rest, and of two equal codes the higher could win.
-    """
-    codes = codes.float() - shift
-    if cosine:
-        codes = torch.nn.functional.normalize(codes, dim=1, eps=torch.finfo(torch.float32).tiny)
-        offset = codes.new_zeros(codes.shape[0], 1)
-    else:
-        offset = codes.square().sum(dim=1, keepdim=True).mul_(-0.5)
-    padding = -codes.shape[0] % COLUMNS
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, padding))
-    offset = torch.nn.functional.pad(offset, (0, 0, 0, padding), value=-torch.inf)
-    return torch.cat([codes, offset], dim=1).t()
-
-
-def _codes_per_tile(dim: int) -> int:
-    """As many codes as a tile takes without its matrix outgrowing the largest temporary."""
-    return max(1, min(CODES_PER_TILE, _BLOCK_FLOATS // dim))
-
-
-def _mean(codebook: Tensor) -> Tensor:
+def mean_code(codebook: Tensor) -> Tensor:
+    """The mean of all codes, float32 [D]."""
     total = codebook.new_zeros(codebook.shape[1], dtype=torch.float32)
-    for part in codebook.split(max(1, _BLOCK_FLOATS // codebook.shape[1])):
+    for part in codebook.split(max(1, BLOCK_FLOATS // codebook.shape[1])):
         total += part.float().sum(dim=0)
     return total / codebook.shape[0]
 
 
-def _slices(total: int, step: int) -> Iterator[slice]:
+def shifted(vectors: Tensor, shift: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Vectors [n, D] less ``shift`` [D], subtracted before anything is rounded to ``dtype``."""
+    return (vectors.to(torch.promote_types(vectors.dtype, dtype)) - shift).to(dtype)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors [n, D] at length 1; zero stays zero."""
+    return torch.nn.functional.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
+
+
+def slices(total: int, step: int) -> Iterator[slice]:
+    """[0, total) in slices of ``step``; the last may be shorter."""
     return (slice(start, min(start + step, total)) for start in range(0, total, step))

@@ -109,7 +109,9 @@ def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
         *parents, last = key.split(".")
         table = data
         for parent in parents:
-            table = table[parent]
+            table = table.setdefault(parent, {})
+        if last == "kind" and table.get("kind") != value:
+            table.clear()  # the settings of another kind mean nothing to this one
         table[last] = value
     return parse_config(Recipe, data, "recipe")
 
@@ -146,4 +148,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _merge(base: Any, over: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
+    if "kind" in over and over["kind"] != base.get("kind"):
+        return over  # the settings of another kind mean nothing to this one
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}

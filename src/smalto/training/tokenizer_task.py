@@ -40,8 +40,8 @@ class TokenizerTask:
     @property
     def num_start_images(self) -> int:
         """Crops that the k-means start wants: 8 vectors per code."""
-        tokens = self.tokenizer.layout(self._recipe.data.size, self._recipe.data.size).num_tokens
-        return math.ceil(8 * self.tokenizer.quantize.codebook_size / tokens)
+        layout = self.tokenizer.layout(self._recipe.data.size, self._recipe.data.size)
+        return math.ceil(8 * self.tokenizer.quantize.codebook_size / max(layout.lengths))
 
     def start(self, batches: list[Tensor]) -> None:
         """The codebook's k-means start."""
@@ -70,6 +70,7 @@ class TokenizerTask:
             "vq_loss": round(vq_loss.item(), 7),
             "psnr": round(float(psnr(reconstruction.detach(), images).mean()), 4),
             "usage": round(min(self._updater.usage().values()), 5),
+            "not_finite": self._updater.num_not_finite,
             "lr": self._optimizer.param_groups[0]["lr"],
         }
 

@@ -1,0 +1,23 @@
+"""The settings of any quantizer, told apart by ``kind``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Tag
+
+from smalto.quantizers.product import ProductVQConfig
+from smalto.quantizers.residual import ResidualVQConfig
+from smalto.quantizers.vector import VectorQuantizerConfig
+
+
+def _kind(settings: Any) -> Any:
+    return settings.get("kind", "vector") if isinstance(settings, dict) else getattr(settings, "kind", None)
+
+
+QuantizerConfig = Annotated[
+    Annotated[VectorQuantizerConfig, Tag("vector")]
+    | Annotated[ResidualVQConfig, Tag("residual")]
+    | Annotated[ProductVQConfig, Tag("product")],
+    Discriminator(_kind),
+]

@@ -1,0 +1,67 @@
+"""Between latent maps [B, C, h, w] and the vectors [N, D] that are quantized one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from smalto.errors import InputError, describe
+
+
+def to_vectors(latent_map: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Map [B, C, h, w] -> vectors [B*h*w, C] of ``dtype``, and which of them are finite, bool [B*h*w]. Those that are not become 0."""
+    vectors = latent_map.permute(0, 2, 3, 1).reshape(-1, latent_map.shape[1]).to(dtype)
+    valid = vectors.isfinite().all(dim=1)
+    return keep(vectors, valid), valid
+
+
+def to_map(vectors: Tensor, like: Tensor) -> Tensor:
+    """Vectors [B*h*w, C] -> map [B, C, h, w] with the B, h, w and dtype of ``like``."""
+    batch, _, height, width = like.shape
+    return vectors.to(like.dtype).view(batch, height, width, vectors.shape[1]).permute(0, 3, 1, 2).contiguous()
+
+
+def keep(vectors: Tensor, valid: Tensor) -> Tensor:
+    """Vectors [N, D] with zeros, and no gradient, where not ``valid`` [N]."""
+    return torch.where(valid.unsqueeze(1), vectors, 0)
+
+
+def masked_mse(vectors: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """Mean squared error over the ``valid`` rows of [N, D]; 0 when there are none."""
+    count = (valid.sum() * vectors.shape[1]).clamp(min=1)
+    return keep(vectors - targets, valid).square().sum() / count
+
+
+def noise_vectors(noise: Tensor | None, latent_map: Tensor, code_dim: int, dtype: torch.dtype) -> Tensor | None:
+    """Noise [B, D, h, w] -> [B*h*w, D], or InputError where it does not fit the latents."""
+    if noise is None:
+        return None
+    batch, _, height, width = latent_map.shape
+    if not isinstance(noise, Tensor) or noise.shape != (batch, code_dim, height, width):
+        raise InputError(f"noise must be {[batch, code_dim, height, width]}; got {describe(noise)}.")
+    return noise.permute(0, 2, 3, 1).reshape(-1, code_dim).to(dtype)
+
+
+class Projection(nn.Linear):
+    """A linear layer that computes in the precision of what it is given."""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        assert self.bias is not None
+        return nn.functional.linear(vectors, self.weight.to(vectors.dtype), self.bias.to(vectors.dtype))
+
+
+def projections(latent_dim: int, code_dim: int | None) -> tuple[nn.Module, nn.Module]:
+    """The ways into and out of the space of codes; without ``code_dim`` that space is the latents' own.
+
+    They begin as one: out undoes in, on a random subspace. With two unrelated random matrices the decoder first has to learn
+    to read the codes: 0.3 dB after 400 steps.
+    """
+    if code_dim is None:
+        return nn.Identity(), nn.Identity()
+    project_in, project_out = Projection(latent_dim, code_dim), Projection(code_dim, latent_dim)
+    nn.init.orthogonal_(project_in.weight)
+    with torch.no_grad():
+        project_out.weight.copy_(project_in.weight.T)
+    for projection in (project_in, project_out):
+        nn.init.zeros_(projection.bias)
+    return project_in, project_out

@@ -149,8 +149,8 @@ def _keep_largest(new_keys: Tensor, new_vectors: Tensor, keys: Tensor, sample: T
 
 def _draw(vectors: Tensor, salt: Tensor) -> Tensor:
     """A negative random number for every row of [N, D], the logarithm of a uniform one, that depends on row and ``salt`` [1] alone."""
-    integers = {torch.float32: torch.int32, torch.float64: torch.int64}[vectors.dtype]
-    bits = (vectors + 0.0).view(integers).long()  # 0 and -0 are one number
+    # As float32, because the last bits of float64 depend on the order of earlier sums. Plus 0 because 0 and -0 are one number.
+    bits = (vectors.float() + 0.0).view(torch.int32).long()
     columns = _mix(torch.arange(1, vectors.shape[1] + 1, device=vectors.device)) | 1
     mixed = _mix(_mix((bits * columns).sum(dim=1)) + salt)
     # 1 - u in place of u: near 0 float32 tells far more numbers apart than near 1, and the largest keys come from there.

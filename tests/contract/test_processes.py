@@ -34,7 +34,9 @@ SHARDS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 }
 
 
-def upkeep(quantizer: Quantizer, rank: int = 0, world: int = 1, shards: str = "equal", steps: int = STEPS, **settings: object) -> list[Tensor]:
+def upkeep(
+    quantizer: Quantizer, rank: int = 0, world: int = 1, shards: str = "equal", steps: int = STEPS, **settings: object
+) -> list[Tensor]:
     """Train the codebooks alone, from the k-means start on; returns all state."""
     updater = CodebookUpdater(quantizer, memory=0.5, **settings)  # type: ignore[arg-type]
     for step in range(steps):

@@ -250,14 +250,3 @@ def test_wrong_indices_are_named(quantizer: VectorQuantizer, indices: torch.Tens
 def test_wrong_settings_are_named(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         VectorQuantizer(8, 4, **arguments)
-
-
-def test_no_n_by_k_matrix_in_forward_or_backward() -> None:
-    from tests.search.test_nearest import LargestTensor
-
-    quantizer = VectorQuantizer(4096, 4)
-    latents = torch.randn(1, 4, 80, 80, requires_grad=True)
-    with LargestTensor() as guard:
-        out = quantizer(latents)
-        (out.loss + out.quantized.sum()).backward()
-    assert guard.elements < 4096 * 6400 / 100

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from smalto.errors import InputError
 from smalto.search import code_sums, nearest_codes, tiled
-from smalto.search.code_sums import code_sums_op
+from smalto.search.code_sums import _add_by_segment, code_sums_op
 from smalto.search.nearest import nearest_op
+from tests.contract.test_memory import LargestTensor
 
 
 def brute_force_distances(queries: Tensor, codebook: Tensor) -> Tensor:
@@ -158,21 +158,6 @@ def test_the_switches_per_backend_are_off_inside_and_back_on_after() -> None:
             switch.fp32_precision = setting
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_no_n_by_k_matrix_is_ever_made() -> None:
     queries, codebook = torch.randn(20_000, 4), torch.randn(2_000, 4)
     with LargestTensor() as guard:
@@ -199,6 +184,48 @@ print((peak() - before) / 1024)
     assert 1 < float(done.stdout) < 64
 
 
+def test_exact_settles_what_float32_leaves_open() -> None:
+    torch.manual_seed(0)
+    # Pairs of codes that differ by less than float32 can see beside their length; float64 sees which is nearer.
+    codebook = torch.randn(300, 8, dtype=torch.float64) + 30
+    codebook = torch.cat([codebook, codebook + 1e-9 * torch.randn(300, 8, dtype=torch.float64)])
+    queries = codebook[torch.randint(600, (2000,))] + 0.05 * torch.randn(2000, 8, dtype=torch.float64)
+    expected = brute_force_distances(queries, codebook).argmin(1)
+    assert torch.equal(nearest_codes(queries, codebook, exact=True), expected)
+    assert not torch.equal(nearest_codes(queries, codebook), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num_queries=st.integers(0, 70),
+    num_codes=st.sampled_from([1, 7, 256, 257, 600]),
+    dim=st.integers(1, 20),
+    offset=st.sampled_from([0.0, 100.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_exact_is_brute_force(num_queries: int, num_codes: int, dim: int, offset: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(num_queries, dim, generator=generator) + offset
+    codebook = torch.randn(num_codes, dim, generator=generator) + offset
+    distances = brute_force_distances(queries, codebook)
+    indices = nearest_codes(queries, codebook, exact=True)
+    if num_queries:
+        best = distances.min(1).values
+        assert bool((distances.gather(1, indices[:, None])[:, 0] - best <= 1e-12 * (best + offset**2 * dim)).all())
+    cosines = torch.nn.functional.normalize(codebook.double(), dim=1) @ queries.double().T
+    indices = nearest_codes(queries, codebook, "cosine", exact=True)
+    assert bool((cosines.amax(0) - cosines.T.gather(1, indices[:, None])[:, 0] <= 1e-12 * (1 + offset) * dim).all())
+
+
+def test_exact_keeps_to_the_lowest_of_equal_codes_and_to_zero_for_nan() -> None:
+    codes = torch.randn(300, 16)
+    queries = torch.randn(1000, 16)
+    queries[5, 3] = math.nan
+    indices = nearest_codes(queries, torch.cat([codes, codes]), exact=True)
+    assert int(indices.max()) < 300
+    assert int(indices[5]) == 0
+
+
 def test_no_gradient_flows() -> None:
     queries = torch.randn(5, 3, requires_grad=True)
     assert not nearest_codes(queries, torch.randn(4, 3, requires_grad=True)).requires_grad
@@ -218,6 +245,7 @@ def test_the_operator_is_registered_as_torch_wants_it() -> None:
         (torch.zeros(3, 2), torch.zeros(0, 2), "l2", "empty"),
         (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, 2), "l2", "floating point"),
         (torch.zeros(3, 2), torch.zeros(2, 2), "dot", "metric"),
+        (None, torch.zeros(2, 2), "l2", "must be tensors"),
     ],
 )
 def test_wrong_arguments_say_what_is_expected(queries: Tensor, codebook: Tensor, metric: str, says: str) -> None:
@@ -231,3 +259,23 @@ def test_code_sums_count_and_add() -> None:
     one_hot = torch.nn.functional.one_hot(indices, 9).double()
     assert torch.equal(counts, one_hot.sum(0))
     torch.testing.assert_close(sums, one_hot.T @ vectors)
+
+
+def test_code_sums_are_the_same_every_time_and_in_both_ways() -> None:
+    vectors, indices = torch.randn(20_000, 5), torch.randint(50, (20_000,))
+    counts, sums = code_sums(vectors, indices, 60)
+    assert torch.equal(sums, code_sums(vectors, indices, 60)[1])
+    by_segment = _add_by_segment(vectors, indices, counts.long())
+    torch.testing.assert_close(by_segment, sums, rtol=1e-4, atol=1e-3)
+    assert torch.equal(by_segment, _add_by_segment(vectors, indices, counts.long()))
+    assert torch.equal(by_segment[50:], torch.zeros(10, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_code_sums_are_wide(dtype: torch.dtype) -> None:
+    vectors = torch.ones(5000, 2, dtype=dtype)  # in float16 a sum of ones ends at 2048
+    counts, sums = code_sums(vectors, torch.zeros(5000, dtype=torch.int64), 3)
+    assert counts.tolist() == [5000, 0, 0]
+    assert sums[0].tolist() == [5000, 5000]
+    empty = code_sums(vectors[:0], torch.zeros(0, dtype=torch.int64), 3)
+    assert all(float(part.abs().sum()) == 0 for part in empty)

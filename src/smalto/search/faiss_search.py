@@ -15,6 +15,7 @@ from smalto.search import tiled
 from smalto.search.tiled import BLOCK_FLOATS, mean_code, shifted, slices, unit
 
 CODES_PER_TILE = 8192  # of few dimensions: these stay in the second-level cache, a whole large codebook does not
+COLUMNS = 64  # divides CODES_PER_TILE: codes that faiss takes at a time
 MOST_DIMENSIONS = 16  # beyond, faiss multiplies matrices as torch does, and not faster
 FEWEST_FLOATS = 128_000  # with fewer numbers in the queries faiss 1.15 goes code by code, 15 times slower
 _LARGEST = 1e15  # of a number in a query
@@ -59,11 +60,16 @@ def _search_block(queries: Tensor, codes: Tensor) -> Tensor:
     faiss = _faiss()
     best = torch.full((len(queries),), torch.inf)
     indices = torch.zeros(len(queries), dtype=torch.int64)
-    for tile in slices(len(codes), CODES_PER_TILE):
-        distances, positions = (torch.from_numpy(found[:, 0]) for found in faiss.knn(queries.numpy(), codes[tile].numpy(), 1))
+    for rows in slices(len(codes), CODES_PER_TILE):
+        # faiss rounds the last codes of an odd number in another way, and of two equal codes the higher could win: so the tile is filled
+        # up with copies of its first code, and whoever finds one of those has found the first.
+        tile = codes[rows]
+        padded = torch.cat([tile, tile[:1].expand(-len(tile) % COLUMNS, -1)])
+        distances, positions = (torch.from_numpy(found[:, 0]) for found in faiss.knn(queries.numpy(), padded.numpy(), 1))
+        positions = torch.where(positions < len(tile), positions, 0)
         better = distances < best
         best = torch.where(better, distances, best)
-        indices = torch.where(better, positions + tile.start, indices)
+        indices = torch.where(better, positions + rows.start, indices)
     return indices
 
 

@@ -42,7 +42,7 @@ class _Group(NamedTuple):
     """Some tiles of codes, ready to be multiplied."""
 
     first_tile: int
-    tiles: Tensor  # [T, codes per tile, D+1]; multiplied with queries that end with a one they give scores
+    tiles: Tensor  # [T, D+1, codes per tile]; queries that end with a one give scores when multiplied with them
 
 
 class _Codes:
@@ -76,7 +76,8 @@ class _Codes:
         matrix[: len(codes), :-1] = codes
         matrix[: len(codes), -1] = 0 if self._cosine else codes.square().sum(dim=1).mul_(-0.5)
         matrix[len(codes) :, -1] = -torch.inf
-        return _Group(tiles.start, matrix.view(-1, self.per_tile, matrix.shape[1]))
+        # Turned around once: products with rows in memory order are a little faster.
+        return _Group(tiles.start, matrix.view(-1, self.per_tile, matrix.shape[1]).transpose(1, 2).contiguous())
 
     def with_ones(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Shifted queries [n, D+1] that end with a one.
@@ -103,7 +104,7 @@ def _best_of_each_tile(queries: Tensor, codes: _Codes) -> Tensor:
         for t, tile in enumerate(group.tiles, start=group.first_tile):
             for rows in slices(len(queries), QUERIES_PER_TILE):
                 part = queries[rows]
-                torch.amax(torch.mm(part, tile.t(), out=buffer[: len(part)]), dim=1, out=best[t, rows])
+                torch.amax(torch.mm(part, tile, out=buffer[: len(part)]), dim=1, out=best[t, rows])
     return best
 
 
@@ -125,12 +126,15 @@ def _position(queries: Tensor, codes: _Codes, best: Tensor) -> Tensor:
         if len(rows) < _FEW * len(group.tiles):
             # Few queries to a tile: every query takes a copy of its tile along, which is less work than a call per tile.
             for part in rows.split(max(1, BLOCK_FLOATS // group.tiles[0].numel())):
-                scores = torch.bmm(group.tiles[winner[part] - group.first_tile], queries[part].unsqueeze(2)).squeeze(2)
+                scores = torch.bmm(queries[part].unsqueeze(1), group.tiles[winner[part] - group.first_tile]).squeeze(1)
                 positions[part] = scores.max(dim=1).indices
         else:
-            for tile, tile_rows in zip(group.tiles, rows.split(sizes), strict=True):
-                for part in tile_rows.split(QUERIES_PER_TILE):
-                    positions[part] = torch.mm(queries[part], tile.t(), out=buffer[: len(part)]).max(dim=1).indices
+            found = [
+                torch.mm(part, tile, out=buffer[: len(part)]).max(dim=1).indices
+                for tile, tile_queries in zip(group.tiles, queries.index_select(0, rows).split(sizes), strict=True)
+                for part in tile_queries.split(QUERIES_PER_TILE)
+            ]
+            positions.index_copy_(0, rows, torch.cat(found))
     return torch.where(top.isfinite(), winner * codes.per_tile + positions, 0)
 
 
@@ -149,7 +153,7 @@ def _position_exact(queries: Tensor, codes: _Codes, best: Tensor) -> Tensor:
     for group in codes.groups(torch.float64):
         for t, tile in enumerate(group.tiles, start=group.first_tile):
             for part in (best[t] >= top - margin).nonzero().squeeze(1).split(QUERIES_PER_TILE):
-                score, position = torch.mm(codes.with_ones(queries[part], torch.float64), tile.t()).max(dim=1)
+                score, position = torch.mm(codes.with_ones(queries[part], torch.float64), tile).max(dim=1)
                 better = score > found[part]
                 indices[part] = torch.where(better, position + t * codes.per_tile, indices[part])
                 found[part] = torch.where(better, score, found[part])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
+import os
 from typing import Any
 
 import numpy
@@ -18,6 +18,7 @@ from smalto.search import tiled
 from smalto.search.tiled import slices
 
 Floats = NDArray[numpy.float32]
+Numbers = NDArray[numpy.floating]
 
 FLOATS_PER_TILE = 2**16  # of codes: these stay in the second-level cache, a whole large codebook does not
 COLUMNS = 64  # codes that faiss takes at a time
@@ -46,52 +47,50 @@ def is_installed() -> bool:
 
 def search(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
     """``nearest_codes`` without the checks, on CPU tensors: float [N, D], float [K, D] -> int64 [N]."""
+    if not is_installed():
+        raise MissingExtra("faiss-cpu", "ann", 'backend="faiss"')
     codes, vectors = _numpy(codebook), _numpy(queries)
-    if not cosine:
-        shift = codes.mean(axis=0, dtype=numpy.float64).astype(numpy.float32)
-        codes, vectors = codes - shift, vectors - shift
-    codes, vectors = codes.astype(numpy.float32, copy=False), vectors.astype(numpy.float32, copy=False)
+    shift = numpy.zeros(1, numpy.float32) if cosine else codes.mean(axis=0).astype(numpy.float32)
+    vectors = _prepare(vectors, shift, cosine=False)
     # faiss squares a query, which can overflow, and knows nothing of NaN.
-    tame = bool(numpy.abs(vectors).max(initial=0) < _LARGEST)
-    wild = None if tame else torch.from_numpy(~(numpy.abs(vectors) < _LARGEST).all(axis=1))
+    wild = None
+    if not numpy.abs(vectors).max(initial=0) < _LARGEST:
+        wild = torch.from_numpy(~(numpy.abs(vectors) < _LARGEST).all(axis=1))
+        vectors[wild.numpy()] = 0
     if cosine:
-        with numpy.errstate(invalid="ignore"):
-            codes, vectors = _unit(codes), _unit(vectors)  # between vectors of one length the nearest is at the smallest angle
-    indices = torch.from_numpy(_search_codes(vectors, codes))
+        vectors = _unit(vectors)
+    indices = torch.from_numpy(_search_codes(vectors, codes, shift, cosine))
     if wild is not None:
         indices[wild] = tiled.search(queries[wild], codebook, cosine)
     return indices
 
 
-def _search_codes(queries: Floats, codes: Floats) -> NDArray[numpy.int64]:
-    """The codes are shared out to threads, tile by tile. Of equal distances the first stays."""
-    num_threads = torch.get_num_threads()
-    share = -(-len(codes) // num_threads)
-    size = -(-min(share, FLOATS_PER_TILE // codes.shape[1]) // COLUMNS) * COLUMNS
-    tiles = list(slices(len(codes), size))
+def _search_codes(queries: Floats, codes: Numbers, shift: Floats, cosine: bool) -> NDArray[numpy.int64]:
+    """Tile by tile of codes; of equal distances the first stays."""
+    faiss = _faiss()
+    faiss.omp_set_num_threads(torch.get_num_threads())
     best = numpy.full(len(queries), numpy.inf, dtype=numpy.float32)
     indices = numpy.zeros(len(queries), dtype=numpy.int64)
-    # faiss has an OpenMP pool of its own, whose threads would spin for milliseconds after every search and slow down what torch does
-    # next. One thread of Python per core, each with one of faiss's, leaves that pool asleep.
-    with ThreadPoolExecutor(num_threads) as threads:
-        for rows, (distances, positions) in zip(tiles, threads.map(lambda tile: _search_tile(queries, codes[tile]), tiles), strict=True):
-            better = distances < best
-            best[better] = distances[better]
-            indices[better] = positions[better] + rows.start
+    for rows in slices(len(codes), -(-FLOATS_PER_TILE // (codes.shape[1] * COLUMNS)) * COLUMNS):
+        tile = _prepare(codes[rows], shift, cosine)
+        # faiss rounds the last codes of an odd number in another way, and of two equal codes the higher could win: so the tile is filled
+        # up with copies of its first code, and whoever finds one of those has found the first.
+        padding = numpy.repeat(tile[:1], -len(tile) % COLUMNS, axis=0)
+        found = faiss.knn(queries, numpy.concatenate([tile, padding]) if len(padding) else tile, 1)
+        distances, positions = found[0][:, 0], numpy.where(found[1][:, 0] < len(tile), found[1][:, 0], 0)
+        better = distances < best
+        best = numpy.where(better, distances, best)
+        indices = numpy.where(better, positions + rows.start, indices)
     return indices
 
 
-def _search_tile(queries: Floats, tile: Floats) -> tuple[Floats, NDArray[numpy.int64]]:
-    faiss = _faiss()
-    faiss.omp_set_num_threads(1)  # of this thread alone
-    # faiss rounds the last codes of an odd number in another way, and of two equal codes the higher could win: so the tile is filled up
-    # with copies of its first code, and whoever finds one of those has found the first.
-    padding = numpy.repeat(tile[:1], -len(tile) % COLUMNS, axis=0)
-    distances, positions = faiss.knn(queries, numpy.concatenate([tile, padding]) if len(padding) else tile, 1)
-    return distances[:, 0], numpy.where(positions[:, 0] < len(tile), positions[:, 0], 0)
+def _prepare(vectors: Numbers, shift: Floats, cosine: bool) -> Floats:
+    """Vectors less ``shift``; for cosine at length 1, because between vectors of one length the nearest is at the smallest angle."""
+    shifted = (vectors - shift).astype(numpy.float32, copy=False)
+    return _unit(shifted) if cosine else shifted
 
 
-def _numpy(vectors: Tensor) -> NDArray[numpy.floating]:
+def _numpy(vectors: Tensor) -> Numbers:
     """Without a copy where numpy knows the numbers. numpy and not torch, so that torch's threads do not spin when faiss begins."""
     return (vectors if vectors.dtype in (torch.float32, torch.float64) else vectors.float()).numpy()
 
@@ -102,7 +101,17 @@ def _unit(vectors: Floats) -> Floats:
     return (vectors / numpy.maximum(lengths, numpy.finfo(numpy.float32).tiny)).astype(numpy.float32)
 
 
+@functools.cache
 def _faiss() -> Any:
-    if not is_installed():
-        raise MissingExtra("faiss-cpu", "ann", 'backend="faiss"')
-    return importlib.import_module("faiss")
+    """faiss, with threads that sleep when they have nothing to do.
+
+    It brings an OpenMP of its own, whose threads would spin for milliseconds after every search and slow down what torch does next.
+    OpenMP asks for this once, when it is loaded; so torch's, which is loaded already, stays as it is.
+    """
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return importlib.import_module("faiss")
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]

@@ -25,8 +25,9 @@ check: .venv ## style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: .venv ## measure; results go to benchmarks/results (half an hour; let nothing else run)
+bench: .venv ## measure; results go to benchmarks/results (an hour; let nothing else run)
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/quality.py
 	rm -rf runs/bench && $(BIN)/python benchmarks/demo.py runs/bench && $(BIN)/python docs/make_picture.py runs/bench/demo
 

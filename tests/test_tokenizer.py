@@ -14,7 +14,7 @@ import smalto
 from smalto.autoencoders import SimpleAutoencoderConfig
 from smalto.errors import ConfigError, InputError, RunError
 from smalto.layout import TokenLayout
-from smalto.quantizers import VectorQuantizerConfig
+from smalto.quantizers import ProductVQConfig, ProjectedCodebook, ResidualVQConfig, VectorQuantizerConfig
 from smalto.tokenizer import TokenizerConfig
 
 
@@ -293,3 +293,59 @@ def test_what_cannot_be_loaded_is_named(vqvae: smalto.SimpleVQVAE, tmp_path: Pat
 def test_parts_that_do_not_fit_are_an_error() -> None:
     with pytest.raises(ValueError, match="must be equal"):
         TokenizerConfig(quantizer=VectorQuantizerConfig(latent_dim=32))
+
+
+# Layouts of several grids.
+
+
+def several_grids(kind: str) -> smalto.ImageTokenizer:
+    torch.manual_seed(0)
+    if kind == "residual":
+        stage = VectorQuantizerConfig(codebook_size=20, latent_dim=8, code_dim=4, codebook="projected")
+        return TokenizerConfig(autoencoder=SMALL, quantizer=ResidualVQConfig(num_stages=3, stage=stage)).build()
+    head = VectorQuantizerConfig(codebook_size=20, latent_dim=4, codebook="ema")
+    return TokenizerConfig(autoencoder=SMALL, quantizer=ProductVQConfig(num_heads=2, head=head)).build()
+
+
+SMALL = SimpleAutoencoderConfig(latent_dim=8, hidden_dim=8)
+
+
+@pytest.mark.parametrize("kind", ["residual", "product"])
+def test_several_grids_are_several_blocks(kind: str, tmp_path: Path) -> None:
+    tokenizer, images = several_grids(kind), torch.rand(2, 3, 16, 24) * 2 - 1
+    number = {"residual": 3, "product": 2}[kind]
+    layout = tokenizer.layout(16, 24)
+    assert layout.grids == ((4, 6),) * number
+    blocks = tokenizer.img_to_idxBl(images)
+    assert [block.shape for block in blocks] == [(2, 24)] * number
+    assert torch.equal(torch.cat(blocks, 1), tokenizer.encode(images))
+    assert tokenizer.idxBl_to_var_input(blocks).shape == (2, number * 24, 4)
+    reconstruction = tokenizer(images).reconstruction
+    decoded = tokenizer.idxBl_to_img(blocks, [(4, 6)] * number, clamp=False)
+    assert torch.equal(decoded, reconstruction)
+    with pytest.raises(InputError, match="pass patch_hws"):
+        tokenizer.idxBl_to_img(blocks)
+    with pytest.raises(InputError, match="cuts one map"):
+        tokenizer.img_to_idxBl(images, "halves")
+    square = tokenizer.img_to_idxBl(images[:, :, :, :16])
+    assert tokenizer.idxBl_to_img(square).shape == (2, 3, 16, 16)
+    tokenizer.save(tmp_path)
+    assert torch.equal(smalto.load(tmp_path).encode(images), tokenizer.encode(images))
+
+
+def test_the_first_blocks_are_a_picture_of_the_first_stages() -> None:
+    tokenizer, images = several_grids("residual"), torch.rand(2, 3, 16, 16) * 2 - 1
+    blocks = tokenizer.img_to_idxBl(images)
+    coarse = tokenizer(images, num_stages=2).reconstruction
+    assert torch.equal(tokenizer.idxBl_to_img(blocks[:2], clamp=False), coarse)
+
+
+def test_a_projected_codebook_folds_for_saving(tmp_path: Path) -> None:
+    tokenizer, images = several_grids("residual"), torch.rand(2, 3, 16, 16) * 2 - 1
+    folded = tokenizer.folded()
+    assert any(isinstance(module, ProjectedCodebook) for module in tokenizer.modules())  # the original stays
+    folded.save(tmp_path)
+    loaded = smalto.load(tmp_path)
+    assert not any(isinstance(module, ProjectedCodebook) for module in loaded.modules())
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    assert torch.equal(loaded(images).reconstruction, tokenizer(images).reconstruction)

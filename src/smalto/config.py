@@ -35,13 +35,14 @@ def parse_config(kind: type[ConfigT], data: Any, source: str) -> ConfigT:
 
 def nearest_key(key: str, keys: list[str]) -> str:
     """`` Did you mean ...?`` for a dotted key, or the keys there are."""
+    keys = [k for k in keys if k != key]  # where another kind has this very key
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in keys if k.rsplit(".", 1)[-1] == last]
     close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:
         by_name = {k.rsplit(".", 1)[-1]: k for k in keys}
         close = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)]
-    return f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(sorted(keys))}."
+    return f"did you mean {' or '.join(map(repr, close[:3]))}?" if close else f"the keys are {', '.join(sorted(keys))}."
 
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:

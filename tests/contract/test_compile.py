@@ -60,6 +60,13 @@ def test_training_compiles_in_one_graph_and_is_the_same(kind: str) -> None:
         torch.testing.assert_close(ours, reference)
 
 
+def test_steps_do_not_compile_anew() -> None:
+    torch._dynamo.utils.counters.clear()
+    model = Model("ema")
+    train(model, torch.compile(model, backend="aot_eager", fullgraph=True), backend_steps=12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # before the codes are placed, and after
+
+
 @pytest.mark.slow
 @every_kind
 def test_inductor_gives_the_same(kind: str) -> None:
@@ -100,6 +107,14 @@ def test_an_updater_that_comes_after_the_first_compiled_call_is_heard() -> None:
     run(latents())
     with pytest.raises(RuntimeError, match="saw no forward pass"):
         updater.step()
+
+
+def test_an_updater_of_the_compiled_model_has_the_same_state() -> None:
+    model = Model("residual-ema")
+    plain, compiled = CodebookUpdater(model), CodebookUpdater(torch.compile(model, backend="aot_eager"))
+    compiled.load_state_dict(plain.state_dict())
+    compiled.start(latents())
+    assert set(compiled.usage()) == {"quantizer.stages.0", "quantizer.stages.1", "quantizer.stages.2"}
 
 
 def test_compiled_evaluation_is_not_counted() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from smalto.quantizers import CodebookUpdater, Quantizer
 from tests.contract.kinds import C, build, latents
@@ -141,3 +142,40 @@ def test_start_is_shared_and_mistakes_do_not_hang(tmp_path: Path) -> None:
     for result in in_processes(2, start_and_mistakes, tmp_path):
         for ours, reference in zip(result, quantizer.state_dict().values(), strict=True):  # type: ignore[call-overload]
             torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.encoder, self.decoder = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
+        self.quantizer = build(kind)
+
+    def forward(self, images: Tensor) -> Tensor:
+        quantized, loss, _ = self.quantizer(self.encoder(images))
+        return loss + (self.decoder(quantized) - images).square().mean()
+
+
+def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[Tensor]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    updater = CodebookUpdater(model, optimizer, memory=1.0)
+    for step in range(10):
+        optimizer.zero_grad()
+        model(batch(step % 3).chunk(world)[rank]).backward()
+        optimizer.step()
+        updater.step()
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+def train_in_parallel(rank: int, world: int, meeting: str, kind: str) -> list[Tensor]:
+    join(rank, world, meeting)
+    return train(DistributedDataParallel(Autoencoder(kind).double()), rank, world)
+
+
+@pytest.mark.parametrize("kind", ["learned", "ema", "residual-ema"])
+def test_data_parallel_training_is_training(kind: str, tmp_path: Path) -> None:
+    expected = train(Autoencoder(kind).double())
+    for result in in_processes(2, train_in_parallel, tmp_path, kind):
+        for ours, reference in zip(result, expected, strict=True):  # type: ignore[call-overload]
+            torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-8)

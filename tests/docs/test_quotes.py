@@ -1,4 +1,4 @@
-"""Every figure in the READMEs is the stored result's."""
+"""Every figure in the READMEs and the documentation is the stored result's."""
 
 from __future__ import annotations
 
@@ -11,14 +11,39 @@ import pytest
 from smalto.pipelines.finish import figure_rows
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "README.zh.md"]
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+QUANTIZERS = [ROOT / "docs" / language / "quantizers.md" for language in ("en", "zh")]
+
+on_readmes = pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+on_quantizers = pytest.mark.parametrize("page", QUANTIZERS, ids=lambda page: page.parent.name)
 
 
 def result(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def table_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def quality_row(name: str, row: dict[str, float]) -> str:
+    shares = f"{row['usage']:.1%}", f"{row['perplexity']:.0f}", f"{row['training_usage']:.1%}"
+    return table_row(
+        name, f"{row['psnr']:.2f}", *shares, f"{row['bits_per_pixel']:.3f}", f"{row['parameters']:,.0f}", f"{row['steps_per_second']:.1f}"
+    )
+
+
+def search_row(row: dict[str, Any]) -> str:
+    times = [f"{row[f'{name}_ms']:.1f} ms" for name in ("smalto", "tiled", "faiss", "cdist")]
+    return table_row(row["shape"], *times, f"{row['ratio']:.1f}", f"{row['smalto_extra_mib']:.0f} MiB", f"{row['cdist_extra_mib']:.0f} MiB")
+
+
+def step_row(row: dict[str, Any]) -> str:
+    memory = f"{row['smalto_extra_mib']:.0f} MiB", f"{row['peer_extra_mib']:.0f} MiB"
+    return table_row(row["shape"], f"{row['smalto_ms']:.0f} ms", f"{row['peer_ms']:.0f} ms", f"{row['ratio']:.1f}", *memory)
+
+
+@on_readmes
 def test_the_demo_ends_as_shown(page: Path) -> None:
     demo, text = result("demo"), page.read_text(encoding="utf-8")
     for name, value in figure_rows(demo["metrics"]):
@@ -26,18 +51,35 @@ def test_the_demo_ends_as_shown(page: Path) -> None:
     assert demo["machine"]["processor"] in text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_quality_is_quoted(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for name, row in result("quality")["summary"].items():
-        shown = [f"{row['psnr']:.2f}", f"{row['codes_used']:.1%}", f"{row['perplexity']:.0f}"]
-        shown += [f"{row['training_codes_used']:.1%}", f"{row['parameters']:,.0f}"]
-        assert f"| {' | '.join([name, *shown])} |" in text
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@on_readmes
 def test_search_is_quoted(page: Path) -> None:
     search, text = result("search"), page.read_text(encoding="utf-8")
     for row in search["rows"]:
-        assert f"| {row['shape']} | {row['smalto_ms']:.1f} ms | {row['cdist_ms']:.1f} ms | {row['ratio']:.1f} |" in text
+        assert search_row(row) in text
     assert f"{search['geometric_mean_ratio']:.1f}" in text
+    assert f"{search['geometric_mean_ratio_without_faiss']:.1f}" in text
+
+
+@on_readmes
+def test_one_token_per_position_is_quoted(page: Path) -> None:
+    quality, text = result("quality"), page.read_text(encoding="utf-8")
+    chosen = {name: row for name, row in quality["summary"].items() if "default" in name or "SimpleVQVAE" in name or "vector" in name}
+    for name, row in chosen.items():
+        if row["bits_per_pixel"] < 1:
+            assert quality_row(name, row) in text
+
+
+@on_quantizers
+def test_every_quantizer_is_quoted(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name, row in result("quality")["summary"].items():
+        assert quality_row(name, row) in text
+
+
+@on_quantizers
+def test_steps_are_quoted(page: Path) -> None:
+    step, text = result("step"), page.read_text(encoding="utf-8")
+    for row in step["rows"]:
+        assert step_row(row) in text
+    assert f"{step['large']['process_mib']:.0f} MiB" in text
+    assert step["machine"]["processor"] in text

@@ -243,3 +243,27 @@ def test_training_leaves_the_global_random_state_alone(tmp_path: Path, pictures:
     before = torch.get_rng_state()
     smalto.train(pictures, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+OTHER_QUANTIZERS = {
+    "residual": {"kind": "residual", "num_stages": 2, "stage.codebook_size": 16, "stage.latent_dim": 8, "stage.code_dim": 4},
+    "product": {"kind": "product", "num_heads": 2, "head.codebook_size": 16, "head.latent_dim": 4},
+    "projected": {"codebook": "projected"},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_QUANTIZERS)
+def test_every_quantizer_trains_tokenizes_and_decodes(kind: str, tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:
+    settings = {f"tokenizer.quantizer.{key}": value for key, value in OTHER_QUANTIZERS[kind].items()}
+    trained = smalto.train(pictures, tmp_path / "run", change_recipe(tiny_recipe, settings), device="cpu")
+    figures = trained.metrics
+    side = {"residual": 2, "product": 2, "projected": 1}[kind]
+    assert figures["bits_per_pixel"] == pytest.approx(side * 4 / 16)
+    assert 0 < figures["usage"] <= 1
+    assert f"{side * 120:,} tokens" in (tmp_path / "run" / "report.html").read_text()  # 40 x 48 pixels
+    result = smalto.tokenize(pictures, tmp_path / "run", tmp_path / "tokens", device="cpu", workers=0)
+    assert result.num_tokens == side * 120 * 6
+    assert len(smalto.decode(tmp_path / "tokens", tmp_path / "decoded", device="cpu")) == 6
+    assert smalto.info(tmp_path / "tokens")["tokens"] == side * 120 * 6
+    resumed = smalto.resume(tmp_path / "run", steps=8, device="cpu")
+    assert resumed.metrics["psnr"] > 0

@@ -9,6 +9,7 @@ import pytest
 
 from smalto.errors import ConfigError
 from smalto.pipelines.demo import demo_recipe
+from smalto.quantizers import ProductVQConfig, ResidualVQConfig
 from smalto.training.recipe import Recipe, change_recipe, load_recipe, parse_setting, recipe_toml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -86,3 +87,44 @@ def test_every_setting_is_written_out() -> None:
     written = tomllib.loads(recipe_toml(Recipe()))
     assert written["tokenizer"]["quantizer"]["code_dim"] == 16
     assert written["codebook"] == {"memory": 160.0, "revive_below": 0.1}
+
+
+def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) -> None:
+    text = '[tokenizer.quantizer]\nkind = "residual"\nnum_stages = 3\n[tokenizer.quantizer.stage]\ncodebook_size = 64\n'
+    (tmp_path / "r.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "r.toml", {"tokenizer.quantizer.stage.beta": 0.5})
+    quantizer = recipe.tokenizer.quantizer
+    assert isinstance(quantizer, ResidualVQConfig)
+    assert (quantizer.num_stages, quantizer.codebook_size, quantizer.stage.beta) == (3, 64, 0.5)
+    (tmp_path / "again.toml").write_text(recipe_toml(recipe))
+    assert load_recipe(tmp_path / "again.toml") == recipe
+    product = load_recipe(None, {"tokenizer.quantizer.kind": "product"})
+    assert product.tokenizer.quantizer == ProductVQConfig()
+    same = load_recipe(None, {"tokenizer.quantizer.kind": "vector"})
+    assert same == load_recipe()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"tokenizer.quantizer.kind": "nearest"}, "tokenizer.quantizer.kind: .*'vector', 'residual', 'product'.*got 'nearest'"),
+        ({"tokenizer.quantizer.num_stages": 3}, "unknown key 'tokenizer.quantizer.num_stages'"),
+        (
+            {"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.codebook_size": 64},
+            "unknown key 'tokenizer.quantizer.codebook_size': did you mean 'tokenizer.quantizer.stage.codebook_size'",
+        ),
+        ({"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.num_stages": 0}, r"tokenizer.quantizer.num_stages: .*\(got 0\)"),
+        ({"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.stage.beta": -1}, r"tokenizer.quantizer.stage.beta: .*\(got -1\)"),
+        (
+            {
+                "tokenizer.quantizer.kind": "residual",
+                "tokenizer.quantizer.stage.metric": "cosine",
+                "tokenizer.quantizer.stage.unit_codes": True,
+            },
+            "stage.unit_codes must be false",
+        ),
+    ],
+)
+def test_mistakes_in_a_quantizer_are_named(settings: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(None, settings)

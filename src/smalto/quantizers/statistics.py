@@ -19,6 +19,7 @@ class Statistics:
         counts: [K + 1] vectors per code; the last are those that were not finite.
         sums: [K, D].
         num_calls: [1].
+        salt: [1], a tensor, so that a compiled graph does not change with it; ``seed`` is the same as a number.
         keys: [R], falling; -inf where the sample is shorter.
         sample: [R, D], no two alike.
     """
@@ -41,22 +42,17 @@ class Statistics:
         self.keys.fill_(-torch.inf)
         self.sample.zero_()
         self.salt.fill_(salt)
-        self._settings = (sample_size, salt, by_error)
+        self.seed, self.by_error = salt, by_error
 
     def anew(self, like: Tensor) -> Statistics:
         """Empty ones with the same settings, of the dtype and on the device of ``like``."""
         statistics = Statistics(self.sums.shape[0], self.sums.shape[1], like)
-        statistics.clear(*self._settings)
+        statistics.clear(len(self.keys), self.seed, self.by_error)
         return statistics
-
-    @property
-    def seed(self) -> int:
-        """The salt as a number."""
-        return self._settings[1]
 
     def add(self, vectors: Tensor, codes: Tensor, indices: Tensor, valid: Tensor) -> None:
         """Take in one call: vectors [N, D], codes [K, D], indices [N], valid [N]."""
-        add_op(vectors, codes, indices, valid, self.salt, self._settings[2], self.counts, self.sums, self.num_calls, self.keys, self.sample)
+        add_op(vectors, codes, indices, valid, self.salt, self.by_error, self.counts, self.sums, self.num_calls, self.keys, self.sample)
 
     def pack(self, rank: int, world_size: int, most: int) -> Tensor:
         """Everything in one flat tensor, of one size in all processes, to be summed over them: every rank fills its own place.

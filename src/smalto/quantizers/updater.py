@@ -22,6 +22,7 @@ from smalto.search import USAGE_WINDOW
 
 VECTORS_PER_CODE = 8  # how many vectors the k-means start asks for
 REVIVALS_PER_STEP = 1024  # at most: what a step exchanges between processes stays small
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 _START_FLOATS = 2**25  # 128 MiB: what the start exchanges between processes, about
 
 
@@ -83,7 +84,7 @@ class CodebookUpdater:
         self.num_steps = 0
         self.num_not_finite = 0  # vectors of the last step that held a NaN or an infinity
         self._codebooks_agree = False  # between processes
-        quantizers = {name: module for name, module in model.named_modules() if isinstance(module, VectorQuantizer)}
+        quantizers = {name: module for name, module in _unwrapped(model).named_modules() if isinstance(module, VectorQuantizer)}
         self._books = {name: _Book(quantizer, number, keep_codes) for number, (name, quantizer) in enumerate(quantizers.items())}
         by_quantizer = {book.quantizer: book for book in self._books.values()}
         for residual in [module for module in model.modules() if isinstance(module, ResidualVQ)]:
@@ -255,7 +256,7 @@ class _Listener:
     def __call__(self, module: nn.Module, vectors: Tensor, codes: Tensor, indices: Tensor, valid: Tensor) -> None:
         if torch.compiler.is_compiling():
             # A compiled backward pass recomputes inside its graph and does not come by here.
-            if torch.compiler.is_exporting():
+            if _is_exporting():
                 return
         elif torch._C._current_graph_task_id() != -1:  # a recomputation by activation checkpointing
             self.book.num_recomputed += 1
@@ -334,6 +335,17 @@ class _Book:
         self.started = bool(state["started"])
         self.idle.copy_(state["idle"])
         self.use.copy_(state["use"])
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DistributedDataParallel, so that a state fits with and without them."""
+    while True:
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def _recomputed(books: list[_Book]) -> bool:

@@ -72,12 +72,20 @@ class _Codes:
         codes = shifted(self._codebook[tiles.start * self.per_tile : tiles.stop * self.per_tile], self.shift, dtype)
         if self._cosine:
             codes = unit(codes)
-        matrix = codes.new_zeros((tiles.stop - tiles.start) * self.per_tile, codes.shape[1] + 1)
-        matrix[: len(codes), :-1] = codes
-        matrix[: len(codes), -1] = 0 if self._cosine else codes.square().sum(dim=1).mul_(-0.5)
-        matrix[len(codes) :, -1] = -torch.inf
-        # Turned around once: products with rows in memory order are a little faster.
-        return _Group(tiles.start, matrix.view(-1, self.per_tile, matrix.shape[1]).transpose(1, 2).contiguous())
+        # One tile after the other, each with its codes in columns: products with rows in memory order are a little faster.
+        out = codes.new_zeros(tiles.stop - tiles.start, codes.shape[1] + 1, self.per_tile)
+        out[:, -1] = -torch.inf
+        whole, rest = divmod(len(codes), self.per_tile)
+        self._fill(out[:whole], codes[: whole * self.per_tile])
+        if rest:
+            self._fill(out[whole:, :, :rest], codes[whole * self.per_tile :])
+        return _Group(tiles.start, out)
+
+    def _fill(self, tiles: Tensor, codes: Tensor) -> None:
+        """Put codes [T·k, D] and their offsets into tiles [T, D+1, k]."""
+        number, _, size = tiles.shape
+        tiles[:, :-1] = codes.view(number, size, codes.shape[1]).transpose(1, 2)
+        tiles[:, -1] = 0 if self._cosine else codes.square().sum(dim=1).mul_(-0.5).view(number, size)
 
     def with_ones(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Shifted queries [n, D+1] that end with a one.

@@ -255,7 +255,7 @@ OTHER_QUANTIZERS = {
 @pytest.mark.parametrize("kind", OTHER_QUANTIZERS)
 def test_every_quantizer_trains_tokenizes_and_decodes(kind: str, tmp_path: Path, pictures: Path, tiny_recipe: Recipe) -> None:
     settings = {f"tokenizer.quantizer.{key}": value for key, value in OTHER_QUANTIZERS[kind].items()}
-    trained = smalto.train(pictures, tmp_path / "run", change_recipe(tiny_recipe, settings), device="cpu")
+    trained = smalto.train(pictures, change_recipe(tiny_recipe, settings), out=tmp_path / "run", device="cpu", workers=0)
     figures = trained.metrics
     side = {"residual": 2, "product": 2, "projected": 1}[kind]
     assert figures["bits_per_pixel"] == pytest.approx(side * 4 / 16)
@@ -265,5 +265,5 @@ def test_every_quantizer_trains_tokenizes_and_decodes(kind: str, tmp_path: Path,
     assert result.num_tokens == side * 120 * 6
     assert len(smalto.decode(tmp_path / "tokens", tmp_path / "decoded", device="cpu")) == 6
     assert smalto.info(tmp_path / "tokens")["tokens"] == side * 120 * 6
-    resumed = smalto.resume(tmp_path / "run", steps=8, device="cpu")
+    resumed = smalto.resume(tmp_path / "run", settings={"steps": 8}, device="cpu", workers=0)
     assert resumed.metrics["psnr"] > 0

@@ -166,16 +166,17 @@ def test_no_n_by_k_matrix_is_ever_made() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_extra_memory_stays_under_64_mib() -> None:
-    script = """
+@pytest.mark.parametrize("shape", [(65536, 65536, 8), (4096, 262144, 15), (2048, 131072, 64), (16384, 16384, 255)])
+def test_extra_memory_stays_under_64_mib(shape: tuple[int, int, int]) -> None:
+    script = f"""
 import torch
 from smalto.search import nearest_codes
 def peak():  # of this process: getrusage would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 torch.set_num_threads(1)
-queries, codebook = torch.randn(65536, 8), torch.randn(65536, 8)
-nearest_codes(queries[:4096], codebook[:4096])
+queries, codebook = torch.randn{shape[0], shape[2]}, torch.randn{shape[1], shape[2]}
+nearest_codes(queries[:1024], codebook[:1024])
 before = peak()
 nearest_codes(queries, codebook)
 print((peak() - before) / 1024)

@@ -57,11 +57,13 @@ class _Codes:
         fitting = min(CODES_PER_TILE, BLOCK_FLOATS // (dim + 1), num_codes)
         self.per_tile = max(COLUMNS, -(-fitting // COLUMNS) * COLUMNS)
         self.num_tiles = -(-num_codes // self.per_tile)
-        self._tiles_per_group = max(1, BLOCK_FLOATS // (self.per_tile * (dim + 1)))
+        # All at once where that fits one temporary; otherwise in smaller groups, because two are there while the next one is made.
+        fitting_tiles = BLOCK_FLOATS // (self.per_tile * (dim + 1))
+        self._tiles_per_group = self.num_tiles if self.num_tiles <= fitting_tiles else max(1, fitting_tiles // 4)
         self._only: _Group | None = None
 
     def groups(self, dtype: torch.dtype = torch.float32) -> Iterator[_Group]:
-        if dtype is torch.float32 and self.num_tiles <= self._tiles_per_group:
+        if dtype is torch.float32 and self.num_tiles == self._tiles_per_group:
             self._only = self._only or self._prepare(slice(0, self.num_tiles), dtype)
             yield self._only
         else:
@@ -85,7 +87,8 @@ class _Codes:
         """Put codes [T·k, D] and their offsets into tiles [T, D+1, k]."""
         number, _, size = tiles.shape
         tiles[:, :-1] = codes.view(number, size, codes.shape[1]).transpose(1, 2)
-        tiles[:, -1] = 0 if self._cosine else codes.square().sum(dim=1).mul_(-0.5).view(number, size)
+        for tile, part in zip(tiles, codes.split(size), strict=False):
+            tile[-1] = 0 if self._cosine else part.square().sum(dim=1).mul_(-0.5)
 
     def with_ones(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Shifted queries [n, D+1] that end with a one.
@@ -133,7 +136,7 @@ def _position(queries: Tensor, codes: _Codes, best: Tensor) -> Tensor:
         begin += len(rows)
         if len(rows) < _FEW * len(group.tiles):
             # Few queries to a tile: every query takes a copy of its tile along, which is less work than a call per tile.
-            for part in rows.split(max(1, BLOCK_FLOATS // group.tiles[0].numel())):
+            for part in rows.split(max(1, BLOCK_FLOATS // 4 // group.tiles[0].numel())):
                 scores = torch.bmm(queries[part].unsqueeze(1), group.tiles[winner[part] - group.first_tile]).squeeze(1)
                 positions[part] = scores.max(dim=1).indices
         else:

@@ -63,7 +63,7 @@ def test_many_tiles_and_blocks_agree_with_brute_force(monkeypatch: pytest.Monkey
     queries, codebook = torch.randn(5000, 6), torch.randn(700, 6)
     expected = brute_force_distances(queries, codebook).argmin(1)
     assert torch.equal(nearest_codes(queries, codebook), expected)
-    monkeypatch.setattr(tiled, "CODES_PER_TILE", 16)
+    monkeypatch.setattr(tiled, "CODES_PER_TILE", 32)
     monkeypatch.setattr(tiled, "QUERIES_PER_TILE", 37)
     monkeypatch.setattr(tiled, "_BLOCK_QUERIES", 101)
     assert torch.equal(nearest_codes(queries, codebook), expected)

@@ -54,7 +54,8 @@ class _Codes:
         self.shift = codebook.new_zeros(dim, dtype=torch.float32) if cosine else mean_code(codebook)
         # In products narrower than whole vector registers the columns at the edge are rounded in another way than the rest, and of two
         # equal codes the higher could win: so every tile is padded with codes that score -inf.
-        fitting = min(CODES_PER_TILE, BLOCK_FLOATS // (dim + 1), num_codes)
+        largest = CODES_PER_TILE if num_codes > 4 * CODES_PER_TILE else CODES_PER_TILE // 2  # of few tiles, the second pass is a large part
+        fitting = min(largest, BLOCK_FLOATS // (dim + 1), num_codes)
         self.per_tile = max(COLUMNS, -(-fitting // COLUMNS) * COLUMNS)
         self.num_tiles = -(-num_codes // self.per_tile)
         # All at once where that fits one temporary; otherwise in smaller groups, because two are there while the next one is made.

@@ -67,6 +67,11 @@ def panel(quantizer: Quantizer) -> Image.Image:
     codes, cell = values.unique(dim=0, return_inverse=True)
     hues = torch.rand(len(codes), 3, generator=torch.Generator().manual_seed(5)) * 90 + 160
     colours = hues.round().to(torch.uint8)[cell].view(SIDE, SIDE, 3)
+    cells = cell.view(SIDE, SIDE)
+    edges = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    edges[1:] |= cells[1:] != cells[:-1]
+    edges[:, 1:] |= cells[:, 1:] != cells[:, :-1]
+    colours[edges] = 255
     image = Image.fromarray(colours.numpy())
     draw = ImageDraw.Draw(image)
     for point in latents(350)[0, :, :, 0].T.tolist():

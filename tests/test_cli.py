@@ -144,3 +144,13 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == int(step)
     done = smalto_command("train", "--resume", "run", "--steps", int(step) + 3, cwd=tmp_path)
     assert f"going on after step {step}" in done.stderr
+
+
+def test_the_number_of_codes_is_set_for_any_kind_of_quantizer(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 6)
+    (tmp_path / "r.toml").write_text('[tokenizer.quantizer]\nkind = "product"\n')
+    small = ["--steps", 0, "--size", 16, "--batch", 2, "--device", "cpu", "--workers", 0]
+    smalto_command("train", pictures, "--out", tmp_path / "run", "--recipe", tmp_path / "r.toml", "--codebook-size", 32, *small)
+    assert smalto.load(tmp_path / "run").quantize.codebook_size == 32
+    done = smalto_command("train", "--resume", tmp_path / "run", "--codebook-size", 64, check=False)
+    assert "leave out --codebook-size" in done.stderr

@@ -349,3 +349,13 @@ def test_a_projected_codebook_folds_for_saving(tmp_path: Path) -> None:
     assert not any(isinstance(module, ProjectedCodebook) for module in loaded.modules())
     assert torch.equal(loaded.encode(images), tokenizer.encode(images))
     assert torch.equal(loaded(images).reconstruction, tokenizer(images).reconstruction)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_folded_tokenizer_decodes_in_its_own_precision(dtype: torch.dtype) -> None:
+    tokenizer = several_grids("residual").to(dtype)
+    images = (torch.rand(2, 3, 16, 16) * 2 - 1).to(dtype)
+    folded, tokens, layout = tokenizer.folded(), tokenizer.encode(images), tokenizer.layout(16, 16)
+    assert torch.equal(folded.encode(images), tokens)
+    assert torch.equal(folded.decode(tokens, layout), tokenizer.decode(tokens, layout))
+    assert folded.idxBl_to_var_input(tokenizer.img_to_idxBl(images)).dtype == dtype

@@ -80,12 +80,11 @@ def train(
 ) -> None:
     """Train a tokenizer on your pictures. Ctrl-C stops it after saving; --resume goes on."""
     from smalto.pipelines import train as jobs
-    from smalto.training.recipe import load_recipe, parse_setting
+    from smalto.training.recipe import change_recipe, codebook_size_key, load_recipe, parse_setting
 
     short = {
         "steps": steps,
         "data.size": size,
-        "tokenizer.quantizer.codebook_size": codebook_size,
         "seed": seed,
         "data.batch": batch,
         "precision": precision,
@@ -97,12 +96,16 @@ def train(
         raise SmaltoError("the pictures are named by FOLDER, not by --set data.source. With --resume, FOLDER says where they are now.")
     if resume is not None and (recipe is not None or overwrite):
         raise SmaltoError("--resume goes on with a run as it is: leave out --recipe and --overwrite.")
+    if resume is not None and codebook_size is not None:
+        raise SmaltoError("--resume goes on with the tokenizer as it is: leave out --codebook-size.")
     with _progress(resume or out) as progress:
         if resume is not None:
             _print_trained(jobs.resume(resume, folder, settings=settings, device=device, workers=workers, progress=progress))
         else:
             assert folder is not None
             chosen = load_recipe(recipe, settings)
+            if codebook_size is not None:
+                chosen = change_recipe(chosen, {codebook_size_key(chosen): codebook_size})
             _print_trained(jobs.train(folder, chosen, out=out, overwrite=overwrite, device=device, workers=workers, progress=progress))
 
 

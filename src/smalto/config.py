@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from smalto.errors import ConfigError
 
@@ -15,6 +15,15 @@ class Config(BaseModel):
     """Base of all settings: they cannot change once made, and a key that does not exist is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def over_defaults(default: Config) -> Any:
+    """For a field whose value is a table: settings that are given as a table replace those of ``default`` one by one, not all together."""
+
+    def fill(value: Any) -> Any:
+        return {**default.model_dump(), **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(fill)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -64,10 +73,11 @@ def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
 def _explain(kind: type[BaseModel], loc: tuple[int | str, ...], error: str, message: str, value: Any) -> str:
     names = {name for path in dotted_keys(kind) for name in path.split(".")}
     # pydantic names the member of a union too, by its kind; that is no key.
-    key = ".".join(str(part) for part in loc if part in names or isinstance(part, int) or part == loc[-1])
+    named = error in ("extra_forbidden", "missing")
+    key = ".".join(str(part) for part in loc if part in names or isinstance(part, int) or (named and part == loc[-1]))
     if error == "union_tag_invalid":
         got = value.get("kind") if isinstance(value, dict) else value
-        return f"{key}.kind: {message.split('does not match any of the ')[-1]} (got {got!r})"
+        return f"{key}.kind must be one of {message.split('expected tags: ')[-1]} (got {got!r})"
     if error == "extra_forbidden":
         return f"unknown key {key!r}: {nearest_key(key, dotted_keys(kind))}"
     if error == "missing":

@@ -168,7 +168,10 @@ class ImageTokenizer(nn.Module):
         return _DiagonalBlocks([upper[:, :, :middle].flatten(1), lower[:, :, middle:].flatten(1)])
 
     def idxBl_to_var_input(self, idx_Bl: list[Tensor]) -> Tensor:
-        """Blocks of tokens -> the codes in order, [B, L, D]: input of the autoregressive model that follows."""
+        """Blocks of tokens -> the codes in order, [B, L, D]: input of the autoregressive model that follows.
+
+        D is ``latent_dim``; for residual and product quantizers the dimension of one stage's or head's codes.
+        """
         self._join(idx_Bl)
         return self.quantize.lookup(idx_Bl)
 
@@ -176,8 +179,8 @@ class ImageTokenizer(nn.Module):
         """Blocks of tokens -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
-            idx_Bl: what ``img_to_idxBl`` gave: blocks that lie below one another, or one block per grid of the layout (the first ones
-                alone give the picture of the first stages).
+            idx_Bl: what ``img_to_idxBl`` gave: blocks that lie below one another, or one block per grid of the layout (of a
+                residual tokenizer the first ones alone give the picture of the first stages).
             patch_hws: (rows, columns) of each block. Without it every map is taken to be square.
 
         Raises:

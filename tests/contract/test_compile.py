@@ -68,6 +68,7 @@ def test_steps_do_not_compile_anew() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
 @every_kind
 def test_inductor_gives_the_same(kind: str) -> None:
     plain, compiled = Model(kind), Model(kind)
@@ -156,6 +157,15 @@ def test_activation_checkpointing_counts_once(kind: str) -> None:
     plain, saving = Model(kind), Checkpointed(kind)
     for ours, reference in zip(train(saving, saving), train(plain, plain), strict=True):
         assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointing_and_compiling_together_count_once(inside: bool) -> None:
+    plain, saving = Model("ema"), Checkpointed("ema") if inside else Model("ema")
+    compiled = torch.compile(saving, backend="aot_eager")
+    run = compiled if inside else lambda images: checkpoint(compiled, images, use_reentrant=False)
+    for ours, reference in zip(train(saving, run), train(plain, plain), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(ours, reference)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

@@ -146,16 +146,20 @@ def test_loss_and_value_are_the_same_in_training_and_evaluation(kind: str) -> No
     assert torch.equal(training.quantized, evaluation.quantized)
 
 
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
 @every_kind
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("wide_weights", [False, True])
-def test_every_precision(kind: str, dtype: torch.dtype, wide_weights: bool) -> None:
-    quantizer = build(kind).to(torch.float32 if wide_weights else dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", DTYPES)
+def test_every_precision(kind: str, dtype: torch.dtype, weights: torch.dtype) -> None:
+    quantizer = build(kind).to(weights)
     z = latents(dtype=dtype).requires_grad_()
     out = quantizer(z)
     assert out.quantized.dtype == dtype
-    assert out.loss.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert out.loss.dtype == (torch.float64 if torch.float64 in (dtype, weights) else torch.float32)
     decoded = quantizer.decode(quantizer.encode(z), quantizer.layout(3, 4))
+    assert decoded.dtype == weights
     assert torch.equal(decoded.to(dtype), out.quantized)
     (out.loss + out.quantized.sum()).backward()
     assert z.grad is not None
@@ -305,10 +309,9 @@ def test_straight_through_is_the_identity_at_any_depth(depth: int) -> None:
     assert torch.equal(jacobian, torch.eye(12, dtype=torch.float64))
 
 
-@every_kind
+# Projections and normalisation have gradients of their own.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "code_dim" not in kind and "unit" not in kind])
 def test_the_gradient_of_the_value_is_the_estimators(kind: str) -> None:
-    if "code_dim" in kind or "unit" in kind:
-        pytest.skip("projections and normalisation have gradients of their own")
     quantizer = build(kind).double()
     z = latents(batch=1, height=1, width=1, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: quantizer(x).quantized.flatten(), z).view(C, C)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import smalto
 from smalto.errors import ConfigError, InputError
-from smalto.quantizers import CodebookUpdater, EMACodebook, Revive, VectorQuantizer
+from smalto.quantizers import CodebookUpdater, EMACodebook, ProductVQ, ResidualVQ, Revive, VectorQuantizer
 from smalto.quantizers.kmeans import kmeans
 
 
@@ -392,3 +392,70 @@ def test_a_state_of_another_size_is_refused() -> None:
         CodebookUpdater(VectorQuantizer(6, 4)).load_state_dict(state)
     with pytest.raises(InputError, match="of the quantizers"):
         CodebookUpdater(smalto.SimpleVQVAE(1, 4)).load_state_dict(state)
+
+
+def test_a_frozen_codebook_stays_as_it_is() -> None:
+    quantizer = VectorQuantizer(64, 4)
+    quantizer.embedding.weight.requires_grad_(False)
+    before = quantizer.embedding.weight.clone()
+    updater = CodebookUpdater(quantizer, memory=1.0)
+    updater.start(latents(400))
+    for step in range(20):
+        quantizer(latents(40, seed=step) * 0.01)
+        updater.step()
+    assert torch.equal(quantizer.embedding.weight, before)
+    assert 0 < updater.usage()[""] < 1
+
+
+def test_a_start_that_fails_leaves_learned_codes_alone() -> None:
+    quantizer = VectorQuantizer(32, 4, codebook="ema")
+    before = quantizer.embedding.weight.clone()
+    updater = CodebookUpdater(quantizer, keep_codes=True)
+    with pytest.raises(InputError, match="no finite latents"):
+        updater.start(latents(20) * math.nan)
+    quantizer(latents(200))
+    updater.step()
+    assert float((quantizer.embedding.weight - before).norm() / before.norm()) < 0.2
+
+
+def test_start_in_inference_mode_does_not_spoil_training() -> None:
+    quantizer = VectorQuantizer(8, 4, codebook="ema")
+    updater = CodebookUpdater(quantizer)
+    with torch.inference_mode():
+        updater.start(latents(100))
+    quantizer(latents(40))
+    updater.step()
+
+
+@pytest.mark.parametrize("code_dim", [None, 2])
+@pytest.mark.parametrize("huge", [3e38, 1e20])
+def test_huge_numbers_do_not_poison_a_code(code_dim: int | None, huge: float) -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 4, codebook="ema", code_dim=code_dim)
+    updater = started(quantizer)
+    z = latents(40)
+    z[0, :, 3:9, 0] = huge
+    z.requires_grad_()
+    out = quantizer(z)
+    (out.loss + out.quantized.sum()).backward()
+    updater.step()
+    assert updater.num_not_finite == 6
+    assert bool(out.loss.isfinite())
+    assert bool(out.quantized.isfinite().all())
+    assert z.grad is not None
+    assert bool(z.grad.isfinite().all())
+    assert bool(quantizer.embedding.weight.isfinite().all())
+
+
+def test_arguments_in_the_wrong_place_are_named() -> None:
+    quantizer = VectorQuantizer(8, 4)
+    with pytest.raises(InputError, match="optimizer must be a torch optimizer or None; got Revive"):
+        CodebookUpdater(quantizer, Revive())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"no state of a CodebookUpdater: \['x'\]"):
+        CodebookUpdater(quantizer).load_state_dict({"x": 1})
+    with pytest.raises(ConfigError, match="takes a ResidualVQConfig; got dict"):
+        ResidualVQ({})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes a ProductVQConfig; got int"):
+        ProductVQ(4)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no tokens to look up"):
+        quantizer.lookup([])

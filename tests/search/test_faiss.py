@@ -71,6 +71,15 @@ def test_wild_queries_are_searched_by_the_reference(metric: Metric) -> None:
 
 
 @needs_faiss
+def test_what_is_zero_has_no_angle() -> None:
+    queries, codebook = torch.randn(20_000, 8), torch.randn(300, 8)
+    queries[7] = 0
+    assert torch.equal(nearest_codes(queries, codebook, "cosine"), nearest_codes(queries, codebook, "cosine", backend="tiled"))
+    codebook[5] = 0  # cosine 0: beats every code on the other side
+    assert torch.equal(nearest_codes(queries, codebook, "cosine"), nearest_codes(queries, codebook, "cosine", backend="tiled"))
+
+
+@needs_faiss
 def test_a_far_away_codebook_does_not_lose_precision() -> None:
     queries, codebook = torch.randn(500, 8) + 1e4, torch.randn(300, 8) + 1e4
     tiled = nearest_codes(queries, codebook, exact=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smalto.errors import InputError
-from smalto.search import code_sums, nearest_codes, tiled
+from smalto.search import code_sums, faiss_search, nearest_codes, tiled
 from smalto.search.code_sums import _add_by_segment, code_sums_op
 from smalto.search.nearest import nearest_op
 from tests.contract.test_memory import LargestTensor
@@ -74,6 +74,13 @@ def test_cosine_takes_the_smallest_angle() -> None:
     queries, codebook = torch.randn(400, 5), torch.randn(300, 5) * torch.rand(300, 1) * 10
     cosines = torch.nn.functional.normalize(codebook.double(), dim=1) @ queries.double().T
     assert torch.equal(nearest_codes(queries, codebook, "cosine"), cosines.argmax(0))
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e20])
+def test_cosine_takes_codes_of_any_length(length: float) -> None:
+    codebook = torch.tensor([[-1.0] * 4, [1.0] * 4]) * length
+    for backend in ("tiled", "faiss") if faiss_search.is_installed() else ("tiled",):
+        assert nearest_codes(torch.ones(1, 4), codebook, "cosine", backend=backend).tolist() == [1]  # type: ignore[arg-type]
 
 
 def test_equal_codes_go_to_the_lowest_index() -> None:

@@ -100,6 +100,11 @@ def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) 
     assert load_recipe(tmp_path / "again.toml") == recipe
     product = load_recipe(None, {"tokenizer.quantizer.kind": "product"})
     assert product.tokenizer.quantizer == ProductVQConfig()
+    one = load_recipe(None, {"tokenizer.quantizer.stage.code_dim": 8, "tokenizer.quantizer.kind": "residual"}).tokenizer.quantizer
+    assert isinstance(one, ResidualVQConfig)  # in whatever order
+    assert one.stage == ResidualVQConfig().stage.model_copy(update={"code_dim": 8})  # the rest of the stage stays
+    head = load_recipe(None, {"tokenizer.quantizer.kind": "product", "tokenizer.quantizer.head.code_dim": 16}).tokenizer.quantizer
+    assert head.latent_dim == 64
     same = load_recipe(None, {"tokenizer.quantizer.kind": "vector"})
     assert same == load_recipe()
 
@@ -107,7 +112,11 @@ def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"tokenizer.quantizer.kind": "nearest"}, "tokenizer.quantizer.kind: .*'vector', 'residual', 'product'.*got 'nearest'"),
+        (
+            {"tokenizer.quantizer.kind": "nearest"},
+            "quantizer.kind must be one of 'vector', 'residual', 'product' .*'nearest'",
+        ),
+        ({"tokenizer.quantizer.codebook": "learned", "tokenizer.quantizer.unit_codes": True}, "tokenizer.quantizer: unit_codes brings"),
         ({"tokenizer.quantizer.num_stages": 3}, "unknown key 'tokenizer.quantizer.num_stages'"),
         (
             {"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.codebook_size": 64},
@@ -128,3 +137,11 @@ def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) 
 def test_mistakes_in_a_quantizer_are_named(settings: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_recipe(None, settings)
+
+
+def test_what_is_not_set_is_not_set_after_reading_either(tmp_path: Path) -> None:
+    recipe = change_recipe(Recipe(), dict([parse_setting("tokenizer.quantizer.code_dim=none")]))
+    assert recipe.tokenizer.quantizer.code_dim is None
+    (tmp_path / "r.toml").write_text(recipe_toml(recipe))
+    assert 'code_dim = "none"' in (tmp_path / "r.toml").read_text()
+    assert load_recipe(tmp_path / "r.toml") == recipe

@@ -40,6 +40,7 @@ def info(path: str | Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "tokenizer",
         "codebook size": tokenizer.quantize.codebook_size,
+        "tokens per position": len(tokenizer.quantize.layout(1, 1).grids),
         "stride": tokenizer.stride,
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "fingerprint": tokenizer.fingerprint(),

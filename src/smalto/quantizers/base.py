@@ -34,7 +34,7 @@ class Quantizer(nn.Module, ABC):
     is the work of ``CodebookUpdater``. ``decode(encode(z), layout)`` is bitwise ``forward(z).quantized`` (which has the
     dtype of z: after ``.to(z.dtype)``). All arithmetic is in float32, in float64 where the weights are float64.
 
-    A vector that holds a NaN or an infinity takes code 0 and is left out of loss, gradient and statistics.
+    A vector that holds a NaN, an infinity or a number beyond 1e15 takes code 0 and is left out of loss, gradient and statistics.
 
     Attributes:
         codebook_size: every token is in [0, codebook_size).
@@ -68,7 +68,10 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Codes of tokens, in order: blocks of int64 [B, L_i], one per grid of the layout -> [B, L, D]."""
+        """Codes of tokens, in order: blocks of int64 [B, L_i], one per grid of the layout -> [B, L, D].
+
+        D is the latents' C where one token stands for a whole vector, and the dimension of the codes where several do.
+        """
 
     @abstractmethod
     def get_codebook(self) -> Tensor:

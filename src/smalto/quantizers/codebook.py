@@ -96,7 +96,7 @@ class ProjectedCodebook(Codebook):
 
     def codes(self) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return self.weight.to(wide) @ self.projection.to(wide)
+        return (self.weight.to(wide) @ self.projection.to(wide)).to(self.weight.dtype)  # what a plain codebook could hold
 
     @torch.no_grad()
     def fit(self, vectors: Tensor) -> None:

@@ -7,12 +7,19 @@ from torch import Tensor, nn
 
 from smalto.errors import InputError, describe
 
+LARGEST = 1e15  # of a number in a latent vector
+
 
 def to_vectors(latent_map: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Map [B, C, h, w] -> vectors [B*h*w, C] of ``dtype``, and which of them are finite, bool [B*h*w]. Those that are not become 0."""
+    """Map [B, C, h, w] -> vectors [B*h*w, C] of ``dtype``, and which of them are usable, bool [B*h*w]. Those that are not become 0."""
     vectors = latent_map.permute(0, 2, 3, 1).reshape(-1, latent_map.shape[1]).to(dtype)
-    valid = vectors.isfinite().all(dim=1)
+    valid = usable(vectors)
     return keep(vectors, valid), valid
+
+
+def usable(vectors: Tensor) -> Tensor:
+    """Which vectors [N, C, ...] hold no NaN, no infinity and nothing so large that its square would overflow: bool [N, ...]."""
+    return (vectors.detach().abs() < LARGEST).all(dim=1)
 
 
 def to_map(vectors: Tensor, like: Tensor) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from smalto.config import Config
-from smalto.errors import InputError, describe
+from smalto.config import Config, over_defaults
+from smalto.errors import ConfigError, InputError, describe
 from smalto.layout import TokenLayout
 from smalto.quantizers.base import Quantizer, QuantizerOutput
+from smalto.quantizers.latents import usable
 from smalto.quantizers.vector import VectorQuantizer, VectorQuantizerConfig
+
+_HEAD = VectorQuantizerConfig(latent_dim=32, codebook="ema")
 
 
 class ProductVQConfig(Config):
@@ -21,8 +24,8 @@ class ProductVQConfig(Config):
 
     kind: Literal["product"] = "product"
     num_heads: int = Field(2, ge=1, le=1024, description="parts that the channels are cut into")
-    shared: bool = Field(False, description="all heads use one codebook")
-    head: VectorQuantizerConfig = VectorQuantizerConfig(latent_dim=32, codebook="ema")
+    shared: bool = Field(False, description="all heads use one codebook, and the projections around it")
+    head: Annotated[VectorQuantizerConfig, over_defaults(_HEAD)] = _HEAD
 
     @property
     def codebook_size(self) -> int:
@@ -51,15 +54,21 @@ class ProductVQ(Quantizer):
 
     def __init__(self, config: ProductVQConfig) -> None:
         super().__init__()
+        if not isinstance(config, ProductVQConfig):
+            raise ConfigError(f"ProductVQ takes a ProductVQConfig; got {describe(config)}. Or call build() on one.")
         self.codebook_size, self.latent_dim, self.num_heads = config.codebook_size, config.latent_dim, config.num_heads
         self.heads = nn.ModuleList(config.head.build() for _ in range(1 if config.shared else config.num_heads))
 
     def forward(self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> QuantizerOutput:
         """Quantize latents [B, C, h, w]; see ``Quantizer.forward``. ``noise`` is cut into heads as the latents are."""
         parts = self._parts(latents)
-        noises = [None] * self.num_heads if noise is None else list(noise.chunk(self.num_heads, dim=1))
-        if len(noises) != self.num_heads:
-            raise InputError(f"noise must have channels for {self.num_heads} heads; got {describe(noise)}.")
+        noises: list[Tensor | None] = [None] * self.num_heads
+        if noise is not None:
+            code_dim = self._all_heads()[0].embedding.embedding_dim
+            shape = latents.shape[0], self.num_heads * code_dim, *latents.shape[2:]
+            if not isinstance(noise, Tensor) or noise.shape != shape:
+                raise InputError(f"noise must be {list(shape)}; got {describe(noise)}.")
+            noises = list(noise.split(code_dim, dim=1))
         outputs = [
             head(part, num_stages=num_stages, noise=part_noise)
             for head, part, part_noise in zip(self._all_heads(), parts, noises, strict=True)
@@ -99,6 +108,5 @@ class ProductVQ(Quantizer):
 
     def _parts(self, latents: Tensor) -> tuple[Tensor, ...]:
         self.check_latents(latents)
-        # A vector is finite as a whole or not at all: one broken channel takes all heads out.
-        finite = latents.isfinite().all(dim=1, keepdim=True)
-        return torch.where(finite, latents, torch.nan).chunk(self.num_heads, dim=1)
+        # A vector is usable as a whole or not at all: one broken channel takes all heads out.
+        return torch.where(usable(latents).unsqueeze(1), latents, torch.nan).chunk(self.num_heads, dim=1)

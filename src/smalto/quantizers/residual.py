@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalto.config import Config
-from smalto.errors import InputError
+from smalto.config import Config, over_defaults
+from smalto.errors import ConfigError, InputError, describe
 from smalto.layout import TokenLayout
 from smalto.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.estimators import estimate
-from smalto.quantizers.latents import keep, noise_vectors, projections, to_map, to_vectors
+from smalto.quantizers.latents import keep, noise_vectors, projections, to_map, to_vectors, usable
 from smalto.quantizers.vector import VectorQuantizer, VectorQuantizerConfig
+
+_STAGE = VectorQuantizerConfig(codebook="ema")
 
 
 class ResidualVQConfig(Config):
@@ -27,7 +29,7 @@ class ResidualVQConfig(Config):
 
     kind: Literal["residual"] = "residual"
     num_stages: int = Field(4, ge=1, le=64, description="codes that are added up for every vector")
-    stage: VectorQuantizerConfig = VectorQuantizerConfig(codebook="ema")
+    stage: Annotated[VectorQuantizerConfig, over_defaults(_STAGE)] = _STAGE
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ResidualVQConfig:
@@ -64,6 +66,8 @@ class ResidualVQ(Quantizer):
 
     def __init__(self, config: ResidualVQConfig) -> None:
         super().__init__()
+        if not isinstance(config, ResidualVQConfig):
+            raise ConfigError(f"ResidualVQ takes a ResidualVQConfig; got {describe(config)}. Or call build() on one.")
         stage = config.stage
         self.codebook_size, self.latent_dim, self.estimator = stage.codebook_size, stage.latent_dim, stage.estimator
         self.project_in, self.project_out = projections(stage.latent_dim, stage.code_dim)
@@ -87,7 +91,8 @@ class ResidualVQ(Quantizer):
             loss = torch.stack(losses).mean().to(torch.promote_types(latents.dtype, vectors.dtype))
             noise = noise_vectors(noise, latents, vectors.shape[1], vectors.dtype)
             quantized = estimate(self.estimator, vectors, total, valid, noise, self.training)
-            return QuantizerOutput(to_map(self.project_out(quantized), latents), loss, _stage_major(indices, latents).reshape(-1))
+            quantized = self.project_out(quantized).to(stages[0].embedding.weight.dtype)  # what decode gives
+            return QuantizerOutput(to_map(quantized, latents), loss, _stage_major(indices, latents).reshape(-1))
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ class ResidualVQ(Quantizer):
         return quantized.view(len(indices), height, width, self.latent_dim).permute(0, 3, 1, 2).contiguous()
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Codes of tokens, each in the space of codes: blocks of int64 [B, L_i], one per stage -> [B, L, D]."""
+        """Codes of tokens, in the space of codes before ``project_out``: int64 [B, L_i], one block per stage -> [B, L, code_dim or C]."""
         stages = self._first(len(blocks))
         return torch.cat([stage.lookup([block]) for stage, block in zip(stages, blocks, strict=True)], dim=1)
 
@@ -131,13 +136,15 @@ class ResidualVQ(Quantizer):
 
     def _first(self, num_stages: int | None) -> list[VectorQuantizer]:
         stages = [stage for stage in self.stages if isinstance(stage, VectorQuantizer)]
-        if num_stages is not None and not 1 <= num_stages <= len(stages):
-            raise InputError(f"this quantizer has {len(stages)} stages; got {num_stages}. Take from 1 to {len(stages)}.")
+        if num_stages is not None and not (isinstance(num_stages, int) and 1 <= num_stages <= len(stages)):
+            raise InputError(f"this quantizer has {len(stages)} stages; got {num_stages} of them. Take from 1 to {len(stages)}.")
         return stages[:num_stages]
 
     def _vectors(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         vectors, valid = to_vectors(latents, self._first(1)[0].dtype)
-        return keep(self.project_in(vectors), valid), valid
+        vectors = self.project_in(vectors)
+        valid = valid & usable(vectors)
+        return keep(vectors, valid), valid
 
 
 def _stage_major(indices: list[Tensor], latents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smalto import distributed
-from smalto.errors import ConfigError, InputError
+from smalto.errors import ConfigError, InputError, describe
 from smalto.quantizers.codebook import EMACodebook, ProjectedCodebook
 from smalto.quantizers.kmeans import kmeans
 from smalto.quantizers.residual import ResidualVQ
@@ -52,17 +52,19 @@ class CodebookUpdater:
     model have none.
 
     In several processes every one builds an updater and calls ``step`` after each of its own batches, whatever their sizes: one all-reduce
-    of fixed size gives all of them what one process would have seen. The processes may be joined before or after the updater is built.
+    of fixed size gives all of them what one process would have seen (only where the k-means start would have to exchange more than about
+    128 MiB, every process gives it an even share). The processes may be joined before or after the updater is built.
 
     Args:
         model: holds at least one VectorQuantizer.
         optimizer: the one that trains learned codes; the moments of revived rows are zeroed in it.
-        revive: when a code is dead; None never revives. Projected codebooks (SimVQ) need no revival.
+        revive: when a code is dead; None never revives. Projected codebooks (SimVQ) need no revival; a learned codebook that does not
+            require gradients is frozen, and stays as it is.
         memory: how far moving averages look back, in tokens per code. A batch of N tokens decays the past by
             ``exp(-N / (K·memory))``, so the setting means the same for every batch and codebook size.
         seed: random choices depend on (seed, step) and on the vectors alone, so a resumed run makes the same ones.
         keep_codes: begin with the codes as they are, as for a trained tokenizer; otherwise ``start``, or else the first ``step``,
-            places them anew.
+            places them anew (of a ``ResidualVQ`` one stage a step).
 
     Raises:
         InputError: the model has no VectorQuantizer.
@@ -78,6 +80,10 @@ class CodebookUpdater:
         seed: int = 0,
         keep_codes: bool = False,
     ) -> None:
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise InputError(
+                f"optimizer must be a torch optimizer or None; got {describe(optimizer)}. Name the others: revive=Revive(...)."
+            )
         if not 0 < memory < math.inf:
             raise ConfigError(f"memory is in tokens per code and must be positive; got {memory}.")
         self.model, self.optimizer, self.revive, self.memory, self.seed = model, optimizer, revive, memory, seed
@@ -97,6 +103,7 @@ class CodebookUpdater:
             self._clear(book)
             book.quantizer.nearest.listener = _Listener(book)
 
+    @torch.inference_mode(False)
     def start(self, images: Tensor | Iterable[Tensor]) -> None:
         """Place all codes by k-means on the latents of ``images``: what ``model`` takes, one batch or several.
 
@@ -107,6 +114,7 @@ class CodebookUpdater:
             InputError: there was no finite latent.
         """
         batches = [images] if isinstance(images, Tensor) else list(images)
+        started = {book: book.started for book in self._books.values()}
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
@@ -121,6 +129,10 @@ class CodebookUpdater:
                 self._exchange([book])
                 if not self._start(book):
                     raise InputError("start() saw no finite latents: give it at least one batch of images.")
+        except BaseException:
+            for book, before in started.items():
+                book.started = before  # codes that had learned are not placed anew by the next step
+            raise
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -158,7 +170,7 @@ class CodebookUpdater:
             self._clear(book)
 
     def usage(self) -> dict[str, float]:
-        """Share of each quantizer's codes that were hit within the last 32·K tokens (usage@W, W = 32·K)."""
+        """Share of each quantizer's codes that were hit within the last 32·K tokens (usage@W, W = 32·K), counted in whole steps."""
         return {name: book.usage() for name, book in self._books.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,6 +178,8 @@ class CodebookUpdater:
         return {"num_steps": self.num_steps, "seed": self.seed, "books": {n: b.state_dict() for n, b in self._books.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict) or not {"books", "num_steps", "seed"} <= set(state):
+            raise InputError(f"this is no state of a CodebookUpdater: {sorted(state) if isinstance(state, dict) else describe(state)}.")
         if set(state["books"]) != set(self._books):
             raise InputError(f"the state is of the quantizers {sorted(state['books'])}; this model has {sorted(self._books)}.")
         self.num_steps, self.seed = int(state["num_steps"]), int(state["seed"])
@@ -213,7 +227,7 @@ class CodebookUpdater:
         size = book.quantizer.codebook_size
         book.absorb(size / num_tokens, decay=math.exp(-num_tokens / (size * self.memory)))
         book.idle.add_(int(num_tokens)).masked_fill_(book.statistics.counts[:-1] > 0, 0)
-        if self.revive is not None and not isinstance(book.quantizer.embedding, ProjectedCodebook):
+        if self.revive is not None and book.places_codes:
             dead = (book.use < self.revive.below).nonzero().squeeze(1)
             dead = dead[book.use[dead].argsort(stable=True)]
             vectors = book.statistics.candidates()[: len(dead)]
@@ -228,7 +242,7 @@ class CodebookUpdater:
         if isinstance(embedding, ProjectedCodebook):
             embedding.fit(vectors)
             self._zero_moments(embedding.projection, slice(None))
-        else:
+        elif book.places_codes:
             generator = torch.Generator().manual_seed(book.statistics.seed)
             centres = kmeans(vectors, book.quantizer.codebook_size, book.quantizer.nearest.metric, generator)
             self._place(book, torch.arange(len(centres), device=centres.device), centres)
@@ -255,7 +269,6 @@ class _Listener:
 
     def __call__(self, module: nn.Module, vectors: Tensor, codes: Tensor, indices: Tensor, valid: Tensor) -> None:
         if torch.compiler.is_compiling():
-            # A compiled backward pass recomputes inside its graph and does not come by here.
             if _is_exporting():
                 return
         elif torch._C._current_graph_task_id() != -1:  # a recomputation by activation checkpointing
@@ -285,6 +298,12 @@ class _Book:
         # Learned codebooks have no buffer of their own for this: their only state is the weight.
         self._learned_use = torch.ones(size, dtype=quantizer.dtype)
         self.idle = torch.full((size,), USAGE_WINDOW * size)
+
+    @property
+    def places_codes(self) -> bool:
+        """Whether single codes may be put elsewhere: not in projected codebooks, nor in frozen ones."""
+        embedding = self.quantizer.embedding
+        return isinstance(embedding, EMACodebook) or (embedding.weight.requires_grad and not isinstance(embedding, ProjectedCodebook))
 
     @property
     def use(self) -> Tensor:

@@ -16,7 +16,7 @@ from smalto.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
 from smalto.quantizers.estimators import ESTIMATORS, estimate
-from smalto.quantizers.latents import keep, masked_mse, noise_vectors, projections, to_map, to_vectors
+from smalto.quantizers.latents import keep, masked_mse, noise_vectors, projections, to_map, to_vectors, usable
 from smalto.search import Metric, nearest_codes
 
 CodebookKind = Literal["learned", "ema", "projected"]
@@ -151,7 +151,8 @@ class VectorQuantizer(Quantizer):
             loss = self.loss(vectors, codes, valid).to(torch.promote_types(latents.dtype, self.dtype))
             noise = noise_vectors(noise, latents, vectors.shape[1], self.dtype)
             quantized = estimate(self.estimator, vectors, codes, valid, noise, self.training)
-            return QuantizerOutput(to_map(self.project_out(quantized), latents), loss, indices)
+            quantized = self.project_out(quantized).to(self.embedding.weight.dtype)  # what decode gives
+            return QuantizerOutput(to_map(quantized, latents), loss, indices)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
@@ -171,6 +172,8 @@ class VectorQuantizer(Quantizer):
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
         """Codes of tokens as the decoder sees them: blocks of int64 [B, L_i] -> [B, L, C]."""
+        if not blocks:
+            raise InputError("there are no tokens to look up: pass at least one block [B, L_i].")
         indices = self.check_range(torch.cat(list(blocks), dim=1))
         with without_autocast(indices.device):
             return self.project_out(nn.functional.embedding(indices, self.codes())).to(self.embedding.weight.dtype)
@@ -184,12 +187,12 @@ class VectorQuantizer(Quantizer):
         return torch.promote_types(self.embedding.weight.dtype, torch.float32)
 
     def vectors(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, h, w] -> vectors [N, D] as they are compared with codes, and which are finite, bool [N]."""
+        """Latents [B, C, h, w] -> vectors [N, D] as they are compared with codes, and which are usable, bool [N]."""
         vectors, valid = to_vectors(latents, self.dtype)
         vectors = self.project_in(vectors)
-        if self.unit_codes:
-            vectors = nn.functional.normalize(vectors, dim=1, eps=UNIT_EPS)
-        return keep(vectors, valid), valid  # once more: the projection's bias must get no gradient from there either
+        valid = valid & usable(vectors)
+        vectors = keep(vectors, valid)  # once more: the projection's bias must get no gradient from there either
+        return (nn.functional.normalize(vectors, dim=1, eps=UNIT_EPS) if self.unit_codes else vectors), valid
 
     def assign(self, vectors: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [N, D] -> their codes [N, D], with the gradient of the codebook, and indices int64 [N]."""

@@ -50,13 +50,18 @@ def search(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
     if not is_installed():
         raise MissingExtra("faiss-cpu", "ann", 'backend="faiss"')
     codes, vectors = _numpy(codebook), _numpy(queries)
+    if cosine and not codes.any(axis=1).all():
+        return tiled.search(queries, codebook, cosine)  # a zero code has no direction, so distances tell nothing of angles
     shift = numpy.zeros(1, numpy.float32) if cosine else codes.mean(axis=0).astype(numpy.float32)
     vectors = _prepare(vectors, shift, cosine=False)
-    # faiss squares a query, which can overflow, and knows nothing of NaN.
+    # faiss squares a query, which can overflow, and knows nothing of NaN; a zero query has no direction.
     wild = None
+    odd = ~vectors.any(axis=1) if cosine else numpy.zeros(len(vectors), dtype=bool)
     if not numpy.abs(vectors).max(initial=0) < _LARGEST:
-        wild = torch.from_numpy(~(numpy.abs(vectors) < _LARGEST).all(axis=1))
-        vectors[wild.numpy()] = 0
+        odd |= ~(numpy.abs(vectors) < _LARGEST).all(axis=1)
+    if odd.any():
+        wild = torch.from_numpy(odd)
+        vectors[odd] = 0
     if cosine:
         vectors = _unit(vectors)
     indices = torch.from_numpy(_search_codes(vectors, codes, shift, cosine))

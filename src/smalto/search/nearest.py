@@ -32,7 +32,8 @@ def nearest_codes(
         int64 [N]; of codes that are equal the lowest index. No gradient flows. A row that holds a NaN or an infinity gets
         index 0. Computed in float32 whatever the input, autocast and TF32 settings: the squared distance of the chosen code exceeds
         the best by at most ``4·2⁻²⁴·√D·(|z|+max|c|)²``, and where the best two differ by more, every backend and every split of
-        the batch gives the same index. Beside the result it needs at most 64 MiB, whatever N and K.
+        the batch gives the same index. Numbers must stay below about 1e18, where squares overflow, and codes must be finite. Beside the
+        result it needs at most 64 MiB, whatever N and K (with ``exact=True`` twice that; faiss, when asked for by name, copies its input).
 
     Raises:
         InputError: ranks or dimensions do not fit, no codes, integer input, or an unknown metric or backend.

@@ -18,7 +18,7 @@ from smalto.precision import plain_float32, without_autocast
 CODES_PER_TILE = 256
 COLUMNS = 16  # divides CODES_PER_TILE: float32 numbers in the widest vector register
 QUERIES_PER_TILE = 2048
-BLOCK_FLOATS = 2**22  # 16 MiB: the largest single temporary; fewer than four of this size live at once
+BLOCK_FLOATS = 2**22  # 16 MiB in float32: the largest single temporary; fewer than four of this size live at once
 _BLOCK_QUERIES = 2**16
 
 
@@ -187,7 +187,9 @@ def shifted(vectors: Tensor, shift: Tensor, dtype: torch.dtype = torch.float32) 
 
 def unit(vectors: Tensor) -> Tensor:
     """Vectors [n, D] at length 1; zero stays zero."""
-    return torch.nn.functional.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
+    tiny = torch.finfo(vectors.dtype).tiny
+    vectors = vectors / vectors.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # so that squares neither overflow nor vanish
+    return torch.nn.functional.normalize(vectors, dim=1, eps=tiny)
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

@@ -16,6 +16,8 @@ from smalto.errors import ConfigError
 from smalto.quantizers import Revive
 from smalto.tokenizer import TokenizerConfig, default_tokenizer_config
 
+NONE = "none"  # what TOML, which has no null, says for "not set": code_dim = "none"
+
 
 class DataConfig(Config):
     """Pictures and crops."""
@@ -103,7 +105,7 @@ def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """A copy with some settings replaced, checked. Raises ConfigError as ``load_recipe`` does."""
     data = recipe.model_dump(mode="json")
     keys = dotted_keys(Recipe)
-    for key, value in settings.items():
+    for key, value in sorted(settings.items(), key=lambda item: not item[0].endswith(".kind")):  # which settings there are follows from it
         if key not in keys:
             raise ConfigError(f"unknown key {key!r}: {nearest_key(key, keys)}")
         *parents, last = key.split(".")
@@ -114,6 +116,12 @@ def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
             table.clear()  # the settings of another kind mean nothing to this one
         table[last] = value
     return parse_config(Recipe, data, "recipe")
+
+
+def codebook_size_key(recipe: Recipe) -> str:
+    """Where the recipe's kind of quantizer keeps the number of codes."""
+    inner = {"vector": "", "residual": "stage.", "product": "head."}[recipe.tokenizer.quantizer.kind]
+    return f"tokenizer.quantizer.{inner}codebook_size"
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -128,21 +136,28 @@ def parse_setting(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+        return key.strip(), None if value.strip() == NONE else value.strip()
 
 
 def recipe_toml(recipe: Recipe) -> str:
     """The recipe as TOML, every setting written out."""
-    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(_replace(recipe.model_dump(mode="json"), None, NONE))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _replace(tomllib.loads(path.read_text(encoding="utf-8")), NONE, None)
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} is not valid TOML: {error}.") from None
+
+
+def _replace(data: Any, old: Any, new: Any) -> Any:
+    """A copy of tables inside tables with one value in place of another."""
+    if isinstance(data, dict):
+        return {key: _replace(value, old, new) for key, value in data.items()}
+    return new if data == old else data
 
 
 def _merge(base: Any, over: Any) -> Any:

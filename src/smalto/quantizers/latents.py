@@ -10,11 +10,14 @@ from smalto.errors import InputError, describe
 LARGEST = 1e15  # of a number in a latent vector
 
 
-def to_vectors(latent_map: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Map [B, C, h, w] -> vectors [B*h*w, C] of ``dtype``, and which of them are usable, bool [B*h*w]. Those that are not become 0."""
+def to_vectors(latent_map: Tensor, dtype: torch.dtype, project_in: nn.Module) -> tuple[Tensor, Tensor]:
+    """Map [B, C, h, w] -> vectors [B*h*w, D] of ``dtype`` behind ``project_in``, and which are usable, bool [B*h*w]. The others are 0."""
     vectors = latent_map.permute(0, 2, 3, 1).reshape(-1, latent_map.shape[1]).to(dtype)
+    # Masked on both sides: 0 * NaN would reach the gradient of the projection's weights, and the others' gradient that of its bias.
     valid = usable(vectors)
-    return keep(vectors, valid), valid
+    projected = project_in(keep(vectors, valid))
+    valid = valid & usable(projected)
+    return keep(projected, valid), valid
 
 
 def usable(vectors: Tensor) -> Tensor:

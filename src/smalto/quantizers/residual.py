@@ -15,7 +15,7 @@ from smalto.layout import TokenLayout
 from smalto.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.estimators import estimate
-from smalto.quantizers.latents import keep, noise_vectors, projections, to_map, to_vectors, usable
+from smalto.quantizers.latents import noise_vectors, projections, to_map, to_vectors
 from smalto.quantizers.vector import VectorQuantizer, VectorQuantizerConfig
 
 _STAGE = VectorQuantizerConfig(codebook="ema")
@@ -141,10 +141,7 @@ class ResidualVQ(Quantizer):
         return stages[:num_stages]
 
     def _vectors(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        vectors, valid = to_vectors(latents, self._first(1)[0].dtype)
-        vectors = self.project_in(vectors)
-        valid = valid & usable(vectors)
-        return keep(vectors, valid), valid
+        return to_vectors(latents, self._first(1)[0].dtype, self.project_in)
 
 
 def _stage_major(indices: list[Tensor], latents: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class Statistics:
     by squared error, for revival: that is where another code helps most, and a vector that already is a code needs none.
 
     Attributes:
-        counts: [K + 1] vectors per code; the last are those that were not finite.
+        counts: [K + 1] vectors per code; the last are those that were not usable.
         sums: [K, D].
         num_calls: [1].
         salt: [1], a tensor, so that a compiled graph does not change with it; ``seed`` is the same as a number.
@@ -117,20 +119,8 @@ def add_op(
 
 
 @add_op.register_fake
-def _(
-    vectors: Tensor,
-    codes: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    salt: Tensor,
-    by_error: bool,
-    counts: Tensor,
-    sums: Tensor,
-    num_calls: Tensor,
-    keys: Tensor,
-    sample: Tensor,
-) -> None:
-    return None
+def _(*arguments: Any) -> None:
+    """It only changes its arguments."""
 
 
 def _keep_largest(new_keys: Tensor, new_vectors: Tensor, keys: Tensor, sample: Tensor) -> None:

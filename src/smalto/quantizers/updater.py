@@ -88,7 +88,7 @@ class CodebookUpdater:
             raise ConfigError(f"memory is in tokens per code and must be positive; got {memory}.")
         self.model, self.optimizer, self.revive, self.memory, self.seed = model, optimizer, revive, memory, seed
         self.num_steps = 0
-        self.num_not_finite = 0  # vectors of the last step that held a NaN or an infinity
+        self.num_not_finite = 0  # vectors of the last step that were left out: with a NaN, an infinity or numbers beyond 1e15
         self._codebooks_agree = False  # between processes
         quantizers = {name: module for name, module in _unwrapped(model).named_modules() if isinstance(module, VectorQuantizer)}
         self._books = {name: _Book(quantizer, number, keep_codes) for number, (name, quantizer) in enumerate(quantizers.items())}

@@ -16,7 +16,7 @@ from smalto.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
 from smalto.quantizers.estimators import ESTIMATORS, estimate
-from smalto.quantizers.latents import keep, masked_mse, noise_vectors, projections, to_map, to_vectors, usable
+from smalto.quantizers.latents import masked_mse, noise_vectors, projections, to_map, to_vectors
 from smalto.search import Metric, nearest_codes
 
 CodebookKind = Literal["learned", "ema", "projected"]
@@ -188,10 +188,7 @@ class VectorQuantizer(Quantizer):
 
     def vectors(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, C, h, w] -> vectors [N, D] as they are compared with codes, and which are usable, bool [N]."""
-        vectors, valid = to_vectors(latents, self.dtype)
-        vectors = self.project_in(vectors)
-        valid = valid & usable(vectors)
-        vectors = keep(vectors, valid)  # once more: the projection's bias must get no gradient from there either
+        vectors, valid = to_vectors(latents, self.dtype, self.project_in)
         return (nn.functional.normalize(vectors, dim=1, eps=UNIT_EPS) if self.unit_codes else vectors), valid
 
     def assign(self, vectors: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from smalto import distributed
 from smalto.errors import ConfigError, InputError, describe
-from smalto.quantizers.codebook import EMACodebook, ProjectedCodebook
+from smalto.quantizers.book import Book, Listener
+from smalto.quantizers.codebook import ProjectedCodebook
 from smalto.quantizers.kmeans import kmeans
 from smalto.quantizers.residual import ResidualVQ
-from smalto.quantizers.statistics import Statistics
 from smalto.quantizers.vector import VectorQuantizer
-from smalto.search import USAGE_WINDOW
 
 VECTORS_PER_CODE = 8  # how many vectors the k-means start asks for
 REVIVALS_PER_STEP = 1024  # at most: what a step exchanges between processes stays small
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 _START_FLOATS = 2**25  # 128 MiB: what the start exchanges between processes, about
 
 
@@ -91,7 +89,7 @@ class CodebookUpdater:
         self.num_not_finite = 0  # vectors of the last step that were left out: with a NaN, an infinity or numbers beyond 1e15
         self._codebooks_agree = False  # between processes
         quantizers = {name: module for name, module in _unwrapped(model).named_modules() if isinstance(module, VectorQuantizer)}
-        self._books = {name: _Book(quantizer, number, keep_codes) for number, (name, quantizer) in enumerate(quantizers.items())}
+        self._books = {name: Book(quantizer, number, keep_codes) for number, (name, quantizer) in enumerate(quantizers.items())}
         by_quantizer = {book.quantizer: book for book in self._books.values()}
         for residual in [module for module in model.modules() if isinstance(module, ResidualVQ)]:
             stages = [by_quantizer[stage] for stage in residual.stages if isinstance(stage, VectorQuantizer)]
@@ -101,7 +99,7 @@ class CodebookUpdater:
             raise InputError(f"{type(model).__name__} holds no VectorQuantizer: there is no codebook to look after.")
         for book in self._books.values():
             self._clear(book)
-            book.quantizer.nearest.listener = _Listener(book)
+            book.quantizer.nearest.listener = Listener(book)
 
     @torch.inference_mode(False)
     def start(self, images: Tensor | Iterable[Tensor]) -> None:
@@ -192,17 +190,17 @@ class CodebookUpdater:
         """Stop listening."""
         for book in self._books.values():
             listener = book.quantizer.nearest.listener
-            if isinstance(listener, _Listener) and listener.book is book:
+            if isinstance(listener, Listener) and listener.book is book:
                 book.quantizer.nearest.listener = None
 
-    def _clear(self, book: _Book) -> None:
+    def _clear(self, book: Book) -> None:
         size = book.quantizer.codebook_size
         sample_size = min(size, REVIVALS_PER_STEP) if book.started else VECTORS_PER_CODE * size
         salt = ((self.seed * 1_000_003 + self.num_steps) * 1_000_003 + book.number) % 2**63
         book.follow(book.quantizer.embedding.weight).clear(sample_size, salt, by_error=book.started)
         book.num_recomputed = 0
 
-    def _exchange(self, books: list[_Book]) -> None:
+    def _exchange(self, books: list[Book]) -> None:
         """Give every process what all of them saw: one all-reduce, whose size depends on the codebooks alone."""
         world = distributed.world_size()
         if world > 1:
@@ -217,7 +215,7 @@ class CodebookUpdater:
             distributed.broadcast(tensor for book in self._books.values() for tensor in book.tensors())
             self._codebooks_agree = True
 
-    def _update(self, book: _Book) -> None:
+    def _update(self, book: Book) -> None:
         if not book.started:
             self._start(book)
             return
@@ -233,7 +231,7 @@ class CodebookUpdater:
             vectors = book.statistics.candidates()[: len(dead)]
             self._place(book, dead[: len(vectors)], vectors)
 
-    def _start(self, book: _Book) -> bool:
+    def _start(self, book: Book) -> bool:
         """Place the codes by what was sampled; False where that is nothing."""
         vectors = book.statistics.candidates()
         if not len(vectors):
@@ -249,7 +247,7 @@ class CodebookUpdater:
         book.started, self._codebooks_agree = True, False
         return True
 
-    def _place(self, book: _Book, rows: Tensor, vectors: Tensor) -> None:
+    def _place(self, book: Book, rows: Tensor, vectors: Tensor) -> None:
         book.quantizer.embedding.place(rows, vectors)
         book.use[rows] = 1
         self._zero_moments(book.quantizer.embedding.weight, rows)
@@ -259,101 +257,6 @@ class CodebookUpdater:
         for moment in (self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}).values():
             if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                 moment[rows] = 0
-
-
-class _Listener:
-    """What one quantizer's search calls. Copied or pickled with the model it becomes None: a copy feeds nobody's updater."""
-
-    def __init__(self, book: _Book) -> None:
-        self.book = book
-
-    def __call__(self, module: nn.Module, vectors: Tensor, codes: Tensor, indices: Tensor, valid: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            if _is_exporting():
-                return
-        elif torch._C._current_graph_task_id() != -1:  # a recomputation by activation checkpointing
-            self.book.num_recomputed += 1
-            return
-        if (module.training and torch.is_grad_enabled()) or self.book.collecting:
-            with torch.no_grad():
-                self.book.follow(vectors).add(vectors, codes, indices, valid)
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-
-class _Book:
-    """What the updater knows of one quantizer: statistics since the last step, and slow ones in units of uniform use.
-
-    ``after`` is the book of the residual stage before: until that one's codes are placed, what this one sees means nothing.
-    """
-
-    def __init__(self, quantizer: VectorQuantizer, number: int, started: bool) -> None:
-        self.quantizer, self.number, self.started = quantizer, number, started
-        self.after: _Book | None = None
-        self.collecting = False
-        self.num_recomputed = 0
-        size = quantizer.codebook_size
-        self.statistics = Statistics(size, quantizer.embedding.embedding_dim, torch.zeros(0, dtype=quantizer.dtype))
-        # Learned codebooks have no buffer of their own for this: their only state is the weight.
-        self._learned_use = torch.ones(size, dtype=quantizer.dtype)
-        self.idle = torch.full((size,), USAGE_WINDOW * size)
-
-    @property
-    def places_codes(self) -> bool:
-        """Whether single codes may be put elsewhere: not in projected codebooks, nor in frozen ones."""
-        embedding = self.quantizer.embedding
-        return isinstance(embedding, EMACodebook) or (embedding.weight.requires_grad and not isinstance(embedding, ProjectedCodebook))
-
-    @property
-    def use(self) -> Tensor:
-        """Slow average of every code's share of the tokens; 1 is an even share."""
-        embedding = self.quantizer.embedding
-        return embedding.ema_counts if isinstance(embedding, EMACodebook) else self._learned_use
-
-    def follow(self, tensor: Tensor) -> Statistics:
-        """The statistics, begun anew where ``tensor`` is when the model has moved."""
-        if tensor.is_meta:  # not yet anywhere
-            return self.statistics
-        if self.statistics.sums.device != tensor.device or self.statistics.sums.dtype != self.quantizer.dtype:
-            self.statistics = self.statistics.anew(tensor.to(self.quantizer.dtype))
-            self._learned_use, self.idle = self._learned_use.to(self.statistics.sums), self.idle.to(tensor.device)
-        return self.statistics
-
-    @property
-    def was_called(self) -> bool:
-        return bool(self.statistics.num_calls > 0)
-
-    @property
-    def num_not_finite(self) -> int:
-        return int(self.statistics.counts[-1])
-
-    def usage(self) -> float:
-        return float((self.idle < USAGE_WINDOW * self.quantizer.codebook_size).float().mean())
-
-    def absorb(self, scale: float, decay: float) -> None:
-        """Take the statistics times ``scale`` into the moving averages."""
-        counts, embedding = self.statistics.counts[:-1] * scale, self.quantizer.embedding
-        if isinstance(embedding, EMACodebook):
-            embedding.absorb(counts, self.statistics.sums * scale, decay)
-        else:
-            self.use.mul_(decay).add_(counts, alpha=1 - decay)
-
-    def tensors(self) -> list[Tensor]:
-        """All that processes must have in common."""
-        own = [*self.quantizer.embedding.parameters(), *self.quantizer.embedding.buffers()]
-        return [*(tensor.detach() for tensor in own), self.use, self.idle]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"started": self.started, "idle": self.idle.clone(), "use": self.use.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, own in (("idle", self.idle), ("use", self.use)):
-            if state[name].shape != own.shape:
-                raise InputError(f"the state is of {len(state[name])} codes; this quantizer has {len(own)}.")
-        self.started = bool(state["started"])
-        self.idle.copy_(state["idle"])
-        self.use.copy_(state["use"])
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -367,5 +270,5 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _recomputed(books: list[_Book]) -> bool:
+def _recomputed(books: list[Book]) -> bool:
     return any(book.num_recomputed for book in books)

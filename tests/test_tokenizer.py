@@ -326,7 +326,7 @@ def test_several_grids_are_several_blocks(kind: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="pass patch_hws"):
         tokenizer.idxBl_to_img(blocks)
     with pytest.raises(InputError, match="cuts one map"):
-        tokenizer.img_to_idxBl(images, "halves")
+        tokenizer.img_to_idxBl(images, blocks="halves")
     square = tokenizer.img_to_idxBl(images[:, :, :, :16])
     assert tokenizer.idxBl_to_img(square).shape == (2, 3, 16, 16)
     tokenizer.save(tmp_path)

@@ -52,3 +52,16 @@ def square_grids(lengths: Iterable[int]) -> tuple[tuple[int, int], ...] | None:
     """One square grid per length, or None where a length is not a square number."""
     sides = [(math.isqrt(n), n) for n in lengths]
     return tuple((s, s) for s, _ in sides) if all(s > 0 and s * s == n for s, n in sides) else None
+
+
+def as_grids(scales: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Scales as (rows, columns), where one number stands for both.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        pairs = [(scale, scale) if isinstance(scale, int) else tuple(scale) for scale in scales]
+        return tuple((operator.index(h), operator.index(w)) for h, w in pairs)
+    except (TypeError, ValueError):
+        raise InputError(f"scales are whole numbers or pairs (rows, columns); got {scales}.") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import safetensors
 import safetensors.torch
@@ -13,15 +14,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalto.autoencoders import SimpleAutoencoderConfig
+from smalto.autoencoders import AutoencoderConfig, SimpleAutoencoderConfig
+from smalto.blocks import Blocks, DiagonalBlocks, PatchHws, cut, join, layout_by_grid, stacked_layout
 from smalto.config import Config, parse_config
 from smalto.errors import ConfigError, InputError, RunError, describe
 from smalto.files import write_atomic
-from smalto.layout import TokenLayout, square_grids
-from smalto.quantizers import QuantizerConfig, VectorQuantizerConfig, fold
+from smalto.layout import TokenLayout, as_grids
+from smalto.quantizers import MultiScaleVQ, QuantizerConfig, ResidualVQ, VectorQuantizerConfig, fold
 
 FORMAT_VERSION = 1
-Blocks = Literal["whole", "halves", "diagonal"]
 
 
 class TokenizerOutput(NamedTuple):
@@ -42,7 +43,7 @@ class TokenizerConfig(Config):
     """Settings of an ImageTokenizer: which autoencoder, which quantizer."""
 
     kind: Literal["image-tokenizer"] = "image-tokenizer"
-    autoencoder: SimpleAutoencoderConfig = SimpleAutoencoderConfig()
+    autoencoder: AutoencoderConfig = SimpleAutoencoderConfig()
     quantizer: QuantizerConfig = VectorQuantizerConfig()
 
     @model_validator(mode="after")
@@ -103,20 +104,29 @@ class ImageTokenizer(nn.Module):
         return TokenizerOutput(self.decoder(quantized), vq_loss, indices)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> tokens int64 [B, L].
 
+        Args:
+            images: with sides that the stride divides.
+            layout: of a multi-scale tokenizer: other scales than ``self.layout(H, W)``; the last one must be the whole latent map.
+
         Raises:
-            InputError: not floating point, another rank or number of channels, or sides that the stride does not divide.
+            InputError: not floating point, another rank or number of channels, sides that the stride does not divide, or a layout that is
+                not this tokenizer's.
         """
         self.check_images(images)
+        if isinstance(self.quantize, MultiScaleVQ):
+            return self.quantize.encode(self.encoder(images), layout)
+        if layout is not None and layout != self.layout(*images.shape[2:]):
+            raise InputError(f"this tokenizer has no choice of grids: these images give {self.layout(*images.shape[2:])}; got {layout}.")
         return self.quantize.encode(self.encoder(images))
 
     def decode(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> Tensor:
         """Tokens int64 [B, L] -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
-            tokens: what ``encode`` gave.
+            tokens: what ``encode`` gave. Of residual and multi-scale tokenizers the tokens of the first grids alone give a coarser picture.
             layout: ``tokenizer.layout(height, width)`` of the pictures that were encoded.
 
         Raises:
@@ -139,61 +149,96 @@ class ImageTokenizer(nn.Module):
         """All codes: [K, D], or [G, K, D] where every grid of the layout has its own."""
         return self.quantize.get_codebook()
 
-    def img_to_idxBl(self, imgs: Tensor, blocks: Blocks | None = None) -> list[Tensor]:
+    def img_to_idxBl(self, imgs: Tensor, patch_hws: PatchHws | None = None, *, blocks: Blocks | None = None) -> list[Tensor]:
         """Images [B, C, H, W] in [-1, 1] -> blocks of tokens, a list of int64 [B, L_i], without gradients.
 
         Args:
             imgs: as for ``encode``.
-            blocks: ``"whole"``: one block per grid of the layout, so one block for a single-scale tokenizer. ``"halves"``: the upper rows
-                [0, h//2) and the rest, so that ``torch.cat(blocks, 1)`` is the whole map in raster order. ``"diagonal"``: the upper left
-                and the lower right quadrant only (the published sketch); these cannot be decoded. None: this tokenizer's own kind
-                (``SimpleVQVAE``: halves; others: whole).
+            patch_hws: scales for this call, as whole numbers or (rows, columns); the last one must be the whole latent map. None: the
+                tokenizer's own, in proportion to the images.
+            blocks: ``"whole"``: one block per grid of the layout: one per scale, or one in all for a single-scale tokenizer.
+                ``"halves"``: the upper rows [0, h//2) and the rest, so that ``torch.cat(blocks, 1)`` is the whole map in raster order.
+                ``"diagonal"``: the upper left and the lower right quadrant only (the published sketch); these cannot be decoded.
+                None: this tokenizer's own kind (``SimpleVQVAE``: halves; others: whole).
 
         Raises:
-            InputError: an unknown kind, or halves of a layout of several grids.
+            InputError: an unknown kind, halves of a layout of several grids, or scales that do not fit.
         """
-        blocks = blocks or self.default_blocks
-        if blocks not in ("whole", "halves", "diagonal"):
-            raise InputError(f'blocks must be "whole", "halves" or "diagonal"; got {blocks!r}.')
-        tokens, layout = self.encode(imgs), self.layout(*imgs.shape[2:])
-        if blocks == "whole":
-            return list(tokens.split(layout.lengths, dim=1))
-        if len(layout.grids) > 1:
-            raise InputError(f'blocks="{blocks}" cuts one map of tokens; this tokenizer makes {len(layout.grids)}. Use blocks="whole".')
-        rows, columns = layout.grids[0]
-        index_map = tokens.view(-1, rows, columns)
-        upper, lower, middle = index_map[:, : rows // 2], index_map[:, rows // 2 :], columns // 2
-        if blocks == "halves":
-            return [upper.flatten(1), lower.flatten(1)]
-        return _DiagonalBlocks([upper[:, :, :middle].flatten(1), lower[:, :, middle:].flatten(1)])
+        if isinstance(patch_hws, str):
+            raise InputError(f"the second argument is patch_hws; say img_to_idxBl(images, blocks={patch_hws!r}).")
+        self.check_images(imgs)
+        layout = self.layout(*imgs.shape[2:]) if patch_hws is None else TokenLayout(as_grids(patch_hws))
+        return cut(self.encode(imgs, layout), layout, blocks or self.default_blocks)
 
-    def idxBl_to_var_input(self, idx_Bl: list[Tensor]) -> Tensor:
-        """Blocks of tokens -> the codes in order, [B, L, D]: input of the autoregressive model that follows.
+    def idxBl_to_var_input(self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None) -> Tensor:
+        """Blocks of tokens -> the input of the autoregressive model that follows.
 
-        D is ``latent_dim``; for residual and product quantizers the dimension of one stage's or head's codes.
+        Of a multi-scale tokenizer, as in VAR: for every scale but the last what the decoder would be given so far, averaged down to
+        the next scale's grid: [B, L - L_1, C]. Of others: the codes in order, [B, L, D]; D is ``latent_dim``, for residual and product
+        quantizers the dimension of one stage's or head's codes.
+
+        Args:
+            idx_Bl: what ``img_to_idxBl`` gave.
+            patch_hws: of a multi-scale tokenizer: (rows, columns) of each scale. None: its configured ones.
         """
-        self._join(idx_Bl)
+        tokens = join(idx_Bl)
+        if isinstance(self.quantize, MultiScaleVQ):
+            return self.quantize.var_input(tokens, self._layout_of(idx_Bl, patch_hws))
         return self.quantize.lookup(idx_Bl)
 
-    def idxBl_to_img(self, idx_Bl: list[Tensor], patch_hws: list[tuple[int, int]] | None = None, *, clamp: bool = True) -> Tensor:
+    @overload
+    def idxBl_to_img(
+        self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None, last_one: Literal[True] = True, *, clamp: bool = True
+    ) -> Tensor: ...
+
+    @overload
+    def idxBl_to_img(
+        self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None, *, last_one: Literal[False], clamp: bool = True
+    ) -> list[Tensor]: ...
+
+    def idxBl_to_img(
+        self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None, last_one: bool = True, *, clamp: bool = True
+    ) -> Tensor | list[Tensor]:
         """Blocks of tokens -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
-            idx_Bl: what ``img_to_idxBl`` gave: blocks that lie below one another, or one block per grid of the layout (of a
-                residual tokenizer the first ones alone give the picture of the first stages).
-            patch_hws: (rows, columns) of each block. Without it every map is taken to be square.
+            idx_Bl: what ``img_to_idxBl`` gave: blocks that lie below one another, or one block per grid of the layout. Of a residual or
+                multi-scale tokenizer the first ones alone give a coarser picture.
+            patch_hws: (rows, columns) of each block; where ``idx_Bl`` holds the first scales only, of all scales nevertheless. None:
+                the configured scales; for other tokenizers every map is taken to be square.
+            last_one: False gives the list of pictures after each grid of the layout.
 
         Raises:
             InputError: the lengths do not fit, or diagonal blocks, which leave out half of the picture. They are known by the list that
                 ``img_to_idxBl`` gave; put into another list they cannot be told from halves of a smaller map.
         """
-        tokens = self._join(idx_Bl)
-        if isinstance(idx_Bl, _DiagonalBlocks):
+        tokens = join(idx_Bl)
+        if isinstance(idx_Bl, DiagonalBlocks):
             raise InputError('diagonal blocks hold half of the picture and cannot be decoded. Use img_to_idxBl(images, blocks="halves").')
+        layout = self._layout_of(idx_Bl, patch_hws)
+        if last_one:
+            return self.decode(tokens, layout, clamp=clamp)
+        return self.decode_each(tokens, layout, clamp=clamp)
+
+    def decode_each(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> list[Tensor]:
+        """The pictures [B, C, H, W] that the first grid's tokens make, the first two grids', and so on to all of ``tokens`` [B, L].
+
+        Of a tokenizer whose grids say nothing alone (product) there is one picture.
+        """
+        lengths = [n for n in itertools.accumulate(layout.lengths) if n <= tokens.shape[1]] if self.is_progressive else []
+        return [self.decode(tokens[:, :n], layout, clamp=clamp) for n in lengths or [tokens.shape[1]]]
+
+    @property
+    def is_progressive(self) -> bool:
+        """Whether the tokens of the first grids alone make a picture: residual and multi-scale tokenizers."""
+        return isinstance(self.quantize, (MultiScaleVQ, ResidualVQ))
+
+    def _layout_of(self, idx_Bl: list[Tensor], patch_hws: PatchHws | None) -> TokenLayout:
         lengths = [block.shape[1] for block in idx_Bl]
+        if isinstance(self.quantize, MultiScaleVQ):
+            return layout_by_grid(lengths, patch_hws, TokenLayout(self.quantize.scales))
         single = len(self.quantize.layout(1, 1).grids) == 1
-        layout = self._stacked_layout(lengths, patch_hws) if single else self._layout_by_grid(lengths, patch_hws)
-        return self.decode(tokens, layout, clamp=clamp)
+        return stacked_layout(lengths, patch_hws) if single else layout_by_grid(lengths, patch_hws)
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are floating point [B, in_channels, H, W] with sides that the stride divides."""
@@ -226,56 +271,12 @@ class ImageTokenizer(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    @staticmethod
-    def _join(idx_Bl: list[Tensor]) -> Tensor:
-        if not isinstance(idx_Bl, (list, tuple)) or not idx_Bl:
-            raise InputError("idx_Bl must be a list of blocks [B, L_i], as img_to_idxBl gives it; wrap one tensor as [tokens].")
-        if any(not isinstance(block, Tensor) or block.ndim != 2 or block.shape[0] != idx_Bl[0].shape[0] for block in idx_Bl):
-            raise InputError(f"every block must be a tensor [B, L_i] with the same B; got {[describe(block) for block in idx_Bl]}.")
-        return torch.cat(list(idx_Bl), dim=1)
-
-    @staticmethod
-    def _stacked_layout(lengths: list[int], patch_hws: list[tuple[int, int]] | None) -> TokenLayout:
-        if patch_hws is None:
-            grids = square_grids([sum(lengths)])
-            side = grids[0][0] if grids else 0
-            if not side or lengths not in ([side * side], [side // 2 * side, (side - side // 2) * side]):
-                raise InputError(
-                    f"blocks of {lengths} tokens are not one square map or its two halves: pass patch_hws, one (rows, columns) per block."
-                )
-            return TokenLayout.single(side, side)
-        _check_patch_hws(patch_hws, lengths)
-        filled = [(h, w) for h, w in patch_hws if h * w]
-        if not filled or len({w for _, w in filled}) != 1:
-            raise InputError(f"blocks of one map lie below one another, so patch_hws must share their columns; got {list(patch_hws)}.")
-        return TokenLayout.single(sum(h for h, _ in filled), filled[0][1])
-
-    @staticmethod
-    def _layout_by_grid(lengths: list[int], patch_hws: list[tuple[int, int]] | None) -> TokenLayout:
-        if patch_hws is None:
-            grids = square_grids(lengths)
-            if grids is None:
-                raise InputError(f"blocks of {lengths} tokens are not square maps: pass patch_hws, one (rows, columns) per block.")
-            return TokenLayout(grids)
-        _check_patch_hws(patch_hws, lengths)
-        return TokenLayout(tuple(patch_hws))
-
     def folded(self) -> ImageTokenizer:
         """A copy with projected codebooks (SimVQ) as the plain ones of the same codes: same tokens, for files that outlive training."""
         tokenizer = fold(self)
         if isinstance(self.config, TokenizerConfig):
             tokenizer.config = self.config.model_copy(update={"quantizer": self.config.quantizer.folded()})
         return tokenizer
-
-
-def _check_patch_hws(patch_hws: list[tuple[int, int]], lengths: list[int]) -> None:
-    pairs = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in patch_hws)
-    if not pairs or len(patch_hws) != len(lengths) or any(h * w != n for (h, w), n in zip(patch_hws, lengths, strict=True)):
-        raise InputError(f"patch_hws must hold one (rows, columns) per block, for blocks of {lengths} tokens; got {list(patch_hws)}.")
-
-
-class _DiagonalBlocks(list[Tensor]):
-    """Marks blocks that cannot be decoded."""
 
 
 class SimpleVQVAE(ImageTokenizer):

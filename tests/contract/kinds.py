@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from smalto.quantizers import ProductVQConfig, Quantizer, QuantizerConfig, ResidualVQConfig, VectorQuantizerConfig
+from smalto.quantizers import MultiScaleVQConfig, ProductVQConfig, Quantizer, QuantizerConfig, ResidualVQConfig, VectorQuantizerConfig
 
 C = 6  # channels of the latents
 
 
 def vector(**settings: object) -> VectorQuantizerConfig:
     return VectorQuantizerConfig(**({"codebook_size": 20, "latent_dim": C} | settings))  # type: ignore[arg-type]
+
+
+def multiscale(**settings: object) -> MultiScaleVQConfig:
+    own = {key: settings.pop(key) for key in ("scales", "num_phis", "phi_ratio") if key in settings}
+    return MultiScaleVQConfig(**({"scales": (1, 2, 4)} | own), vector=vector(**settings))  # type: ignore[arg-type]
 
 
 KINDS: dict[str, QuantizerConfig] = {
@@ -35,6 +40,12 @@ KINDS: dict[str, QuantizerConfig] = {
     "residual-projected-rotation": ResidualVQConfig(num_stages=2, stage=vector(codebook="projected", estimator="rotation")),
     "residual-diveq": ResidualVQConfig(num_stages=2, stage=vector(estimator="diveq")),
     "residual-one-stage": ResidualVQConfig(num_stages=1, stage=vector()),
+    "multiscale-learned": multiscale(num_phis=2),
+    "multiscale-ema-cosine": multiscale(codebook="ema", metric="cosine", num_phis=1),
+    "multiscale-projected": multiscale(codebook="projected", num_phis=None, scales=(1, (2, 1), (3, 4))),
+    "multiscale-code_dim-rotation": multiscale(code_dim=3, estimator="rotation", num_phis=2),
+    "multiscale-diveq": multiscale(estimator="diveq", phi_ratio=0.3, num_phis=2),
+    "multiscale-one-scale": multiscale(scales=(4,), phi_ratio=0.0),
     "product-ema": ProductVQConfig(num_heads=3, head=vector(codebook="ema", latent_dim=2)),
     "product-shared": ProductVQConfig(num_heads=2, shared=True, head=vector(latent_dim=3)),
     "product-diveq-code_dim": ProductVQConfig(num_heads=2, head=vector(latent_dim=3, code_dim=2, estimator="diveq")),

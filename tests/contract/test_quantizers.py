@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from smalto.errors import InputError
 from smalto.layout import TokenLayout
-from smalto.quantizers import CodebookUpdater, ProductVQ, ProjectedCodebook, Quantizer, ResidualVQ, VectorQuantizer, fold
+from smalto.quantizers import CodebookUpdater, MultiScaleVQ, ProductVQ, ProjectedCodebook, Quantizer, ResidualVQ, VectorQuantizer, fold
 from smalto.quantizers.estimators import ESTIMATORS
+from smalto.quantizers.multiscale import phi_of_scale
 from smalto.search import nearest_codes
 from tests.contract.kinds import KINDS, TEACHING_BY_GRADIENT, C, build, latents, shapes
 
@@ -28,7 +29,7 @@ def codebooks(quantizer: nn.Module) -> list[VectorQuantizer]:
 
 
 def estimator(quantizer: nn.Module) -> str:
-    return codebooks(quantizer)[0].estimator if not isinstance(quantizer, ResidualVQ) else quantizer.estimator
+    return quantizer.estimator if isinstance(quantizer, (MultiScaleVQ, ResidualVQ)) else codebooks(quantizer)[0].estimator
 
 
 @every_kind
@@ -46,21 +47,26 @@ def test_decoding_gives_bitwise_what_forward_gives(kind: str, shape: tuple[int, 
     assert bool(out.loss.isfinite())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("residual")])
+PROGRESSIVE = [kind for kind in KINDS if kind.startswith(("residual", "multiscale"))]
+
+
+@pytest.mark.parametrize("kind", PROGRESSIVE)
 def test_the_first_tokens_alone_are_the_picture_of_the_first_stages(kind: str) -> None:
     quantizer, z = build(kind), latents()
     tokens, layout = quantizer.encode(z), quantizer.layout(3, 4)
     for stages in range(1, len(layout.grids) + 1):
-        out, prefix = quantizer(z, num_stages=stages), layout.prefix(stages)
-        assert torch.equal(out.indices.view(2, -1), tokens[:, : prefix.num_tokens])
-        assert torch.equal(quantizer.decode(tokens[:, : prefix.num_tokens], prefix), out.quantized)
+        out, first = quantizer(z, num_stages=stages), sum(layout.lengths[:stages])
+        assert torch.equal(out.indices.view(2, -1), tokens[:, :first])
+        assert torch.equal(quantizer.decode(tokens[:, :first], layout), out.quantized)
+        if kind.startswith("residual"):
+            assert torch.equal(quantizer.decode(tokens[:, :first], layout.prefix(stages)), out.quantized)
     assert torch.equal(quantizer(z).quantized, quantizer(z, num_stages=len(layout.grids)).quantized)
     for stages in (0, -1, len(layout.grids) + 1):
         with pytest.raises(InputError, match="stages"):
             quantizer(z, num_stages=stages)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("residual")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in PROGRESSIVE])
 def test_a_quantizer_without_stages_takes_one(kind: str) -> None:
     quantizer, z = build(kind), latents()
     assert torch.equal(quantizer(z, num_stages=1).quantized, quantizer(z).quantized)
@@ -104,9 +110,9 @@ def test_wrong_input_says_what_is_expected(kind: str) -> None:
         quantizer.decode(torch.zeros(1, layout.num_tokens + 1, dtype=torch.int64), layout)
     with pytest.raises(InputError, match="whole numbers"):
         quantizer.decode(torch.zeros(1, layout.num_tokens), layout)
-    for foreign in (TokenLayout(((2, 3), (3, 2))), TokenLayout(((2, 3),) * 9), None):
+    for foreign in (TokenLayout(((1, 2), (4, 5))), TokenLayout(((2, 3),) * 9), None):
         with pytest.raises(InputError):
-            quantizer.decode(torch.zeros(1, 12, dtype=torch.int64), foreign)  # type: ignore[arg-type]
+            quantizer.decode(torch.zeros(1, 13, dtype=torch.int64), foreign)  # type: ignore[arg-type]
 
 
 @every_kind
@@ -116,7 +122,7 @@ def test_lookup_gives_the_codes_in_order(kind: str) -> None:
     tokens = torch.randint(20, (2, layout.num_tokens), generator=torch.Generator().manual_seed(0))
     codes = quantizer.lookup(list(tokens.split(layout.lengths, dim=1)))
     books = quantizer.get_codebook()
-    books = books if books.ndim == 3 else books[None]
+    books = books if books.ndim == 3 else books.expand(len(layout.grids), -1, -1)
     expected = torch.cat([book[block] for book, block in zip(books, tokens.split(layout.lengths, dim=1), strict=True)], dim=1)
     torch.testing.assert_close(codes, expected)
 
@@ -181,7 +187,34 @@ def test_autocast_is_off_inside(kind: str) -> None:
     assert torch.equal(decoded, plain.quantized)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "multiscale-one-scale" and kind.startswith("multiscale")])
+def test_coarse_scales_average_what_is_usable(kind: str) -> None:
+    quantizer, z = build(kind), latents(batch=3)
+    reference = quantizer(z)
+    z[1, 2, 1, 3] = math.nan
+    z[2] = math.inf
+    z.requires_grad_()
+    out, layout = quantizer(z), quantizer.layout(3, 4)
+    tokens = out.indices.view(3, -1)
+    assert torch.equal(tokens[0], reference.indices.view(3, -1)[0])
+    assert torch.equal(out.quantized[0], reference.quantized[0])
+    assert int(tokens[1, sum(layout.lengths[:-1]) + 1 * 4 + 3]) == 0
+    assert int(tokens[2].abs().sum()) == 0
+    assert bool(out.quantized.isfinite().all())
+    # The coarsest scale is the mean of the others.
+    vectors = z.detach()[1].flatten(1).T[[i for i in range(12) if i != 7]]
+    mean = quantizer.project_in(vectors).mean(dim=0, keepdim=True) if layout.grids[0] == (1, 1) else None
+    if mean is not None:
+        (book,) = codebooks(quantizer)
+        assert int(tokens[1, 0]) == int(nearest_codes(mean, book.codes(), book.nearest.metric))
+    (out.loss + (out.quantized * torch.randn(3, C, 3, 4)).sum()).backward()
+    assert z.grad is not None
+    assert bool(z.grad.isfinite().all())
+    assert float(z.grad[1, :, 1, 3].abs().sum() + z.grad[2].abs().sum()) == 0
+    assert all(bool(p.grad.isfinite().all()) for p in quantizer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("multiscale")])
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_a_broken_vector_stays_alone(kind: str, broken: float) -> None:
     quantizer, z = build(kind), latents()
@@ -391,6 +424,9 @@ def reference_loss(quantizer: Quantizer, z: Tensor, fixed: Quantizer, fixed_z: T
         parts, fixed_parts = z.chunk(quantizer.num_heads, 1), fixed_z.chunk(quantizer.num_heads, 1)
         heads = zip(quantizer._all_heads(), parts, fixed._all_heads(), fixed_parts, strict=True)
         return torch.stack([reference_loss(*head) for head in heads]).mean()
+    if isinstance(quantizer, MultiScaleVQ):
+        assert isinstance(fixed, MultiScaleVQ)
+        return multiscale_loss(quantizer, z, fixed, fixed_z)
     flat, fixed_flat = (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in (z, fixed_z))
     stages = list(quantizer.stages) if isinstance(quantizer, ResidualVQ) else [quantizer]
     stopped = list(fixed.stages) if isinstance(fixed, ResidualVQ) else [fixed]
@@ -411,6 +447,35 @@ def reference_loss(quantizer: Quantizer, z: Tensor, fixed: Quantizer, fixed_z: T
         losses.append(loss)
         done = done + stop_codes
     return torch.stack(losses).mean()
+
+
+def multiscale_loss(quantizer: MultiScaleVQ, z: Tensor, fixed: MultiScaleVQ, fixed_z: Tensor) -> Tensor:
+    """Mean over scales of mse(f_k, sg f) + beta mse(sg f_k, f), with images one by one."""
+    layout = quantizer.layout(*z.shape[2:])
+    tokens = fixed.encode(fixed_z).split(layout.lengths, dim=1)
+
+    def target(owner: MultiScaleVQ, latent: Tensor) -> Tensor:
+        return owner.project_in(latent.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def results(owner: MultiScaleVQ) -> list[Tensor]:
+        total, found = torch.zeros(()), []
+        for number, (block, grid) in enumerate(zip(tokens, layout.grids, strict=True)):
+            codes = owner.vector.codes()[block].transpose(1, 2).unflatten(2, grid)
+            if number < len(layout.grids) - 1:
+                codes = nn.functional.interpolate(codes, size=layout.grids[-1], mode="bicubic")
+            if len(owner.phis):
+                phi = owner.phis[phi_of_scale(len(layout.grids), len(owner.phis))[number]]
+                smoothed = nn.functional.conv2d(codes, phi.weight, phi.bias, padding=1)
+                codes = (1 - phi.ratio) * codes + phi.ratio * smoothed
+            total = total + codes
+            found.append(total)
+        return found
+
+    moving, still = target(quantizer, z), target(fixed, fixed_z).detach()
+    losses = [quantizer.beta * (moving - result.detach()).square().mean() for result in results(fixed)]
+    if quantizer.estimator != "diveq":
+        losses += [(result - still).square().mean() for result in results(quantizer)]
+    return torch.stack(losses).sum() / len(layout.grids)
 
 
 @every_kind

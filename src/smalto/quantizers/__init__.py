@@ -4,6 +4,7 @@ from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
 from smalto.quantizers.configs import QuantizerConfig
 from smalto.quantizers.folding import fold
+from smalto.quantizers.multiscale import MultiScaleVQ, MultiScaleVQConfig
 from smalto.quantizers.product import ProductVQ, ProductVQConfig
 from smalto.quantizers.residual import ResidualVQ, ResidualVQConfig
 from smalto.quantizers.updater import CodebookUpdater, Revive
@@ -13,6 +14,8 @@ __all__ = [
     "Codebook",
     "CodebookUpdater",
     "EMACodebook",
+    "MultiScaleVQ",
+    "MultiScaleVQConfig",
     "ProductVQ",
     "ProductVQConfig",
     "ProjectedCodebook",

@@ -62,6 +62,8 @@ class Quantizer(nn.Module, ABC):
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens int64 [B, L] -> quantized latents [B, C, h, w].
 
+        Residual and multi-scale quantizers also take the tokens of the layout's first grids alone: a coarser result.
+
         Raises:
             InputError: a layout that is not this quantizer's, another number of tokens than the layout's, or an index that is no code's.
         """
@@ -94,6 +96,17 @@ class Quantizer(nn.Module, ABC):
                 "Pass the layout (or patch_hws) that they were encoded with."
             )
         return self.check_range(indices)
+
+    def check_prefix(self, indices: Tensor, layout: TokenLayout) -> list[Tensor]:
+        """Return indices [B, L] as int64 blocks, one per grid of the layout; or fewer, where they are those of the first grids alone.
+
+        Raises:
+            InputError: the lengths do not fit, or an index is no code's.
+        """
+        length = indices.shape[1] if isinstance(indices, Tensor) and indices.ndim == 2 else -1
+        num_grids = next((k for k in range(1, len(layout.grids) + 1) if sum(layout.lengths[:k]) == length), len(layout.grids))
+        indices = self.check_indices(indices, sum(layout.lengths[:num_grids]))
+        return list(indices.split(layout.lengths[:num_grids], dim=1))
 
     def check_range(self, indices: Tensor) -> Tensor:
         """Return indices as int64, or raise InputError unless they are whole numbers in [0, codebook_size)."""

@@ -46,6 +46,7 @@ class Book:
     def __init__(self, quantizer: VectorQuantizer, number: int, started: bool) -> None:
         self.quantizer, self.number, self.started = quantizer, number, started
         self.after: Book | None = None
+        self.num_starts = 1  # how often start() places the codes
         self.collecting = False
         self.num_recomputed = 0
         size = quantizer.codebook_size

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from smalto.quantizers.multiscale import MultiScaleVQConfig
 from smalto.quantizers.product import ProductVQConfig
 from smalto.quantizers.residual import ResidualVQConfig
 from smalto.quantizers.vector import VectorQuantizerConfig
@@ -18,6 +19,7 @@ def _kind(settings: Any) -> Any:
 QuantizerConfig = Annotated[
     Annotated[VectorQuantizerConfig, Tag("vector")]
     | Annotated[ResidualVQConfig, Tag("residual")]
-    | Annotated[ProductVQConfig, Tag("product")],
+    | Annotated[ProductVQConfig, Tag("product")]
+    | Annotated[MultiScaleVQConfig, Tag("multiscale")],
     Discriminator(_kind),
 ]

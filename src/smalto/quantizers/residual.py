@@ -15,7 +15,7 @@ from smalto.layout import TokenLayout
 from smalto.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.estimators import estimate
-from smalto.quantizers.latents import noise_vectors, projections, to_map, to_vectors
+from smalto.quantizers.latents import as_map, noise_vectors, projections, to_vectors
 from smalto.quantizers.vector import VectorQuantizer, VectorQuantizerConfig
 
 _STAGE = VectorQuantizerConfig(codebook="ema")
@@ -92,7 +92,7 @@ class ResidualVQ(Quantizer):
             noise = noise_vectors(noise, latents, vectors.shape[1], vectors.dtype)
             quantized = estimate(self.estimator, vectors, total, valid, noise, self.training)
             quantized = self.project_out(quantized).to(stages[0].embedding.weight.dtype)  # what decode gives
-            return QuantizerOutput(to_map(quantized, latents), loss, _stage_major(indices, latents).reshape(-1))
+            return QuantizerOutput(as_map(quantized.to(latents.dtype), latents), loss, _stage_major(indices, latents).reshape(-1))
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
@@ -108,19 +108,18 @@ class ResidualVQ(Quantizer):
         return _stage_major(indices, latents)
 
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens int64 [B, k*h*w] -> quantized latents [B, C, h, w], from as many stages as the layout has grids."""
+        """Tokens int64 [B, k*h*w] -> quantized latents [B, C, h, w] from k stages, all of the layout's or the first ones."""
         if not isinstance(layout, TokenLayout) or len(set(layout.grids)) != 1:
             raise InputError(f"a residual quantizer decodes a TokenLayout of equal grids, one per stage; got {layout}.")
-        indices = self.check_indices(indices, layout.num_tokens)
-        stages = self._first(len(layout.grids))
-        height, width = layout.grids[0]
+        self._first(len(layout.grids))
+        blocks = self.check_prefix(indices, layout)
+        stages = self._first(len(blocks))
         with without_autocast(indices.device):
-            blocks = indices.view(len(indices), len(stages), height * width).unbind(dim=1)
             total = torch.zeros((), dtype=stages[0].dtype, device=indices.device)
             for stage, block in zip(stages, blocks, strict=True):
                 total = total + nn.functional.embedding(block, stage.codes())
             quantized = self.project_out(total).to(stages[0].embedding.weight.dtype)
-        return quantized.view(len(indices), height, width, self.latent_dim).permute(0, 3, 1, 2).contiguous()
+        return quantized.view(len(indices), *layout.grids[0], self.latent_dim).permute(0, 3, 1, 2).contiguous()
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
         """Codes of tokens, in the space of codes before ``project_out``: int64 [B, L_i], one block per stage -> [B, L, code_dim or C]."""

@@ -16,11 +16,13 @@ from smalto.errors import ConfigError, InputError, describe
 from smalto.quantizers.book import Book, Listener
 from smalto.quantizers.codebook import ProjectedCodebook
 from smalto.quantizers.kmeans import kmeans
+from smalto.quantizers.multiscale import MultiScaleVQ
 from smalto.quantizers.residual import ResidualVQ
 from smalto.quantizers.vector import VectorQuantizer
 
 VECTORS_PER_CODE = 8  # how many vectors the k-means start asks for
 REVIVALS_PER_STEP = 1024  # at most: what a step exchanges between processes stays small
+MULTISCALE_STARTS = 4  # what a finer scale sees depends on the codes themselves, so they are placed again for what they leave
 _START_FLOATS = 2**25  # 128 MiB: what the start exchanges between processes, about
 
 
@@ -95,6 +97,8 @@ class CodebookUpdater:
             stages = [by_quantizer[stage] for stage in residual.stages if isinstance(stage, VectorQuantizer)]
             for earlier, later in itertools.pairwise(stages):
                 later.after = earlier
+        for multiscale in [module for module in model.modules() if isinstance(module, MultiScaleVQ)]:
+            by_quantizer[multiscale.vector].num_starts = MULTISCALE_STARTS
         if not self._books:
             raise InputError(f"{type(model).__name__} holds no VectorQuantizer: there is no codebook to look after.")
         for book in self._books.values():
@@ -118,15 +122,17 @@ class CodebookUpdater:
         try:
             # One quantizer after the other: what a later one sees depends on the codes of those before it.
             for book in self._books.values():
-                book.started, book.collecting = False, True
-                self._clear(book)
-                with torch.no_grad():
-                    for batch in batches:
-                        self.model(batch)
-                book.collecting = False
-                self._exchange([book])
-                if not self._start(book):
-                    raise InputError("start() saw no finite latents: give it at least one batch of images.")
+                for _ in range(book.num_starts):
+                    book.started, book.collecting = False, True
+                    self._clear(book)
+                    with torch.no_grad():
+                        for batch in batches:
+                            self.model(batch)
+                    book.collecting = False
+                    self._exchange([book])
+                    if not self._start(book):
+                        raise InputError("start() saw no finite latents: give it at least one batch of images.")
+                    self._agree()
         except BaseException:
             for book, before in started.items():
                 book.started = before  # codes that had learned are not placed anew by the next step

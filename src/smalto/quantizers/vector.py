@@ -16,7 +16,7 @@ from smalto.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
 from smalto.quantizers.estimators import ESTIMATORS, estimate
-from smalto.quantizers.latents import masked_mse, noise_vectors, projections, to_map, to_vectors
+from smalto.quantizers.latents import as_map, masked_mse, noise_vectors, projections, to_vectors
 from smalto.search import Metric, nearest_codes
 
 CodebookKind = Literal["learned", "ema", "projected"]
@@ -152,7 +152,7 @@ class VectorQuantizer(Quantizer):
             noise = noise_vectors(noise, latents, vectors.shape[1], self.dtype)
             quantized = estimate(self.estimator, vectors, codes, valid, noise, self.training)
             quantized = self.project_out(quantized).to(self.embedding.weight.dtype)  # what decode gives
-            return QuantizerOutput(to_map(quantized, latents), loss, indices)
+            return QuantizerOutput(as_map(quantized.to(latents.dtype), latents), loss, indices)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""The parts of the convolutional autoencoder. All work on maps [B, C, h, w]."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_GROUPS = 32
+
+
+def normalize(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NUM_GROUPS, width, eps=1e-6)
+
+
+def conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
+    return nn.Conv2d(in_width, out_width, 3, padding=1)
+
+
+class ResBlock(nn.Module):
+    """Twice norm, SiLU and a 3x3 convolution, around them a shortcut; with another width it is a 1x1 convolution."""
+
+    def __init__(self, in_width: int, out_width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = normalize(in_width), conv3x3(in_width, out_width)
+        self.norm2, self.conv2 = normalize(out_width), conv3x3(out_width, out_width)
+        self.dropout = nn.Dropout(dropout)
+        self.nin_shortcut = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Every position looks at all others: one head, as wide as the map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = normalize(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, height, columns = x.shape
+        # [B, 3, 1 head, positions, C]
+        q, k, v = self.qkv(self.norm(x)).view(batch, 3, 1, width, height * columns).transpose(3, 4).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(2, 3).reshape(batch, width, height, columns))
+
+
+class Downsample(nn.Module):
+    """Half the height and width: a 3x3 convolution of stride 2 that looks one pixel over the lower and right edge."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the height and width: every pixel four times, then a 3x3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

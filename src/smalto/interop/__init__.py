@@ -1,0 +1,1 @@
+"""Foreign checkpoints and names, one file per project."""

@@ -1,0 +1,75 @@
+"""Reading the weight files of other projects without running any code from them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from smalto.errors import DataError
+
+State = Mapping[str, Tensor]
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a ``.pth`` (by torch's ``weights_only`` reader) or ``.safetensors`` file holds, on the CPU.
+
+    Raises:
+        DataError: not there, damaged, or it holds Python objects that only running code from it would rebuild.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: name a .pth or .safetensors file of weights.")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise DataError(f"{path} cannot be read ({error}).") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if str(error) else "not a checkpoint"
+        raise DataError(
+            f"{path} holds more than tensors and plain values, or is no checkpoint, and smalto runs no code from files ({reason}). "
+            "Where you trust it, save its weights alone: torch.save(torch.load(path, weights_only=False)[KEY], new_path)."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged or no checkpoint of torch ({error}).") from None
+
+
+def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, Tensor]:
+    """The one state in a checkpoint that has the keys ``marks``, wherever it is nested and whatever stands before its keys.
+
+    Raises:
+        DataError: there is none, or several: then it names the key of each.
+    """
+    found = list(_states(checkpoint, marks, ()))
+    if len(found) == 1:
+        return found[0][1]
+    if found:
+        keys = "; ".join("".join(f"[{key!r}]" for key in place) for place, _ in found)
+        raise DataError(
+            f"the checkpoint holds {len(found)} sets of weights of {what}. Choose one and pass it as a state dict: "
+            f"torch.load(path, weights_only=True) followed by one of {keys}."
+        )
+    keys = ", ".join(map(str, list(checkpoint)[:6])) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+    raise DataError(f"this is no {what}: it has no {' and '.join(marks)}. It holds {keys}, ...")
+
+
+def _states(value: Any, marks: tuple[str, ...], place: tuple[str, ...]) -> Any:
+    """(place, state) of every state inside nested dictionaries."""
+    if not isinstance(value, Mapping) or len(place) > 4:
+        return
+    tensors = {key: tensor for key, tensor in value.items() if isinstance(key, str) and isinstance(tensor, Tensor)}
+    for prefix in [key.removesuffix(marks[0]) for key in tensors if key.endswith(marks[0])]:
+        if all(prefix + mark in tensors for mark in marks):
+            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            yield (*place, f"{prefix}*") if prefix else place, own
+    for key, inner in value.items():
+        yield from _states(inner, marks, (*place, str(key)))

@@ -29,7 +29,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
-        return self.nin_shortcut(x) + h
+        return h.add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -46,7 +46,7 @@ class AttentionBlock(nn.Module):
         # [B, 3, 1 head, positions, C]
         q, k, v = self.qkv(self.norm(x)).view(batch, 3, 1, width, height * columns).transpose(3, 4).unbind(1)
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(h.transpose(2, 3).reshape(batch, width, height, columns))
+        return self.proj_out(h.transpose(2, 3).reshape(batch, width, height, columns)).add_(x)
 
 
 class Downsample(nn.Module):

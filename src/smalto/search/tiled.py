@@ -20,12 +20,15 @@ COLUMNS = 16  # divides CODES_PER_TILE: float32 numbers in the widest vector reg
 QUERIES_PER_TILE = 2048
 BLOCK_FLOATS = 2**22  # 16 MiB in float32: the largest single temporary; fewer than four of this size live at once
 _BLOCK_QUERIES = 2**16
+FEW_SCORES = 2**20  # up to so many all are computed at once: 4 MiB
 
 
 def search(queries: Tensor, codebook: Tensor, cosine: bool, exact: bool = False) -> Tensor:
     """``nearest_codes`` without the checks: float [N, D], float [K, D] -> int64 [N]."""
     indices = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     with without_autocast(queries.device), plain_float32():
+        if not exact and len(queries) * len(codebook) <= FEW_SCORES and codebook.numel() <= BLOCK_FLOATS:
+            return _search_few(queries, codebook, cosine)
         codes = _Codes(codebook, cosine)
         block = max(1, min(_BLOCK_QUERIES, BLOCK_FLOATS // max(codes.num_tiles, queries.shape[1] + 1)))
         for rows in slices(len(queries), block):
@@ -36,6 +39,18 @@ def search(queries: Tensor, codebook: Tensor, cosine: bool, exact: bool = False)
             else:
                 indices[rows] = _position(shifted, codes, best)
     return indices
+
+
+def _search_few(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
+    """The plain way, for few queries: preparing tiles would take longer than the search itself."""
+    (num_codes, dim) = codebook.shape
+    shift = codebook.new_zeros(dim, dtype=torch.float32) if cosine else mean_code(codebook)
+    codes = codebook.new_zeros(-(-num_codes // COLUMNS) * COLUMNS, dim, dtype=torch.float32)  # padded as tiles are
+    codes[:num_codes] = unit(shifted(codebook, shift)) if cosine else shifted(codebook, shift)
+    offsets = codes.new_zeros(len(codes)) if cosine else codes.square().sum(dim=1).mul_(-0.5)
+    offsets[num_codes:] = -torch.inf
+    best, indices = torch.addmm(offsets, shifted(queries, shift), codes.T).max(dim=1)
+    return torch.where(best.isfinite(), indices, 0)
 
 
 class _Group(NamedTuple):

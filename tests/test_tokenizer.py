@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import torch
 from torch import Tensor
 
 import smalto
-from smalto.autoencoders import SimpleAutoencoderConfig
+from smalto.autoencoders import CNNAutoencoderConfig, SimpleAutoencoderConfig
 from smalto.errors import ConfigError, InputError, RunError
 from smalto.layout import TokenLayout
-from smalto.quantizers import ProductVQConfig, ProjectedCodebook, ResidualVQConfig, VectorQuantizerConfig
-from smalto.tokenizer import TokenizerConfig
+from smalto.quantizers import MultiScaleVQConfig, ProductVQConfig, ProjectedCodebook, ResidualVQConfig, VectorQuantizerConfig
+from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 
 
 @pytest.fixture
@@ -359,3 +361,80 @@ def test_a_folded_tokenizer_decodes_in_its_own_precision(dtype: torch.dtype) -> 
     assert torch.equal(folded.encode(images), tokens)
     assert torch.equal(folded.decode(tokens, layout), tokenizer.decode(tokens, layout))
     assert folded.idxBl_to_var_input(tokenizer.img_to_idxBl(images)).dtype == dtype
+
+
+def small_cnn() -> ImageTokenizer:
+    torch.manual_seed(0)
+    autoencoder = CNNAutoencoderConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, latent_dim=8)
+    quantizer = MultiScaleVQConfig(scales=(1, 2, 4, 8), scale=VectorQuantizerConfig(codebook_size=32, latent_dim=8))
+    return TokenizerConfig(autoencoder=autoencoder, quantizer=quantizer).build().eval()
+
+
+FAST = {"cnn": small_cnn, "simple": lambda: smalto.default_tokenizer(16)}
+
+
+@pytest.mark.parametrize("make", FAST.values(), ids=FAST)
+def test_for_inference_in_float32_gives_the_same_tokens(make: Callable[[], ImageTokenizer]) -> None:
+    tokenizer, images = make(), torch.rand(3, 3, 16, 24) * 2 - 1
+    fast, state = tokenizer.for_inference(), copy.deepcopy(tokenizer.state_dict())
+    tokens, layout = tokenizer.encode(images), tokenizer.layout(16, 24)
+    assert torch.equal(fast.encode(images), tokens)
+    torch.testing.assert_close(fast.decode(tokens, layout), tokenizer.decode(tokens, layout), rtol=1e-4, atol=1e-5)
+    assert fast.fingerprint() == tokenizer.fingerprint()
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert all(p.requires_grad for p in tokenizer.encoder.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("make", FAST.values(), ids=FAST)
+def test_for_inference_in_bf16_searches_in_float32(make: Callable[[], ImageTokenizer]) -> None:
+    tokenizer, images = make(), torch.rand(8, 3, 32, 32) * 2 - 1
+    fast, layout = tokenizer.for_inference("bf16"), tokenizer.layout(32, 32)
+    latents = fast.encoder(images.bfloat16())
+    assert latents.dtype == torch.bfloat16
+    # Exactly the float32 search of what the bfloat16 encoder gave.
+    tokens = fast.encode(images)
+    assert torch.equal(tokens, tokenizer.quantize.encode(latents.float()))
+    assert float((tokens == tokenizer.encode(images)).float().mean()) > 0.5
+    with torch.no_grad():
+        decoded, expected = fast.decode(tokens, layout), tokenizer.decode(tokens, layout)
+    assert decoded.dtype == torch.float32
+    assert float((decoded - expected).abs().max()) < 0.1
+    assert fast(images).vq_loss.dtype == torch.float32
+    with pytest.raises(InputError, match="Convert with"):
+        fast.encode(images.double())
+
+
+@torch.no_grad()
+def test_pictures_after_each_scale() -> None:
+    tokenizer, images = small_cnn(), torch.rand(2, 3, 16, 24) * 2 - 1
+    blocks, grids = tokenizer.img_to_idxBl(images), tokenizer.layout(16, 24).grids
+    assert [tuple(block.shape) for block in blocks] == [(2, h * w) for h, w in grids]
+    pictures = tokenizer.idxBl_to_img(blocks, grids, last_one=False)
+    assert len(pictures) == 4
+    for number, expected in enumerate(pictures, start=1):
+        assert torch.equal(tokenizer.idxBl_to_img(blocks[:number], grids), expected)
+    assert torch.equal(pictures[-1], tokenizer(images).reconstruction.clamp(-1, 1))
+    assert float(tokenizer.idxBl_to_img(blocks, grids, False, clamp=False)[-1].abs().max()) >= float(pictures[-1].abs().max())
+    square = torch.rand(1, 3, 16, 16)
+    own = tokenizer.img_to_idxBl(square)  # the configured scales: no patch_hws needed
+    assert torch.equal(tokenizer.idxBl_to_img(own[:2]), tokenizer.idxBl_to_img(own, last_one=False)[1])
+    assert tokenizer.idxBl_to_var_input(own).shape == (1, 4 + 16 + 64, 8)
+    chosen = tokenizer.img_to_idxBl(square, [1, (2, 3), 8])
+    assert tokenizer.idxBl_to_img(chosen, [1, (2, 3), 8]).shape == square.shape
+    with pytest.raises(InputError, match=r"not this tokenizer's usual scales .* pass patch_hws"):
+        tokenizer.idxBl_to_img(chosen)
+    with pytest.raises(InputError, match="patch_hws must hold one"):
+        tokenizer.idxBl_to_img(chosen, [1, 2, 8])
+    with pytest.raises(InputError, match="whole numbers or pairs"):
+        tokenizer.idxBl_to_img(chosen, ["1", 2, 8])  # type: ignore[list-item]
+
+
+def test_only_multi_scale_tokenizers_have_a_choice_of_grids() -> None:
+    tokenizer, images = smalto.default_tokenizer(16), torch.rand(1, 3, 16, 16)
+    assert torch.equal(tokenizer.img_to_idxBl(images, [4])[0], tokenizer.encode(images))
+    with pytest.raises(InputError, match="no choice of grids"):
+        tokenizer.img_to_idxBl(images, [1, 4])
+    with pytest.raises(InputError, match="blocks='halves'"):
+        tokenizer.img_to_idxBl(images, "halves")  # type: ignore[arg-type]
+    assert len(tokenizer.idxBl_to_img([tokenizer.encode(images)], last_one=False)) == 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smalto.errors import SmaltoError
     from smalto.layout import TokenLayout
+    from smalto.pipelines.convert import convert
     from smalto.pipelines.demo import demo
     from smalto.pipelines.evaluate import evaluate
     from smalto.pipelines.info import info
@@ -32,6 +33,7 @@ _HOME = {
     "TokenLayout": "smalto.layout",
     "TokenizerConfig": "smalto.tokenizer",
     "VectorQuantizer": "smalto.quantizers",
+    "convert": "smalto.pipelines.convert",
     "decode": "smalto.pipelines.tokenize",
     "default_tokenizer": "smalto.tokenizer",
     "demo": "smalto.pipelines.demo",
@@ -55,6 +57,7 @@ __all__ = [
     "TokenLayout",
     "TokenizerConfig",
     "VectorQuantizer",
+    "convert",
     "decode",
     "default_tokenizer",
     "demo",

@@ -127,7 +127,6 @@ def evaluate(
 
     from smalto.data.images import summary
     from smalto.pipelines import evaluate as jobs
-    from smalto.pipelines.finish import figure_rows
 
     with _progress() as progress:
         result = jobs.evaluate(
@@ -147,7 +146,7 @@ def evaluate(
     if json_:
         print(json.dumps(result.figures, indent=2))
     else:
-        _print_rows(figure_rows(result.figures))
+        _print_figures(result.figures)
 
 
 @app.command(epilog="Example: smalto tokenize photos/ --tokenizer runs/mine --out tokens.safetensors")
@@ -246,6 +245,28 @@ def reconstruct(
     print(f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> {result.path}")
 
 
+@app.command(epilog="Example: smalto convert runs/mine --to var --out vae_ch160v4096z32.pth")
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a tokenizer or run; with --to smalto: a .pth or .safetensors file of VAR.")],
+    out: Annotated[Path, typer.Option(help="The .pth file to write; with --to smalto: the folder.")],
+    to: Annotated[str, typer.Option(help="var: a file for FoundationVision/VAR. smalto: a tokenizer from such a file.")] = "var",
+    patch_nums: Annotated[str, typer.Option(help="With --to smalto: the scales of the file's tokenizer.")] = "1,2,3,4,5,6,8,10,13,16",
+    using_znorm: Annotated[bool, typer.Option("--using-znorm", help="With --to smalto: it searches by angle.")] = False,
+    quant_resi: Annotated[float, typer.Option(help="With --to smalto: its quant_resi.")] = 0.5,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a tokenizer as a file that VAR loads, or read such a file."""
+    from smalto.pipelines.convert import convert as run
+
+    try:
+        scales = [int(number) for number in patch_nums.split(",")]
+    except ValueError:
+        raise SmaltoError(f"--patch-nums takes whole numbers with commas between, such as 1,2,3,4; got {patch_nums!r}.") from None
+    settings: dict[str, Any] = {"patch_nums": scales, "using_znorm": using_znorm, "quant_resi": quant_resi}
+    result = run(source, out, to, overwrite=overwrite, **settings)  # type: ignore[arg-type]
+    print(f"{result.path}\n" + "\n".join(result.notes))
+
+
 @app.command(epilog="Example: smalto info runs/mine")
 def info(path: Annotated[Path, typer.Argument(help="A run, a tokenizer or a token file.")]) -> None:
     """Say what a file or folder of smalto is."""
@@ -311,10 +332,19 @@ def _again(run: Path | None) -> str:
 
 
 def _print_trained(trained: Any) -> None:
-    from smalto.pipelines.finish import figure_rows
-
-    _print_rows(figure_rows(trained.metrics))
+    _print_figures(trained.metrics)
     print(f"\nreport: {trained.run.path / 'report.html'}")
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    from smalto.pipelines.finish import figure_rows, grid_rows
+
+    _print_rows(figure_rows(figures))
+    if lines := grid_rows(figures):
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print()
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:

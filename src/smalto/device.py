@@ -33,10 +33,16 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def computing(device: torch.device, precision: Precision, batch: int) -> Iterator[None]:
-    """Run a model: autocast for bf16, and an error that names a smaller batch where the memory does not suffice."""
+    """Train a model: autocast for bf16, and ``memory_errors``."""
+    with memory_errors(device, batch), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+@contextmanager
+def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
+    """An error that names a smaller batch where the memory does not suffice."""
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            yield
+        yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import safetensors
 import safetensors.torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from smalto.autoencoders import AutoencoderConfig, SimpleAutoencoderConfig
 from smalto.blocks import Blocks, DiagonalBlocks, PatchHws, cut, join, layout_by_grid, stacked_layout
 from smalto.config import Config, parse_config
+from smalto.device import Precision
 from smalto.errors import ConfigError, InputError, RunError, describe
 from smalto.files import write_atomic
 from smalto.layout import TokenLayout, as_grids
@@ -100,7 +102,7 @@ class ImageTokenizer(nn.Module):
         ``num_stages`` and ``noise`` are the quantizer's: see ``Quantizer.forward``.
         """
         self.check_images(images)
-        quantized, vq_loss, indices = self.quantize(self.encoder(images), num_stages=num_stages, noise=noise)
+        quantized, vq_loss, indices = self.quantize(self._latents(images), num_stages=num_stages, noise=noise)
         return TokenizerOutput(self.decoder(quantized), vq_loss, indices)
 
     @torch.no_grad()
@@ -117,10 +119,10 @@ class ImageTokenizer(nn.Module):
         """
         self.check_images(images)
         if isinstance(self.quantize, MultiScaleVQ):
-            return self.quantize.encode(self.encoder(images), layout)
+            return self.quantize.encode(self._latents(images), layout)
         if layout is not None and layout != self.layout(*images.shape[2:]):
             raise InputError(f"this tokenizer has no choice of grids: these images give {self.layout(*images.shape[2:])}; got {layout}.")
-        return self.quantize.encode(self.encoder(images))
+        return self.quantize.encode(self._latents(images))
 
     def decode(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> Tensor:
         """Tokens int64 [B, L] -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
@@ -132,8 +134,23 @@ class ImageTokenizer(nn.Module):
         Raises:
             InputError: a token outside the codebook, or another number of tokens than the layout's.
         """
-        images = self.decoder(self.quantize.decode(tokens, layout))
+        quantized = self.quantize.decode(tokens, layout)
+        images = self.decoder(quantized.to(_dtype(self.decoder))).to(quantized.dtype)
         return images.clamp(-1, 1) if clamp else images
+
+    def for_inference(self, precision: Precision = "float32") -> Self:
+        """A copy that encodes and decodes faster and does not train.
+
+        Args:
+            precision: ``"float32"`` computes the same in another order, so that tokens differ at ties only. ``"bf16"`` runs encoder and
+                decoder in bfloat16; the quantizer stays in float32. Images go in and come out as float32 either way.
+        """
+        fast = copy.deepcopy(self).eval().requires_grad_(False)
+        for part in (fast.encoder, fast.decoder):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if precision == "bf16":
+                part.to(torch.bfloat16)
+        return fast
 
     def layout(self, height: int, width: int) -> TokenLayout:
         """The layout of the tokens of an image of ``height`` x ``width`` pixels."""
@@ -249,10 +266,14 @@ class ImageTokenizer(nn.Module):
             )
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [-1, 1]; got {images.dtype}. Convert with images.float() / 127.5 - 1.")
-        weights = next(self.parameters()).dtype
-        if images.dtype != weights and not torch.is_autocast_enabled(images.device.type):
+        weights = _dtype(self.encoder)
+        converted = images.dtype is torch.float32 and weights in (torch.bfloat16, torch.float16)
+        if images.dtype != weights and not converted and not torch.is_autocast_enabled(images.device.type):
             raise InputError(f"images are {images.dtype} and the tokenizer is {weights}. Convert with images.to({weights}).")
         self.layout(*images.shape[2:])
+
+    def _latents(self, images: Tensor) -> Tensor:
+        return self.encoder(images.to(_dtype(self.encoder)))
 
     def save(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``; ``smalto.load(folder)`` reads them."""
@@ -277,6 +298,10 @@ class ImageTokenizer(nn.Module):
         if isinstance(self.config, TokenizerConfig):
             tokenizer.config = self.config.model_copy(update={"quantizer": self.config.quantizer.folded()})
         return tokenizer
+
+
+def _dtype(part: nn.Module) -> torch.dtype:
+    return next(part.parameters()).dtype
 
 
 class SimpleVQVAE(ImageTokenizer):

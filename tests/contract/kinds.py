@@ -16,7 +16,7 @@ def vector(**settings: object) -> VectorQuantizerConfig:
 
 def multiscale(**settings: object) -> MultiScaleVQConfig:
     own = {key: settings.pop(key) for key in ("scales", "num_phis", "phi_ratio") if key in settings}
-    return MultiScaleVQConfig(**({"scales": (1, 2, 4)} | own), vector=vector(**settings))  # type: ignore[arg-type]
+    return MultiScaleVQConfig(**({"scales": (1, 2, 4)} | own), scale=vector(**settings))  # type: ignore[arg-type]
 
 
 KINDS: dict[str, QuantizerConfig] = {

@@ -460,7 +460,7 @@ def multiscale_loss(quantizer: MultiScaleVQ, z: Tensor, fixed: MultiScaleVQ, fix
     def results(owner: MultiScaleVQ) -> list[Tensor]:
         total, found = torch.zeros(()), []
         for number, (block, grid) in enumerate(zip(tokens, layout.grids, strict=True)):
-            codes = owner.vector.codes()[block].transpose(1, 2).unflatten(2, grid)
+            codes = owner.scale.codes()[block].transpose(1, 2).unflatten(2, grid)
             if number < len(layout.grids) - 1:
                 codes = nn.functional.interpolate(codes, size=layout.grids[-1], mode="bicubic")
             if len(owner.phis):

@@ -64,7 +64,7 @@ def test_training_loss_and_gradients(name: str) -> None:
     loss.backward()
     own = {
         "encoder.conv_in.weight": tokenizer.encoder.conv_in.weight,
-        "quantize.embedding.weight": tokenizer.quantize.vector.embedding.weight,
+        "quantize.embedding.weight": tokenizer.quantize.scale.embedding.weight,
         "quantize.quant_resi.qresi.weight": tokenizer.quantize.phis[0].weight,
         "quantize.quant_resi.qresi_ls.0.weight": tokenizer.quantize.phis[0].weight,
     }
@@ -140,10 +140,10 @@ SMALL: dict[str, Any] = {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "late
 
 
 def small(autoencoder: dict[str, Any] | None = None, **quantizer: Any) -> ImageTokenizer:
-    vector = {"codebook_size": 12, "latent_dim": 4} | quantizer.pop("vector", {})
+    scale = {"codebook_size": 12, "latent_dim": 4} | quantizer.pop("scale", {})
     config = TokenizerConfig(
         autoencoder=CNNAutoencoderConfig(**SMALL | (autoencoder or {})),
-        quantizer=MultiScaleVQConfig(**{"scales": (1, 2, 4), "vector": vector} | quantizer),
+        quantizer=MultiScaleVQConfig(**{"scales": (1, 2, 4), "scale": scale} | quantizer),
     )
     torch.manual_seed(0)
     return config.build().eval()
@@ -156,9 +156,9 @@ def small(autoencoder: dict[str, Any] | None = None, **quantizer: Any) -> ImageT
         small(num_phis=1),
         small(num_phis=None),
         small(phi_ratio=0.0),
-        small(vector={"codebook": "ema"}),
-        small(vector={"codebook": "projected"}),
-        small(vector={"metric": "cosine", "beta": 0.1}),
+        small(scale={"codebook": "ema"}),
+        small(scale={"codebook": "projected"}),
+        small(scale={"metric": "cosine", "beta": 0.1}),
         small({"attention": False, "quant_conv_kernel": 1, "in_channels": 1, "num_res_blocks": 2}),
         small({"ch_mult": (1, 2, 1)}),
     ],
@@ -167,7 +167,7 @@ def small(autoencoder: dict[str, Any] | None = None, **quantizer: Any) -> ImageT
 def test_round_trip_is_bitwise(tokenizer: ImageTokenizer, tmp_path: Path) -> None:
     state, config = tokenizer_state_dict(tokenizer), tokenizer.config.quantizer
     torch.save(state, tmp_path / "vae.pth")
-    settings = {"using_znorm": config.vector.metric == "cosine", "quant_resi": config.phi_ratio, "beta": config.vector.beta}
+    settings = {"using_znorm": config.scale.metric == "cosine", "quant_resi": config.phi_ratio, "beta": config.scale.beta}
     back = load_tokenizer(tmp_path / "vae.pth", [1, 2, 4], **settings)
     images = torch.rand(2, tokenizer.in_channels, 4 * tokenizer.stride, 4 * tokenizer.stride) * 2 - 1
     own, other = tokenizer.folded().eval(), back
@@ -255,7 +255,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     ("tokenizer", "reason"),
     [
         (small(scales=(1, 2, (4, 6))), "square"),
-        (small(vector={"code_dim": 2}), "projections"),
+        (small(scale={"code_dim": 2}), "projections"),
         (small(scales=(4,)), "one scale"),
         (smalto.default_tokenizer(), "multiscale"),
         (smalto.SimpleVQVAE(), "multiscale"),
@@ -268,7 +268,7 @@ def test_what_var_cannot_hold(tokenizer: ImageTokenizer, reason: str) -> None:
 
 
 def test_what_var_must_be_given() -> None:
-    tokenizer = small({"ch_mult": (1, 2), "attention": False}, vector={"metric": "cosine"}, num_phis=None)
+    tokenizer = small({"ch_mult": (1, 2), "attention": False}, scale={"metric": "cosine"}, num_phis=None)
     arguments, fixed = constructor_values(tokenizer)
     assert arguments == {
         "vocab_size": 12, "z_channels": 4, "ch": 32, "using_znorm": True, "share_quant_resi": 0, "v_patch_nums": (1, 2, 4)

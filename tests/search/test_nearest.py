@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ from smalto.search import code_sums, faiss_search, nearest_codes, tiled
 from smalto.search.code_sums import _add_by_segment, code_sums_op
 from smalto.search.nearest import nearest_op
 from tests.contract.test_memory import LargestTensor
+
+
+@pytest.fixture(params=["few", "tiles"], autouse=True)
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs as it is, where small cases are searched the plain way, and with tiles whatever the size."""
+    before = tiled.FEW_SCORES
+    tiled.FEW_SCORES = before if request.param == "few" else 0
+    yield
+    tiled.FEW_SCORES = before
 
 
 def brute_force_distances(queries: Tensor, codebook: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) 
     [
         (
             {"tokenizer.quantizer.kind": "nearest"},
-            "quantizer.kind must be one of 'vector', 'residual', 'product' .*'nearest'",
+            "quantizer.kind must be one of 'vector', 'residual', 'product', 'multiscale' .*'nearest'",
         ),
         ({"tokenizer.quantizer.codebook": "learned", "tokenizer.quantizer.unit_codes": True}, "tokenizer.quantizer: unit_codes brings"),
         ({"tokenizer.quantizer.num_stages": 3}, "unknown key 'tokenizer.quantizer.num_stages'"),

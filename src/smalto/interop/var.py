@@ -92,10 +92,8 @@ def obstacles(tokenizer: ImageTokenizer) -> list[str]:
         kinds = [getattr(part, "kind", "simple") for part in (autoencoder, quantizer)]
         return [f'it needs autoencoder.kind "cnn" and quantizer.kind "multiscale"; this one has {kinds[0]!r} and {kinds[1]!r}']
     reasons = []
-    if quantizer.vector.code_dim is not None:
-        reasons.append(
-            f'it knows no projections around the codebook (quantizer.vector.code_dim is {quantizer.vector.code_dim}, not "none")'
-        )
+    if quantizer.scale.code_dim is not None:
+        reasons.append(f'it knows no projections around the codebook (quantizer.scale.code_dim is {quantizer.scale.code_dim}, not "none")')
     if any(h != w for h, w in quantizer.grids):
         reasons.append(f"its scales are square (quantizer.scales are {_shown(quantizer.grids)})")
     if len(quantizer.scales) == 1:
@@ -119,7 +117,7 @@ def constructor_values(tokenizer: ImageTokenizer) -> tuple[dict[str, Any], dict[
         "vocab_size": (quantizer.codebook_size, 4096),
         "z_channels": (quantizer.latent_dim, 32),
         "ch": (autoencoder.ch, 160),
-        "using_znorm": (quantizer.vector.metric == "cosine", False),
+        "using_znorm": (quantizer.scale.metric == "cosine", False),
         "quant_conv_ks": (autoencoder.quant_conv_kernel, 3),
         "quant_resi": (quantizer.phi_ratio, 0.5),
         "share_quant_resi": (num_phis, 4),
@@ -150,12 +148,12 @@ def _var_names(tokenizer: ImageTokenizer) -> dict[str, str]:
     patterns = [
         (r"encoder\.quant_conv", "quant_conv"),
         (r"decoder\.post_quant_conv", "post_quant_conv"),
-        (r"quantize\.vector\.embedding", "quantize.embedding"),
+        (r"quantize\.scale\.embedding", "quantize.embedding"),
         (r"quantize\.phis\.(\d+)", phis.get(config.quantizer.num_phis, r"quantize.quant_resi.qresi_ls.\1")),
     ]
     names = {}
     for key in tokenizer.state_dict():
-        if not key.startswith("quantize.vector.embedding.ema_"):  # moving averages are of training only
+        if not key.startswith("quantize.scale.embedding.ema_"):  # moving averages are of training only
             names[key] = key
             for pattern, replacement in patterns:
                 names[key] = re.sub(rf"^{pattern}\.", replacement + ".", names[key])
@@ -191,7 +189,7 @@ def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_re
         "attention": "encoder.mid.attn_1.qkv.weight" in shape,
         "quant_conv_kernel": shape["quant_conv.weight"][-1],
     }
-    vector = VectorQuantizerConfig(
+    scale = VectorQuantizerConfig(
         codebook_size=codebook_size, latent_dim=code_dim, metric="cosine" if using_znorm else "l2", beta=beta
     ).model_dump()
     quantizer = {
@@ -199,7 +197,7 @@ def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_re
         "scales": as_grids(patch_nums),
         "num_phis": num_phis,
         "phi_ratio": abs(quant_resi),
-        "vector": vector,
+        "scale": scale,
     }
     return parse_config(TokenizerConfig, {"autoencoder": autoencoder, "quantizer": quantizer}, source)
 

@@ -45,6 +45,11 @@ class CodebookMeter:
         self._keys, order = keys.topk(min(self._window, len(keys)))
         self._sample = torch.cat([self._sample, tokens])[order]
 
+    def used(self) -> tuple[float, float]:
+        """The share of codes that occur among all tokens, exactly, and the share that so many tokens can hit at most."""
+        size = len(self.histogram)
+        return int((self.histogram > 0).sum()) / size, min(1.0, int(self.histogram.sum()) / size)
+
     def usage(self) -> tuple[float, int]:
         """usage@W: the share of codes that occur among W tokens drawn from all, and W = 32·K (fewer where there were fewer).
 

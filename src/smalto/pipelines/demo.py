@@ -10,8 +10,10 @@ from smalto.data.bundled import SOURCE, bundled_photographs
 from smalto.data.images import read_picture
 from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
 from smalto.data.token_file import TokenFile
+from smalto.memory import reused_memory
 from smalto.pipelines.evaluate import Measurement
 from smalto.pipelines.finish import finish_run
+from smalto.pipelines.running import Runner
 from smalto.pipelines.tokenize import decode, tokenize
 from smalto.pipelines.train import Trained, fit, open_material, refit
 from smalto.progress import Progress
@@ -24,6 +26,7 @@ def demo_recipe() -> Recipe:
     return Recipe()
 
 
+@reused_memory()
 def demo(
     folder: str | Path = "runs",
     *,
@@ -47,11 +50,12 @@ def demo(
         run = RunFolder(path)
         recipe = change_recipe(run.recipe(), settings or {})
         with open_material(SOURCE, recipe, workers, run.split()) as material:
-            run, recipe, runner = refit(material, run, recipe, device, progress)
+            run, recipe, tokenizer = refit(material, run, recipe, device, progress)
     else:
         recipe = change_recipe(demo_recipe(), settings or {})
         with open_material(SOURCE, recipe, workers) as material:
-            run, recipe, runner = fit(material, recipe, path, False, device, progress)
+            run, recipe, tokenizer = fit(material, recipe, path, False, device, progress)
+    runner = Runner.on(tokenizer, recipe.precision)
     held_out = [file for file in bundled_photographs() if file.name in set(run.split()["held_out"])]
     tokens, longer_side = run.path / "tokens.safetensors", recipe.data.longer_side
     tokenize(
@@ -78,7 +82,7 @@ def demo(
     evaluation = measurement.result(
         runner.tokenizer, "held-out pictures", stored.transform + ", decoded from tokens on disk", recipe.precision, material.skipped
     )
-    return Trained(run, runner.tokenizer, finish_run(run, recipe, runner, evaluation))
+    return Trained(run, tokenizer, finish_run(run, recipe, runner, evaluation))
 
 
 def _place(folder: Path) -> tuple[Path, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from smalto.data.sources import Source, open_source
 from smalto.device import Precision
 from smalto.errors import DataError, MissingExtra
 from smalto.layout import TokenLayout
+from smalto.memory import reused_memory
 from smalto.metrics import CodebookMeter, psnr, ssim
 from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape
 from smalto.progress import Progress
@@ -37,11 +39,28 @@ class Evaluation:
     skipped: list[Skipped]
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """One grid of the layout over all pictures: its codes, its sizes, the PSNR of what it makes together with those before it."""
+
+    meter: CodebookMeter
+    sizes: set[tuple[int, int]]
+    psnr: list[float]
+
+    def figures(self) -> dict[str, Any]:
+        used, ceiling = self.meter.used()
+        tokens, perplexity = int(self.meter.histogram.sum()), self.meter.perplexity()
+        size = "x".join(map(str, *self.sizes)) if len(self.sizes) == 1 else "varies"
+        mean = _mean(self.psnr) if self.psnr else None
+        return {"grid": size, "tokens": tokens, "used": used, "ceiling": ceiling, "perplexity": perplexity, "psnr": mean}
+
+
 class Measurement:
     """Adds up what is measured, picture by picture."""
 
     def __init__(self, codebook_size: int, max_examples: int = MAX_EXAMPLES) -> None:
         self._meter = CodebookMeter(codebook_size)
+        self._grids: list[_Grid] = []
         self._psnr: list[float] = []
         self._ssim: list[float] = []
         self._pixels = self._tokens = 0
@@ -50,8 +69,20 @@ class Measurement:
         self._examples: list[Example] = []
         self._has_ssim = True
 
-    def add(self, names: list[str], images: Tensor, reconstructions: Tensor, tokens: Tensor, layout: TokenLayout, seconds: float) -> None:
-        """Take in a batch: images and reconstructions float [B, C, H, W] in [-1, 1], tokens [B, L], seconds to encode and decode."""
+    def add(
+        self,
+        names: list[str],
+        images: Tensor,
+        reconstructions: Tensor,
+        tokens: Tensor,
+        layout: TokenLayout,
+        seconds: float,
+        stages: Sequence[Tensor] = (),
+    ) -> None:
+        """Take in a batch: images and reconstructions float [B, C, H, W] in [-1, 1], tokens [B, L], seconds to encode and decode.
+
+        ``stages``: where the first grids alone make a picture, the pictures after each grid.
+        """
         self._meter.add(tokens)
         values = psnr(reconstructions, images).tolist()
         self._psnr += values
@@ -63,13 +94,22 @@ class Measurement:
         self._pixels += images.shape[0] * images.shape[2] * images.shape[3]
         self._tokens += tokens.numel()
         self._seconds += seconds
+        blocks = tokens.split(layout.lengths, dim=1)
+        stage_values = [psnr(stage, images).tolist() for stage in stages]
+        if len(blocks) > 1:
+            self._grids = self._grids or [_Grid(CodebookMeter(len(self._meter.histogram)), set(), []) for _ in blocks]
+            for number, (grid, block) in enumerate(zip(self._grids, blocks, strict=True)):
+                grid.meter.add(block)
+                grid.sizes.add(layout.grids[number])
+                grid.psnr.extend(stage_values[number] if stage_values else [])
+        shown = max(range(len(blocks)), key=lambda number: layout.lengths[number])  # the first of the finest
         for i in range(min(len(names), self._max_examples - len(self._examples))):
             if images.shape[1] == 3:
                 pair = to_uint8(images[i]), to_uint8(reconstructions[i])
-                first = tokens[i, : layout.lengths[0]]
-                self._examples.append(
-                    Example(printable(names[i]), *pair, first, layout.grids[0], tokens.shape[1], values[i], credit(names[i]))
-                )
+                earlier = tuple((to_uint8(stage[i]), value[i]) for stage, value in zip(stages, stage_values, strict=True))[:-1]
+                grid_shown = blocks[shown][i], layout.grids[shown]
+                name = printable(names[i])
+                self._examples.append(Example(name, *pair, *grid_shown, tokens.shape[1], values[i], credit(names[i]), earlier))
 
     def result(self, tokenizer: ImageTokenizer, on: str, transform: str, precision: str, skipped: list[Skipped]) -> Evaluation:
         """The figures, over all pictures added.
@@ -80,6 +120,7 @@ class Measurement:
         if not self._psnr:
             raise DataError(f"there was no picture to measure. {summary(skipped)}")
         share, window = self._meter.usage()
+        used, ceiling = self._meter.used()
         size = tokenizer.quantize.codebook_size
         figures = {
             "measured_on": on,
@@ -90,17 +131,22 @@ class Measurement:
             "ssim": _mean(self._ssim) if self._ssim else None,
             "usage": share,
             "usage_window": window,
+            "used": used,
+            "used_ceiling": ceiling,
+            "num_tokens": self._tokens,
             "perplexity": self._meter.perplexity(),
             "codebook_size": size,
             "bits_per_pixel": self._tokens * math.log2(size) / self._pixels,
             "images_per_second": len(self._psnr) / self._seconds if self._seconds else None,
             "pixels_per_image": self._pixels / len(self._psnr),
+            "grids": [grid.figures() for grid in self._grids],
             "parameters": sum(p.numel() for p in tokenizer.parameters()),
             "skipped": [{"name": printable(name), "reason": reason} for name, reason in skipped],
         }
         return Evaluation(figures, self._examples, self._meter.histogram, skipped)
 
 
+@reused_memory()
 def evaluate(
     source: str | Path,
     tokenizer: ImageTokenizer | str | Path,
@@ -147,7 +193,9 @@ def measure(runner: Runner, pictures: Any, max_examples: int = MAX_EXAMPLES) -> 
     for names, stacked in batches_of_one_shape(pictures, runner.batch):
         images = to_unit_range(stacked)
         tokens, reconstructions, seconds = runner.roundtrip(images)
-        measurement.add(names, images, reconstructions, tokens, runner.tokenizer.layout(*images.shape[2:]), seconds)
+        layout = runner.tokenizer.layout(*images.shape[2:])
+        stages = runner.decode_each(tokens, layout) if runner.tokenizer.is_progressive else []
+        measurement.add(names, images, reconstructions, tokens, layout, seconds, stages)
     return measurement
 
 

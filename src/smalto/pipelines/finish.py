@@ -28,7 +28,7 @@ def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evalu
         "steps": recipe.steps,
         "seed": recipe.seed,
         "device": str(runner.device),
-        "fingerprint": runner.tokenizer.fingerprint(),
+        "fingerprint": runner.fingerprint,
         **_training_times(run),
         "versions": versions(),
     }
@@ -39,6 +39,7 @@ def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evalu
         subtitle=f"{recipe.steps:,} steps on {recipe.data.source}; measured on {figures['num_images']} {figures['measured_on']}.",
         headline=_headline(figures),
         table=_table(figures, recipe),
+        grids=grid_rows(figures),
         notes=_notes(figures, evaluation),
         examples=evaluation.examples,
         codebook=runner.tokenizer.get_codebook(),
@@ -63,12 +64,36 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             else 'not measured (it needs pip install "smalto[eval]" and sides of 11 pixels)',
         ),
         (f"usage@{figures['usage_window']:,}", f"{figures['usage']:.1%} of {figures['codebook_size']:,} codes"),
+        (f"used in all {figures['num_tokens']:,} tokens", f"{figures['used']:.1%} of the codes, of at most {figures['used_ceiling']:.1%}"),
         ("perplexity", f"{figures['perplexity']:.1f}"),
         ("bits per pixel", f"{figures['bits_per_pixel']:.4f}"),
         ("images/s", f"{speed:.2f} encoded and decoded, of {pixels / 1e6:.2f} megapixels" if speed else "too fast to tell"),
         ("parameters", f"{figures['parameters']:,}"),
         ("precision", figures["precision"]),
     ]
+
+
+def grid_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line on each grid of a tokenizer of several, under a line of headings; empty for one grid."""
+    if not figures["grids"]:
+        return []
+    heading = ("grid", "tokens", "codes used", "at most", "perplexity", "PSNR up to it")
+    lines = [
+        (
+            f"{number}: {grid['grid']}",
+            f"{grid['tokens']:,}",
+            f"{grid['used']:.1%}",
+            f"{grid['ceiling']:.1%}",
+            f"{grid['perplexity']:.1f}",
+            f"{grid['psnr']:.2f} dB" if grid["psnr"] is not None else "-",
+        )
+        for number, grid in enumerate(figures["grids"], start=1)
+    ]
+    all_of_them = (
+        "all", f"{figures['num_tokens']:,}", f"{figures['used']:.1%}", f"{figures['used_ceiling']:.1%}",
+        f"{figures['perplexity']:.1f}", f"{figures['psnr']:.2f} dB",
+    )  # fmt: skip
+    return [heading, *lines, all_of_them]
 
 
 def versions() -> dict[str, str]:

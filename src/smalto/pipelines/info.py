@@ -8,7 +8,9 @@ from typing import Any
 
 from smalto.data.token_file import TokenFile
 from smalto.errors import RunError
-from smalto.tokenizer import load
+from smalto.layout import TokenLayout
+from smalto.quantizers import MultiScaleVQ
+from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.checkpoint import RunFolder
 
 
@@ -40,7 +42,7 @@ def info(path: str | Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "tokenizer",
         "codebook size": tokenizer.quantize.codebook_size,
-        "tokens per position": len(tokenizer.quantize.layout(1, 1).grids),
+        **_grids(tokenizer),
         "stride": tokenizer.stride,
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "fingerprint": tokenizer.fingerprint(),
@@ -63,3 +65,11 @@ def info(path: str | Path) -> dict[str, Any]:
                 facts["PSNR"] = "metrics.json is damaged; smalto train --resume writes it again"
             facts["report"] = str(path / "report.html")
     return facts
+
+
+def _grids(tokenizer: ImageTokenizer) -> dict[str, Any]:
+    if isinstance(tokenizer.quantize, MultiScaleVQ):
+        layout = TokenLayout(tokenizer.quantize.scales)
+        side = " x ".join(str(n * tokenizer.stride) for n in layout.grids[-1])
+        return {"scales": f"{layout}: {layout.num_tokens:,} tokens for {side} pixels"}
+    return {"tokens per position": len(tokenizer.quantize.layout(1, 1).grids)}

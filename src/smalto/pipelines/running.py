@@ -14,7 +14,7 @@ from torch import Tensor
 from smalto.data.decoding import Decoder
 from smalto.data.images import LONGER_SIDE, BadPicture, PictureFile, Skipped
 from smalto.data.pictures import centre_crop, enlarge, to_tensor
-from smalto.device import Precision, computing, resolve_device
+from smalto.device import Precision, memory_errors, resolve_device
 from smalto.errors import ConfigError, DataError
 from smalto.layout import TokenLayout
 from smalto.progress import Progress
@@ -30,9 +30,15 @@ def default_workers(workers: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class Runner:
-    """A tokenizer on its device, in evaluation mode, with how to run it."""
+    """A tokenizer on its device, in the form that runs fastest, with how to run it.
+
+    Attributes:
+        tokenizer: a copy for inference.
+        fingerprint: of the tokenizer that it is a copy of.
+    """
 
     tokenizer: ImageTokenizer
+    fingerprint: str
     device: torch.device
     precision: Precision
     batch: int
@@ -48,18 +54,29 @@ class Runner:
             )
         target = resolve_device(device)
         progress.say(f"device {target}, {precision}")
-        return cls(model.to(target).eval(), target, precision, batch)
+        return cls.on(model.to(target), precision, batch)
+
+    @classmethod
+    def on(cls, tokenizer: ImageTokenizer, precision: Precision, batch: int = 1) -> Runner:
+        """Run a tokenizer on the device where it is."""
+        return cls(tokenizer.for_inference(precision), tokenizer.fingerprint(), next(tokenizer.parameters()).device, precision, batch)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> tokens [B, L] on the CPU."""
-        with computing(self.device, self.precision, len(images)):
+        with memory_errors(self.device, len(images)):
             return self.tokenizer.encode(images.to(self.device)).cpu()
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens [B, L] -> images float32 [B, C, H, W] in [-1, 1] on the CPU."""
-        with computing(self.device, self.precision, len(tokens)):
+        with memory_errors(self.device, len(tokens)):
             return self.tokenizer.decode(tokens.to(self.device), layout).float().cpu()
+
+    @torch.no_grad()
+    def decode_each(self, tokens: Tensor, layout: TokenLayout) -> list[Tensor]:
+        """Tokens [B, L] -> the pictures, as ``decode`` gives them, after each grid of the layout."""
+        with memory_errors(self.device, len(tokens)):
+            return [images.float().cpu() for images in self.tokenizer.decode_each(tokens.to(self.device), layout)]
 
     def roundtrip(self, images: Tensor) -> tuple[Tensor, Tensor, float]:
         """Images -> tokens, what comes back, and the seconds that both took."""

@@ -20,6 +20,7 @@ from smalto.device import Precision
 from smalto.errors import DataError, RunError
 from smalto.files import aside, check_writable
 from smalto.layout import TokenLayout
+from smalto.memory import reused_memory
 from smalto.metrics import psnr
 from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape, default_workers
 from smalto.progress import Progress
@@ -36,6 +37,7 @@ class Tokenized:
     skipped: list[Skipped]
 
 
+@reused_memory()
 def tokenize(
     source: str | Path | list[PictureFile],
     tokenizer: str | Path,
@@ -90,13 +92,14 @@ def tokenize(
         layouts=[found[name][1] for name in names],
         codebook_size=runner.tokenizer.quantize.codebook_size,
         tokenizer=str(Path(tokenizer).resolve()),
-        fingerprint=runner.tokenizer.fingerprint(),
+        fingerprint=runner.fingerprint,
         transform=reader.transform,
         precision=precision,
     ).save(out)
     return Tokenized(out, len(names), sum(len(tokens) for tokens, _ in found.values()), reader.skipped)
 
 
+@reused_memory()
 def decode(
     tokens: str | Path,
     out: str | Path,
@@ -128,10 +131,10 @@ def decode(
     if tokenizer is None and not Path(file.tokenizer).exists():
         raise RunError(f"{tokens} was written by the tokenizer {file.tokenizer}, which is not there any more. Name it with --tokenizer.")
     runner = Runner.of(tokenizer or file.tokenizer, device, precision, batch, progress)
-    if runner.tokenizer.fingerprint() != file.fingerprint:
+    if runner.fingerprint != file.fingerprint:
         raise RunError(
             f"the tokenizer {tokenizer or file.tokenizer} is not the one that wrote {tokens}: its fingerprint is "
-            f"{runner.tokenizer.fingerprint()[:12]}, the file's {file.fingerprint[:12]}. Has it been trained further? "
+            f"{runner.fingerprint[:12]}, the file's {file.fingerprint[:12]}. Has it been trained further? "
             "Checkpoints of a run are tokenizers too."
         )
     paths = picture_paths(folder, file.names)

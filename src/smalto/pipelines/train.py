@@ -19,6 +19,7 @@ from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre
 from smalto.data.sources import open_source
 from smalto.device import resolve_device
 from smalto.errors import ConfigError, RunError
+from smalto.memory import reused_memory
 from smalto.pipelines.evaluate import measure
 from smalto.pipelines.finish import finish_run
 from smalto.pipelines.running import Runner, default_workers
@@ -73,6 +74,7 @@ class Material:
         return next(stream)
 
 
+@reused_memory()
 def train(
     data: Data,
     recipe: Recipe | None = None,
@@ -106,6 +108,7 @@ def train(
         return _finish(*fit(material, recipe, Path(out), overwrite, device, progress), material, progress)
 
 
+@reused_memory()
 def resume(
     run: str | Path,
     data: Data | None = None,
@@ -157,7 +160,7 @@ def changed(run: RunFolder, settings: dict[str, Any]) -> Recipe:
 
 def fit(
     material: Material, recipe: Recipe, out: Path, overwrite: bool, device: str, progress: Progress
-) -> tuple[RunFolder, Recipe, Runner]:
+) -> tuple[RunFolder, Recipe, ImageTokenizer]:
     """Make a run and train it to the end."""
     if Path(material.source).is_relative_to(out.resolve()):
         raise RunError(f"the pictures lie inside {out}, which is to be the run. Name another --out.")
@@ -178,7 +181,7 @@ def fit(
     return _loop(task, material, run, recipe, 0, None, progress)
 
 
-def refit(material: Material, run: RunFolder, recipe: Recipe, device: str, progress: Progress) -> tuple[RunFolder, Recipe, Runner]:
+def refit(material: Material, run: RunFolder, recipe: Recipe, device: str, progress: Progress) -> tuple[RunFolder, Recipe, ImageTokenizer]:
     """Train a run that exists to its end."""
     target = resolve_device(device)
     step, tokenizer, state = run.restore()
@@ -208,7 +211,7 @@ def _task(tokenizer: ImageTokenizer, material: Material, recipe: Recipe) -> Toke
 
 def _loop(
     task: TokenizerTask, material: Material, run: RunFolder, recipe: Recipe, step: int, position: dict[str, int] | None, progress: Progress
-) -> tuple[RunFolder, Recipe, Runner]:
+) -> tuple[RunFolder, Recipe, ImageTokenizer]:
     known = len(material.skipped)
     stream = CropStream(
         material.pictures,
@@ -226,7 +229,7 @@ def _loop(
     if stream.enlarged:
         run.event("enlarged pictures", count=len(stream.enlarged))
         progress.say(f"{len(stream.enlarged)} pictures are smaller than the crop and were enlarged to {recipe.data.size} pixels")
-    return run, recipe, Runner(task.tokenizer.eval(), task.device, recipe.precision, 1)
+    return run, recipe, task.tokenizer.eval()
 
 
 def _announce(material: Material, device: torch.device, progress: Progress) -> None:
@@ -238,8 +241,9 @@ def _announce(material: Material, device: torch.device, progress: Progress) -> N
         progress.say(summary(material.skipped))
 
 
-def _finish(run: RunFolder, recipe: Recipe, runner: Runner, material: Material, progress: Progress) -> Trained:
+def _finish(run: RunFolder, recipe: Recipe, tokenizer: ImageTokenizer, material: Material, progress: Progress) -> Trained:
     """Measure on whole held-out pictures and write metrics.json and report.html."""
+    runner = Runner.on(tokenizer, recipe.precision)
     indices = (material.held_out or material.training)[: recipe.evaluate.pictures]
     progress.begin("measuring", len(indices), "pictures")
     measurement = measure(runner, _whole(material, indices, runner.tokenizer.stride, progress))
@@ -247,7 +251,7 @@ def _finish(run: RunFolder, recipe: Recipe, runner: Runner, material: Material, 
     on = "held-out pictures" if material.held_out else "training pictures"
     transform = f"longer side at most {recipe.data.longer_side}, centre crop to a multiple of {runner.tokenizer.stride}"
     evaluation = measurement.result(runner.tokenizer, on, transform, recipe.precision, material.skipped)
-    return Trained(run, runner.tokenizer, finish_run(run, recipe, runner, evaluation))
+    return Trained(run, tokenizer, finish_run(run, recipe, runner, evaluation))
 
 
 def _whole(material: Material, indices: list[int], stride: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:

@@ -21,13 +21,13 @@ from smalto.quantizers.latents import as_map, as_vectors, keep, masked_mse, nois
 from smalto.quantizers.vector import VectorQuantizerConfig
 
 Scale = Annotated[int, Field(ge=1, le=65536)]
-_VECTOR = VectorQuantizerConfig(codebook_size=4096, latent_dim=32)
+_SCALE = VectorQuantizerConfig(codebook_size=4096, latent_dim=32)
 
 
 class MultiScaleVQConfig(Config):
     """Settings of a MultiScaleVQ; ``build()`` makes it.
 
-    ``vector`` is the quantizer that all scales share. Its projections and its estimator are used once, around all scales.
+    ``scale`` is the quantizer of one scale, which all share. Its projections and its estimator are used once, around all scales.
     """
 
     kind: Literal["multiscale"] = "multiscale"
@@ -39,12 +39,12 @@ class MultiScaleVQConfig(Config):
     )
     num_phis: int | None = Field(4, ge=1, le=64, description="convolutions that smooth enlarged scales, shared evenly; None: one per scale")
     phi_ratio: float = Field(0.5, ge=0, le=1, description="share of the smoothed in the result; 0: there are no convolutions")
-    vector: Annotated[VectorQuantizerConfig, over_defaults(_VECTOR)] = _VECTOR
+    scale: Annotated[VectorQuantizerConfig, over_defaults(_SCALE)] = _SCALE
 
     @model_validator(mode="after")
     def _parts_fit(self) -> MultiScaleVQConfig:
-        if self.vector.unit_codes:
-            raise ValueError("vector.unit_codes must be false: what a code of length 1 leaves has another length, which would be lost.")
+        if self.scale.unit_codes:
+            raise ValueError("scale.unit_codes must be false: what a code of length 1 leaves has another length, which would be lost.")
         height, width = self.grids[-1]
         if any(h > height or w > width for h, w in self.grids):
             raise ValueError(f"scales must not be finer than the last one, which is the whole latent map; got {self.scales}.")
@@ -57,18 +57,18 @@ class MultiScaleVQConfig(Config):
 
     @property
     def codebook_size(self) -> int:
-        return self.vector.codebook_size
+        return self.scale.codebook_size
 
     @property
     def latent_dim(self) -> int:
-        return self.vector.latent_dim
+        return self.scale.latent_dim
 
     def build(self) -> MultiScaleVQ:
         return MultiScaleVQ(self)
 
     def folded(self) -> MultiScaleVQConfig:
         """The same with a projected codebook as the plain one that it folds to."""
-        return self.model_copy(update={"vector": self.vector.folded()})
+        return self.model_copy(update={"scale": self.scale.folded()})
 
 
 class Phi(nn.Conv2d):
@@ -100,7 +100,7 @@ class MultiScaleVQ(Quantizer):
     latents. φ and learned codes learn from the first term; the search works on a detached residual that keeps no graph.
 
     Attributes:
-        vector: the VectorQuantizer that all scales share.
+        scale: the VectorQuantizer of one scale, which all share.
         phis: the convolutions; scale k of K takes the one whose tick is nearest to k/(K-1).
         scales: ((h_1, w_1), ..., (h_K, w_K)), for a latent map of (h_K, w_K).
     """
@@ -109,12 +109,12 @@ class MultiScaleVQ(Quantizer):
         super().__init__()
         if not isinstance(config, MultiScaleVQConfig):
             raise ConfigError(f"MultiScaleVQ takes a MultiScaleVQConfig; got {describe(config)}. Or call build() on one.")
-        vector = config.vector
-        self.codebook_size, self.latent_dim, self.scales = vector.codebook_size, vector.latent_dim, config.grids
-        self.beta, self.estimator = vector.beta, vector.estimator
-        self.project_in, self.project_out = projections(vector.latent_dim, vector.code_dim)
-        dim = vector.code_dim or vector.latent_dim
-        self.vector = vector.model_copy(update={"latent_dim": dim, "code_dim": None}).build()
+        scale = config.scale
+        self.codebook_size, self.latent_dim, self.scales = scale.codebook_size, scale.latent_dim, config.grids
+        self.beta, self.estimator = scale.beta, scale.estimator
+        self.project_in, self.project_out = projections(scale.latent_dim, scale.code_dim)
+        dim = scale.code_dim or scale.latent_dim
+        self.scale = scale.model_copy(update={"latent_dim": dim, "code_dim": None}).build()
         num_phis = (config.num_phis or len(self.scales)) if config.phi_ratio else 0
         self.phis = nn.ModuleList(Phi(dim, config.phi_ratio) for _ in range(num_phis))
         self._phi_of_scale = phi_of_scale(len(self.scales), num_phis)
@@ -153,7 +153,7 @@ class MultiScaleVQ(Quantizer):
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
         """Codes of tokens, in the space of codes: blocks of int64 [B, L_i] -> [B, L, code_dim or C]."""
-        return self.vector.lookup(blocks)
+        return self.scale.lookup(blocks)
 
     @torch.no_grad()
     def var_input(self, indices: Tensor, layout: TokenLayout) -> Tensor:
@@ -175,16 +175,16 @@ class MultiScaleVQ(Quantizer):
 
     def get_codebook(self) -> Tensor:
         """The codes, in the space of codes: [K, D]."""
-        return self.vector.get_codebook()
+        return self.scale.get_codebook()
 
     def _target(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents -> the map to be quantized [B, D, h, w], and which of its vectors are usable, bool [B, h, w]."""
-        vectors, valid = to_vectors(latents, self.vector.dtype, self.project_in)
+        vectors, valid = to_vectors(latents, self.scale.dtype, self.project_in)
         return as_map(vectors, latents), valid.view(latents.shape[0], *latents.shape[2:])
 
     def _out(self, result: Tensor) -> Tensor:
         with without_autocast(result.device):
-            return as_map(self.project_out(as_vectors(result)), result).to(self.vector.embedding.weight.dtype)
+            return as_map(self.project_out(as_vectors(result)), result).to(self.scale.embedding.weight.dtype)
 
     def _quantize(self, target: Tensor, valid: Tensor, layout: TokenLayout, num_scales: int) -> tuple[list[Tensor], list[Tensor]]:
         """The indices of each scale [B, h_k·w_k], and the result after it [B, D, h, w]."""
@@ -196,7 +196,7 @@ class MultiScaleVQ(Quantizer):
                 # The mean over usable vectors alone; where all are, this divides by exactly 1.
                 pooled = _pool(share, grid)
                 rest, usable = _pool(rest, grid) / pooled.clamp(min=1e-9), (pooled > 0).flatten()
-            codes, found = self.vector.assign(as_vectors(rest), usable)
+            codes, found = self.scale.assign(as_vectors(rest), usable)
             total = total + self._spread(codes, number, layout, target)
             indices.append(found.view(target.shape[0], grid[0] * grid[1]))
             results.append(total)
@@ -209,7 +209,7 @@ class MultiScaleVQ(Quantizer):
         blocks = self.check_prefix(indices, layout)
         height, width = layout.grids[-1]
         with without_autocast(indices.device):
-            codes = self.vector.codes()
+            codes = self.scale.codes()
             total = codes.new_zeros(indices.shape[0], codes.shape[1], height, width)
             results = []
             for number, block in enumerate(blocks):

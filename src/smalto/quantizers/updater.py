@@ -98,7 +98,7 @@ class CodebookUpdater:
             for earlier, later in itertools.pairwise(stages):
                 later.after = earlier
         for multiscale in [module for module in model.modules() if isinstance(module, MultiScaleVQ)]:
-            by_quantizer[multiscale.vector].num_starts = MULTISCALE_STARTS
+            by_quantizer[multiscale.scale].num_starts = MULTISCALE_STARTS
         if not self._books:
             raise InputError(f"{type(model).__name__} holds no VectorQuantizer: there is no codebook to look after.")
         for book in self._books.values():

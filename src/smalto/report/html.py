@@ -16,7 +16,10 @@ from smalto.report.pictures import ERROR_GAIN, code_colours, data_uri, error_map
 
 @dataclass(frozen=True)
 class Example:
-    """One picture to show: uint8 [3, H, W] before and after, the tokens [h*w] of its first grid, and how many it has in all."""
+    """One picture to show: uint8 [3, H, W] before and after, the tokens [h*w] of one grid, and how many it has in all.
+
+    ``stages``: where the first grids alone make a picture, what comes back (uint8 [3, H, W]) after each but the last, and its PSNR.
+    """
 
     name: str
     picture: Tensor
@@ -26,6 +29,7 @@ class Example:
     num_tokens: int
     psnr: float
     credit: str = ""
+    stages: tuple[tuple[Tensor, float], ...] = ()
 
 
 def write_report(
@@ -35,6 +39,7 @@ def write_report(
     subtitle: str,
     headline: list[tuple[str, str]],
     table: list[tuple[str, str]],
+    grids: list[tuple[str, ...]],
     notes: list[str],
     examples: list[Example],
     codebook: Tensor,
@@ -48,6 +53,7 @@ def write_report(
         title, subtitle: what was trained, on what.
         headline: (figure, meaning) of the few numbers on top.
         table: (name, value) of all of them.
+        grids: for a tokenizer of several grids a line on each, under a line of headings.
         notes: sentences a reader must know, such as files left out.
         examples: pictures.
         codebook: codes [K, C], for the token map's colours.
@@ -61,6 +67,7 @@ def write_report(
         subtitle=subtitle,
         headline=headline,
         table=table,
+        grids=grids,
         notes=notes,
         error_gain=ERROR_GAIN,
         examples=[_shown(example, colours) for example in examples],
@@ -72,7 +79,9 @@ def write_report(
 def _shown(example: Example, colours: Tensor) -> dict[str, Any]:
     height, width = example.picture.shape[1:]
     scale = max(1, width // example.grid[1])
+    stages = [*example.stages, (example.reconstruction, example.psnr)] if example.stages else []
     return {
+        "stages": [(f"{n}: {psnr:.2f} dB", data_uri(picture, lossless=False)) for n, (picture, psnr) in enumerate(stages, start=1)],
         "name": example.name,
         "size": f"{width} x {height} pixels, {example.num_tokens:,} tokens",
         "psnr": f"{example.psnr:.2f} dB",

@@ -120,7 +120,7 @@ def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 def codebook_size_key(recipe: Recipe) -> str:
     """Where the recipe's kind of quantizer keeps the number of codes."""
-    inner = {"vector": "", "residual": "stage.", "product": "head.", "multiscale": "vector."}[recipe.tokenizer.quantizer.kind]
+    inner = {"vector": "", "residual": "stage.", "product": "head.", "multiscale": "scale."}[recipe.tokenizer.quantizer.kind]
     return f"tokenizer.quantizer.{inner}codebook_size"
 
 

@@ -1,0 +1,91 @@
+"""Tokenizers to the files of other projects, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from smalto.blocks import PatchHws
+from smalto.errors import ConfigError, RunError
+from smalto.files import aside, check_writable
+from smalto.interop import var
+from smalto.layout import TokenLayout
+from smalto.quantizers import MultiScaleVQ
+from smalto.tokenizer import ImageTokenizer, load
+
+Target = Literal["var", "smalto"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What ``convert`` wrote, and what a reader of it must know."""
+
+    path: Path
+    notes: list[str]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: Target = "var",
+    *,
+    overwrite: bool = False,
+    patch_nums: PatchHws = var.PATCH_NUMS,
+    using_znorm: bool = False,
+    quant_resi: float = 0.5,
+) -> Converted:
+    """Write a tokenizer as a file of another project, or such a file as a tokenizer.
+
+    Args:
+        source: with ``to="var"`` the folder of a tokenizer or run; with ``to="smalto"`` a ``.pth`` or ``.safetensors`` file of VAR.
+        out: the file (``.pth``, plain tensors) or folder to make.
+        to: ``"var"``: what VAR's ``VQVAE`` loads; ``"smalto"``: a tokenizer folder.
+        patch_nums, using_znorm, quant_resi: with ``to="smalto"``: what the file's tokenizer was built with.
+
+    Raises:
+        ConfigError: VAR cannot hold the tokenizer, or the file is of another one than the settings say.
+        RunError: ``out`` exists and ``overwrite`` is off.
+    """
+    path = Path(out)
+    if to not in ("var", "smalto"):
+        raise ConfigError(f'to must be "var" or "smalto"; got {to!r}.')
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists already. Replace it with --overwrite, or name another --out.")
+    if to == "smalto":
+        return _to_smalto(var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path)
+    return _to_var(load(source), path)
+
+
+def _to_var(tokenizer: ImageTokenizer, path: Path) -> Converted:
+    if path.suffix != ".pth" or path.is_dir():
+        raise RunError(f"{path} must be a file that ends with .pth, such as vae_ch160v4096z32.pth.")
+    check_writable(path)
+    state = var.tokenizer_state_dict(tokenizer)
+    with aside(path) as temporary:
+        torch.save(state, temporary)
+    arguments, fixed = var.constructor_values(tokenizer)
+    if not arguments and not fixed:
+        return Converted(path, ["VAR loads this file as it is: build_vae_var(...) with its own values, load_state_dict(..., strict=True)."])
+    notes = []
+    if arguments:
+        notes.append(f"VAR must build its tokenizer with VQVAE({_arguments(arguments)}); build_vae_var has other values.")
+    if fixed:
+        notes.append(f"VAR writes these into its code: in models/vqvae.py set ddconfig = dict(..., {_arguments(fixed)}).")
+    return Converted(path, notes)
+
+
+def _to_smalto(tokenizer: ImageTokenizer, path: Path) -> Converted:
+    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {"config.json", "model.safetensors"}):
+        raise RunError(f"{path} is {'a file' if path.is_file() else 'a folder with other things in it'}. Name another folder for --out.")
+    check_writable(path)
+    tokenizer.save(path)
+    assert isinstance(tokenizer.quantize, MultiScaleVQ)
+    scales = TokenLayout(tokenizer.quantize.scales)
+    return Converted(path, [f"{tokenizer.quantize.codebook_size:,} codes, scales {scales}"])
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

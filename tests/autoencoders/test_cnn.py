@@ -1,0 +1,84 @@
+"""The convolutional autoencoder."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from smalto.autoencoders import CNNAutoencoderConfig
+from smalto.autoencoders.blocks import AttentionBlock, Downsample
+from smalto.config import parse_config
+from smalto.errors import ConfigError
+
+
+def config(**settings: object) -> CNNAutoencoderConfig:
+    return CNNAutoencoderConfig(**({"ch": 32, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "latent_dim": 4} | settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("levels", range(1, 7))
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_any_number_of_levels_and_channels(levels: int, channels: int) -> None:
+    settings = config(ch_mult=(1,) * levels, in_channels=channels)
+    assert settings.stride == 2 ** (levels - 1)
+    images = torch.randn(2, channels, 2 * settings.stride, 3 * settings.stride)
+    latents = settings.build_encoder()(images)
+    assert latents.shape == (2, 4, 2, 3)
+    assert settings.build_decoder()(latents).shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"ch": 48}, "multiple of 32"),
+        ({"ch_mult": (1, 0)}, "at least 1"),
+        ({"ch_mult": ()}, "at least 1"),
+        ({"quant_conv_kernel": 2}, "1 or 3"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config(CNNAutoencoderConfig, settings, "test")
+
+
+def test_attention_is_softmax_of_all_positions() -> None:
+    torch.manual_seed(0)
+    block, x = AttentionBlock(64), torch.randn(2, 64, 3, 5)
+    q, k, v = block.qkv(block.norm(x)).flatten(2).chunk(3, dim=1)
+    weights = torch.einsum("bci,bcj->bij", q, k).mul(64**-0.5).softmax(dim=2)
+    expected = x + block.proj_out(torch.einsum("bij,bcj->bci", weights, v).view_as(x))
+    torch.testing.assert_close(block(x), expected)
+    other = torch.randn(1, 64, 3, 5)
+    torch.testing.assert_close(block(torch.cat([x, other]))[:2], block(x))
+
+
+def test_downsampling_looks_over_the_lower_right_edge() -> None:
+    block = Downsample(1)
+    nn.init.ones_(block.conv.weight)
+    nn.init.zeros_(block.conv.bias)
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    expected = torch.tensor([[[[x[0, 0, :3, :3].sum(), x[0, 0, :3, 2:].sum()], [x[0, 0, 2:, :3].sum(), x[0, 0, 2:, 2:].sum()]]]])
+    assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("part", ["build_encoder", "build_decoder"])
+def test_gradient_checkpointing_changes_no_number(part: str) -> None:
+    torch.manual_seed(0)
+    network = getattr(config(), part)()
+    saving = copy.deepcopy(network)
+    saving.gradient_checkpointing = True
+    x = torch.randn(2, 3 if part == "build_encoder" else 4, 8, 8)
+    results = []
+    for model in (network, saving):
+        inputs = x.clone().requires_grad_()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t):
+            out = model(inputs)
+        out.square().sum().backward()
+        assert inputs.grad is not None
+        results.append((sum(kept), out, inputs.grad, *[p.grad for p in model.parameters()]))
+    (plain, *expected), (saved, *got) = results
+    assert saved < plain / 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.autoencoders.blocks import AttentionBlock, Downsample
+from smalto.autoencoders.blocks import AttentionBlock, Downsample, ResBlock
 from smalto.config import parse_config
 from smalto.errors import ConfigError
 
@@ -46,12 +46,19 @@ def test_settings_that_do_not_fit(settings: dict[str, object], says: str) -> Non
 def test_attention_is_softmax_of_all_positions() -> None:
     torch.manual_seed(0)
     block, x = AttentionBlock(64), torch.randn(2, 64, 3, 5)
+    nn.Conv2d.reset_parameters(block.proj_out)
     q, k, v = block.qkv(block.norm(x)).flatten(2).chunk(3, dim=1)
     weights = torch.einsum("bci,bcj->bij", q, k).mul(64**-0.5).softmax(dim=2)
     expected = x + block.proj_out(torch.einsum("bij,bcj->bci", weights, v).view_as(x))
     torch.testing.assert_close(block(x), expected)
     other = torch.randn(1, 64, 3, 5)
     torch.testing.assert_close(block(torch.cat([x, other]))[:2], block(x))
+
+
+def test_blocks_begin_as_the_identity() -> None:
+    x = torch.randn(1, 32, 4, 4)
+    assert torch.equal(ResBlock(32, 32)(x), x)
+    assert torch.equal(AttentionBlock(32)(x), x)
 
 
 def test_downsampling_looks_over_the_lower_right_edge() -> None:

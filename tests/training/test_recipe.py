@@ -58,6 +58,13 @@ def test_mistakes_are_named_with_the_nearest_right_thing(tmp_path: Path, text: s
         load_recipe(tmp_path / "r.toml")
 
 
+def test_gradient_checkpointing_is_for_the_cnn() -> None:
+    with pytest.raises(ConfigError, match=r"for autoencoder\.kind 'cnn'; this one is 'simple'"):
+        change_recipe(Recipe(), {"gradient_checkpointing": True})
+    cnn = {"tokenizer.autoencoder.kind": "cnn", "tokenizer.autoencoder.latent_dim": 64, "gradient_checkpointing": True, "data.size": 64}
+    assert change_recipe(Recipe(), cnn).tokenizer.autoencoder.stride == 16
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.toml cannot be read \(No such file"):
         load_recipe(tmp_path / "nowhere.toml")

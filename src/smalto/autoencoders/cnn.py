@@ -58,7 +58,7 @@ class CNNAutoencoderConfig(Config):
         return CNNDecoder(self)
 
 
-class _Network(nn.Module):
+class CheckpointedNetwork(nn.Module):
     """Steps one after the other, held under the names that published checkpoints use.
 
     Attributes:
@@ -97,7 +97,7 @@ def _in_order(level: nn.ModuleDict) -> Iterator[nn.Module]:
     yield from (level[name] for name in ("downsample", "upsample") if name in level)
 
 
-class CNNEncoder(_Network):
+class CNNEncoder(CheckpointedNetwork):
     """Images [B, in_channels, H, W] -> latents [B, latent_dim, H/stride, W/stride]."""
 
     def __init__(self, config: CNNAutoencoderConfig) -> None:
@@ -124,7 +124,7 @@ class CNNEncoder(_Network):
         yield from (self.norm_out, self.silu, self.conv_out, self.quant_conv)
 
 
-class CNNDecoder(_Network):
+class CNNDecoder(CheckpointedNetwork):
     """Latents [B, latent_dim, h, w] -> images [B, in_channels, h·stride, w·stride], not clamped. Levels are numbered as in the encoder."""
 
     def __init__(self, config: CNNAutoencoderConfig) -> None:

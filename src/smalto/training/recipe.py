@@ -71,6 +71,7 @@ class Recipe(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(2400, ge=0)
     precision: Precision = Field("float32", description='"bf16" runs encoder and decoder in bfloat16; the quantizer stays in float32')
+    gradient_checkpointing: bool = Field(False, description="less memory in training, a third more time; for autoencoder.kind cnn")
     tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -83,6 +84,8 @@ class Recipe(Config):
         stride = self.tokenizer.autoencoder.stride
         if self.data.size % stride:
             raise ValueError(f"data.size is {self.data.size}, which the tokenizer's stride {stride} does not divide.")
+        if self.gradient_checkpointing and self.tokenizer.autoencoder.kind != "cnn":
+            raise ValueError(f"gradient_checkpointing is for autoencoder.kind 'cnn'; this one is {self.tokenizer.autoencoder.kind!r}.")
         return self
 
 

@@ -10,6 +10,7 @@ import torch._dynamo  # the first optimizer imports it anyway: here, where Ctrl-
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.autoencoders import CheckpointedNetwork
 from smalto.device import computing
 from smalto.errors import RunError
 from smalto.metrics import psnr
@@ -30,6 +31,9 @@ class TokenizerTask:
     def __init__(self, tokenizer: ImageTokenizer, recipe: Recipe, held_out: Tensor) -> None:
         self.tokenizer, self._recipe, self._held_out = tokenizer, recipe, held_out
         self.device = next(tokenizer.parameters()).device
+        for part in (tokenizer.encoder, tokenizer.decoder):
+            if isinstance(part, CheckpointedNetwork):
+                part.gradient_checkpointing = recipe.gradient_checkpointing
         self._optimizer = torch.optim.AdamW(
             [p for p in tokenizer.parameters() if p.requires_grad], lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay
         )

@@ -1,0 +1,105 @@
+"""Claim: on 2 cores a multi-scale tokenizer trains in 20 minutes; each scale adds to the picture; with all scales it is better than a
+single-scale tokenizer of the same network, steps and final map; it uses its codebook; and VAR's file of it gives the same tokens.
+
+``python benchmarks/var.py FOLDER`` trains ``recipes/var-small.toml`` on the bundled photographs into FOLDER/var-small, then the
+single-scale one into FOLDER/single, and measures both on held-out photographs. An interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import store
+
+import smalto
+from smalto.data.bundled import HELD_OUT, bundled_photographs
+from smalto.interop.var import load_tokenizer
+from smalto.pipelines.evaluate import measure
+from smalto.pipelines.running import PictureReader, Runner
+from smalto.progress import Progress
+from smalto.tokenizer import ImageTokenizer
+from smalto.training.recipe import Recipe, change_recipe, load_recipe
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "var-small.toml"
+
+
+def main(folder: Path) -> None:
+    recipe = load_recipe(RECIPE)
+    multi = trained(recipe, folder / "var-small")
+    single = trained(single_scale(recipe), folder / "single")
+    result = {
+        "multi_scale": figures(folder / "var-small", multi),
+        "single_scale": figures(folder / "single", single),
+        "same_tokens_from_vars_file": same_tokens(folder / "var-small", multi),
+    }
+    print(json.dumps(result, indent=2))
+    print("stored in", store("var", result))
+
+
+def trained(recipe: Recipe, run: Path) -> ImageTokenizer:
+    if not (run / "metrics.json").is_file():
+        if run.is_dir():
+            smalto.resume(run, progress=Lines())
+        else:
+            smalto.train("bundled", recipe, out=run, progress=Lines())
+    return smalto.load(run)
+
+
+def single_scale(recipe: Recipe) -> Recipe:
+    """The same recipe with the multi-scale quantizer's one scale as a quantizer of its own."""
+    scale = recipe.tokenizer.quantizer.scale.model_dump()
+    settings = {f"tokenizer.quantizer.{name}": value for name, value in scale.items()}
+    return change_recipe(recipe, settings)
+
+
+def figures(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """On held-out photographs, and how much of the codebook the training photographs use."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    files = [file for file in bundled_photographs() if file.name not in HELD_OUT]
+    runner = Runner.on(tokenizer, "float32")
+    reader = PictureReader(files, tokenizer.stride, Progress(), workers=0)
+    training = measure(runner, reader).result(tokenizer, "training pictures", reader.transform, "float32", reader.skipped)
+    keep = ("psnr", "ssim", "usage", "usage_window", "used", "perplexity", "grids", "bits_per_pixel", "num_images", "num_tokens")
+    keep += ("codebook_size", "parameters", "steps", "training_seconds", "transform", "precision")
+    return {
+        "held_out": {name: metrics[name] for name in keep},
+        "training": {name: training.figures[name] for name in ("used", "num_tokens", "num_images", "perplexity", "psnr", "grids")},
+    }
+
+
+def same_tokens(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """Write VAR's file, read it back, and compare the tokens of the held-out photographs."""
+    smalto.convert(run, run.with_suffix(".pth"), overwrite=True)
+    back = load_tokenizer(run.with_suffix(".pth"), [h for h, _ in tokenizer.quantize.scales])
+    files = [file for file in bundled_photographs() if file.name in HELD_OUT]
+    equal = total = 0
+    for _, picture in PictureReader(files, tokenizer.stride, Progress(), workers=0):
+        images = picture[None] / 127.5 - 1
+        own, other = tokenizer.encode(images), back.encode(images)
+        equal, total = equal + int((own == other).sum()), total + own.numel()
+    return {"equal": equal, "of": total}
+
+
+class Lines(Progress):
+    """A line every hundred steps."""
+
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        print(task, total, unit, flush=True)
+        self.done = done
+
+    def advance(self, number: int = 1, **figures: Any) -> None:
+        self.done += number
+        if self.done % 100 == 0:
+            print(self.done, {name: value for name, value in figures.items() if "psnr" in name or name == "usage"}, flush=True)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(torch.get_num_threads())
+    main(Path(sys.argv[1]))

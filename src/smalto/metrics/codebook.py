@@ -20,6 +20,11 @@ def perplexity(histogram: Tensor) -> float:
     return math.exp(-float((shares * shares.log()).sum()))
 
 
+def used(histogram: Tensor) -> tuple[float, float]:
+    """Of a histogram [K]: the share of codes that occur at all, exactly, and the share that so many tokens can hit at most."""
+    return int((histogram > 0).sum()) / len(histogram), min(1.0, int(histogram.sum()) / len(histogram))
+
+
 class CodebookMeter:
     """Counts tokens as they come, in O(K) memory.
 
@@ -44,11 +49,6 @@ class CodebookMeter:
         keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
         self._keys, order = keys.topk(min(self._window, len(keys)))
         self._sample = torch.cat([self._sample, tokens])[order]
-
-    def used(self) -> tuple[float, float]:
-        """The share of codes that occur among all tokens, exactly, and the share that so many tokens can hit at most."""
-        size = len(self.histogram)
-        return int((self.histogram > 0).sum()) / size, min(1.0, int(self.histogram.sum()) / size)
 
     def usage(self) -> tuple[float, int]:
         """usage@W: the share of codes that occur among W tokens drawn from all, and W = 32·K (fewer where there were fewer).

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smalto.data.bundled import credit
@@ -18,7 +19,7 @@ from smalto.device import Precision
 from smalto.errors import DataError, MissingExtra
 from smalto.layout import TokenLayout
 from smalto.memory import reused_memory
-from smalto.metrics import CodebookMeter, psnr, ssim
+from smalto.metrics import CodebookMeter, perplexity, psnr, ssim, used
 from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape
 from smalto.progress import Progress
 from smalto.report import Example
@@ -43,16 +44,20 @@ class Evaluation:
 class _Grid:
     """One grid of the layout over all pictures: its codes, its sizes, the PSNR of what it makes together with those before it."""
 
-    meter: CodebookMeter
+    histogram: Tensor
     sizes: set[tuple[int, int]]
     psnr: list[float]
 
     def figures(self) -> dict[str, Any]:
-        used, ceiling = self.meter.used()
-        tokens, perplexity = int(self.meter.histogram.sum()), self.meter.perplexity()
-        size = "x".join(map(str, *self.sizes)) if len(self.sizes) == 1 else "varies"
-        mean = _mean(self.psnr) if self.psnr else None
-        return {"grid": size, "tokens": tokens, "used": used, "ceiling": ceiling, "perplexity": perplexity, "psnr": mean}
+        share, ceiling = used(self.histogram)
+        return {
+            "grid": "x".join(map(str, *self.sizes)) if len(self.sizes) == 1 else "varies",
+            "tokens": int(self.histogram.sum()),
+            "used": share,
+            "ceiling": ceiling,
+            "perplexity": perplexity(self.histogram),
+            "psnr": _mean(self.psnr) if self.psnr else None,
+        }
 
 
 class Measurement:
@@ -94,22 +99,34 @@ class Measurement:
         self._pixels += images.shape[0] * images.shape[2] * images.shape[3]
         self._tokens += tokens.numel()
         self._seconds += seconds
-        blocks = tokens.split(layout.lengths, dim=1)
         stage_values = [psnr(stage, images).tolist() for stage in stages]
-        if len(blocks) > 1:
-            self._grids = self._grids or [_Grid(CodebookMeter(len(self._meter.histogram)), set(), []) for _ in blocks]
-            for number, (grid, block) in enumerate(zip(self._grids, blocks, strict=True)):
-                grid.meter.add(block)
-                grid.sizes.add(layout.grids[number])
-                grid.psnr.extend(stage_values[number] if stage_values else [])
-        shown = max(range(len(blocks)), key=lambda number: layout.lengths[number])  # the first of the finest
-        for i in range(min(len(names), self._max_examples - len(self._examples))):
-            if images.shape[1] == 3:
-                pair = to_uint8(images[i]), to_uint8(reconstructions[i])
-                earlier = tuple((to_uint8(stage[i]), value[i]) for stage, value in zip(stages, stage_values, strict=True))[:-1]
-                grid_shown = blocks[shown][i], layout.grids[shown]
-                name = printable(names[i])
-                self._examples.append(Example(name, *pair, *grid_shown, tokens.shape[1], values[i], credit(names[i]), earlier))
+        if len(layout.grids) > 1:
+            self._count_grids(tokens, layout, stage_values)
+        shown = max(range(len(layout.grids)), key=lambda number: layout.lengths[number])  # the first of the finest
+        finest = tokens.split(layout.lengths, dim=1)[shown]
+        for i in range(min(len(names), self._max_examples - len(self._examples)) if images.shape[1] == 3 else 0):
+            earlier = tuple((to_uint8(stage[i]), value[i]) for stage, value in zip(stages, stage_values, strict=True))[:-1]
+            self._examples.append(
+                Example(
+                    printable(names[i]),
+                    picture=to_uint8(images[i]),
+                    reconstruction=to_uint8(reconstructions[i]),
+                    tokens=finest[i],
+                    grid=layout.grids[shown],
+                    num_tokens=tokens.shape[1],
+                    psnr=values[i],
+                    credit=credit(names[i]),
+                    stages=earlier,
+                )
+            )
+
+    def _count_grids(self, tokens: Tensor, layout: TokenLayout, stage_values: list[list[float]]) -> None:
+        size = len(self._meter.histogram)
+        self._grids = self._grids or [_Grid(torch.zeros(size, dtype=torch.int64), set(), []) for _ in layout.grids]
+        for number, (grid, block) in enumerate(zip(self._grids, tokens.split(layout.lengths, dim=1), strict=True)):
+            grid.histogram.add_(torch.bincount(block.flatten(), minlength=size))
+            grid.sizes.add(layout.grids[number])
+            grid.psnr.extend(stage_values[number] if stage_values else [])
 
     def result(self, tokenizer: ImageTokenizer, on: str, transform: str, precision: str, skipped: list[Skipped]) -> Evaluation:
         """The figures, over all pictures added.
@@ -120,7 +137,7 @@ class Measurement:
         if not self._psnr:
             raise DataError(f"there was no picture to measure. {summary(skipped)}")
         share, window = self._meter.usage()
-        used, ceiling = self._meter.used()
+        used_share, ceiling = used(self._meter.histogram)
         size = tokenizer.quantize.codebook_size
         figures = {
             "measured_on": on,
@@ -131,7 +148,7 @@ class Measurement:
             "ssim": _mean(self._ssim) if self._ssim else None,
             "usage": share,
             "usage_window": window,
-            "used": used,
+            "used": used_share,
             "used_ceiling": ceiling,
             "num_tokens": self._tokens,
             "perplexity": self._meter.perplexity(),
@@ -194,7 +211,9 @@ def measure(runner: Runner, pictures: Any, max_examples: int = MAX_EXAMPLES) -> 
         images = to_unit_range(stacked)
         tokens, reconstructions, seconds = runner.roundtrip(images)
         layout = runner.tokenizer.layout(*images.shape[2:])
-        stages = runner.decode_each(tokens, layout) if runner.tokenizer.is_progressive else []
+        stages = []
+        if runner.tokenizer.is_progressive and len(layout.grids) > 1:
+            stages = [*runner.decode_each(tokens[:, : -layout.lengths[-1]], layout), reconstructions]
         measurement.add(names, images, reconstructions, tokens, layout, seconds, stages)
     return measurement
 

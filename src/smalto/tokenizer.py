@@ -145,6 +145,8 @@ class ImageTokenizer(nn.Module):
             precision: ``"float32"`` computes the same in another order, so that tokens differ at ties only. ``"bf16"`` runs encoder and
                 decoder in bfloat16; the quantizer stays in float32. Images go in and come out as float32 either way.
         """
+        if precision not in ("float32", "bf16"):
+            raise ConfigError(f'precision must be "float32" or "bf16"; got {precision!r}.')
         fast = copy.deepcopy(self).eval().requires_grad_(False)
         for part in (fast.encoder, fast.decoder):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -210,6 +210,19 @@ def test_wrong_keys_and_shapes_are_named() -> None:
         load_tokenizer({k: v for k, v in good.items() if "qresi_ls.2" not in k}, [1, 2, 4])
 
 
+@pytest.mark.parametrize("key", ["encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight", "encoder.conv_out.weight"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 0, 0, 0)])
+def test_tensors_of_any_shape_are_errors_that_name_them(key: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.") + "|must|multiple|greater|quant_conv_kernel"):
+        load_tokenizer(tokenizer_state_dict(small()) | {key: torch.zeros(shape)}, [1, 2, 4])
+
+
+def test_a_level_without_weights_is_named() -> None:
+    state = {key: value for key, value in tokenizer_state_dict(small({"ch_mult": (1, 1, 1)})).items() if "encoder.down.1." not in key}
+    with pytest.raises(ConfigError, match=r"encoder\.down\.1\.block\.0\.conv1\.weight' is missing"):
+        load_tokenizer(state, [1, 2, 4])
+
+
 def test_nested_checkpoints(tmp_path: Path) -> None:
     tokenizer = small()
     good, images = tokenizer_state_dict(tokenizer), torch.rand(1, 3, 8, 8)

@@ -162,32 +162,36 @@ def _var_names(tokenizer: ImageTokenizer) -> dict[str, str]:
 
 def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_resi: float, beta: float, source: str) -> TokenizerConfig:
     """What the keys and shapes of a state say about the tokenizer that it is of."""
-    shape = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    levels = _count(shape, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-    for key in ("encoder.conv_out.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight"):
-        if key not in shape:
+
+    def shape(key: str, rank: int = 4) -> tuple[int, ...]:
+        if key not in state:
             raise ConfigError(f"{source}: the key {key!r} is missing.")
-    ch = shape["encoder.conv_in.weight"][0]
-    widths = [shape[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
-    if any(width % ch for width in widths):
+        if state[key].ndim != rank:
+            raise ConfigError(f"{source}: {key!r} is {list(state[key].shape)}, expected {rank} dimensions.")
+        return tuple(state[key].shape)
+
+    ch, in_channels = shape("encoder.conv_in.weight")[:2]
+    levels = _count(state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    if ch < 1 or any(width % ch for width in widths):
         raise ConfigError(f"{source}: encoder.down.*.block.0.conv1.weight have {widths} channels, which are not multiples of ch = {ch}.")
-    codebook_size, code_dim = shape["quantize.embedding.weight"]
+    codebook_size, code_dim = shape("quantize.embedding.weight", rank=2)
     num_phis: int | None
-    if any(key.startswith("quantize.quant_resi.qresi_ls.") for key in shape):
-        num_phis = _count(shape, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
-    elif "quantize.quant_resi.qresi.weight" in shape:
+    if any(key.startswith("quantize.quant_resi.qresi_ls.") for key in state):
+        num_phis = _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
+    elif "quantize.quant_resi.qresi.weight" in state:
         num_phis = 1
     else:
         num_phis = None
     autoencoder = {
         "kind": "cnn",
-        "in_channels": shape["encoder.conv_in.weight"][1],
-        "latent_dim": shape["encoder.conv_out.weight"][0],
+        "in_channels": in_channels,
+        "latent_dim": shape("encoder.conv_out.weight")[0],
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": _count(shape, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
-        "attention": "encoder.mid.attn_1.qkv.weight" in shape,
-        "quant_conv_kernel": shape["quant_conv.weight"][-1],
+        "num_res_blocks": _count(state, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
+        "attention": "encoder.mid.attn_1.qkv.weight" in state,
+        "quant_conv_kernel": shape("quant_conv.weight")[-1],
     }
     scale = VectorQuantizerConfig(
         codebook_size=codebook_size, latent_dim=code_dim, metric="cosine" if using_znorm else "l2", beta=beta
@@ -202,9 +206,9 @@ def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_re
     return parse_config(TokenizerConfig, {"autoencoder": autoencoder, "quantizer": quantizer}, source)
 
 
-def _count(shapes: dict[str, Any], pattern: str) -> int:
+def _count(state: State, pattern: str) -> int:
     """How many numbers, from 0 on, stand in keys of this pattern."""
-    numbers = [int(match[1]) for key in shapes if (match := re.fullmatch(pattern, key))]
+    numbers = [int(match[1]) for key in state if (match := re.fullmatch(pattern, key))]
     return max(numbers, default=-1) + 1
 
 

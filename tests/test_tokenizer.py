@@ -401,8 +401,11 @@ def test_for_inference_in_bf16_searches_in_float32(make: Callable[[], ImageToken
     assert decoded.dtype == torch.float32
     assert float((decoded - expected).abs().max()) < 0.1
     assert fast(images).vq_loss.dtype == torch.float32
+    assert fast(images).reconstruction.dtype == torch.float32
     with pytest.raises(InputError, match="Convert with"):
         fast.encode(images.double())
+    with pytest.raises(ConfigError, match='precision must be "float32" or "bf16"'):
+        tokenizer.for_inference("float16")  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -44,9 +44,12 @@ def parse_config(kind: type[ConfigT], data: Any, source: str) -> ConfigT:
 
 def nearest_key(key: str, keys: list[str]) -> str:
     """`` Did you mean ...?`` for a dotted key, or the keys there are."""
-    keys = [k for k in keys if k != key]  # where another kind has this very key
+    elsewhere = key in keys  # another kind has this very key
+    keys = [k for k in keys if k != key]
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in keys if k.rsplit(".", 1)[-1] == last]
+    if elsewhere and not same_name:
+        return f"it belongs to another kind; set {key.rpartition('.')[0] + '.kind'!r} too."
     close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:
         by_name = {k.rsplit(".", 1)[-1]: k for k in keys}
@@ -78,6 +81,8 @@ def _explain(kind: type[BaseModel], loc: tuple[int | str, ...], error: str, mess
     if error == "union_tag_invalid":
         got = value.get("kind") if isinstance(value, dict) else value
         return f"{key}.kind must be one of {message.split('expected tags: ')[-1]} (got {got!r})"
+    if error == "union_tag_not_found":
+        return f"{key} must be a table with a kind (got {value!r})"
     if error == "extra_forbidden":
         return f"unknown key {key!r}: {nearest_key(key, dotted_keys(kind))}"
     if error == "missing":

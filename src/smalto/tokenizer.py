@@ -53,7 +53,7 @@ class TokenizerConfig(Config):
         if self.autoencoder.latent_dim != self.quantizer.latent_dim:
             raise ValueError(
                 f"autoencoder.latent_dim is {self.autoencoder.latent_dim} and quantizer.latent_dim is "
-                f"{self.quantizer.latent_dim}: they must be equal."
+                f"{self.quantizer.latent_dim}: they must be equal. Set autoencoder.latent_dim to {self.quantizer.latent_dim}, or the other."
             )
         return self
 
@@ -103,7 +103,7 @@ class ImageTokenizer(nn.Module):
         """
         self.check_images(images)
         quantized, vq_loss, indices = self.quantize(self._latents(images), num_stages=num_stages, noise=noise)
-        return TokenizerOutput(self.decoder(quantized), vq_loss, indices)
+        return TokenizerOutput(self.decoder(quantized).to(images.dtype), vq_loss, indices)
 
     @torch.no_grad()
     def encode(self, images: Tensor, layout: TokenLayout | None = None) -> Tensor:
@@ -244,8 +244,9 @@ class ImageTokenizer(nn.Module):
 
         Of a tokenizer whose grids say nothing alone (product) there is one picture.
         """
-        lengths = [n for n in itertools.accumulate(layout.lengths) if n <= tokens.shape[1]] if self.is_progressive else []
-        return [self.decode(tokens[:, :n], layout, clamp=clamp) for n in lengths or [tokens.shape[1]]]
+        last = self.decode(tokens, layout, clamp=clamp)
+        earlier = [n for n in itertools.accumulate(layout.lengths) if n < tokens.shape[1]] if self.is_progressive else []
+        return [*(self.decode(tokens[:, :n], layout, clamp=clamp) for n in earlier), last]
 
     @property
     def is_progressive(self) -> bool:
@@ -269,8 +270,7 @@ class ImageTokenizer(nn.Module):
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [-1, 1]; got {images.dtype}. Convert with images.float() / 127.5 - 1.")
         weights = _dtype(self.encoder)
-        converted = images.dtype is torch.float32 and weights in (torch.bfloat16, torch.float16)
-        if images.dtype != weights and not converted and not torch.is_autocast_enabled(images.device.type):
+        if images.dtype not in (weights, torch.float32) and not torch.is_autocast_enabled(images.device.type):
             raise InputError(f"images are {images.dtype} and the tokenizer is {weights}. Convert with images.to({weights}).")
         self.layout(*images.shape[2:])
 
@@ -359,12 +359,21 @@ def load(folder: str | Path) -> ImageTokenizer:
         raise RunError(
             f"{folder} {there}: a tokenizer is a folder with config.json and model.safetensors, such as a run of `smalto train`."
         )
-    config = _read_config(folder / "config.json")
+    try:
+        config = _parse((folder / "config.json").read_text(encoding="utf-8"), str(folder / "config.json"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder / 'config.json'} is not readable JSON ({error}).") from None
     tokenizer = config.build()
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
+        with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+            beside = (file.metadata() or {}).get("smalto")
     except (safetensors.SafetensorError, OSError) as error:
         raise RunError(f"{folder / 'model.safetensors'} cannot be read ({error}). Take the one of an older checkpoint.") from None
+    if beside is not None and _parse(beside, "model.safetensors") != config:
+        raise RunError(
+            f"{folder}: model.safetensors was written with another config.json than the one beside it. Take both from one place."
+        )
     try:
         tokenizer.load_state_dict(state, assign=True)  # in the precision that was saved
     except RuntimeError as error:
@@ -372,18 +381,18 @@ def load(folder: str | Path) -> ImageTokenizer:
     return tokenizer.eval()
 
 
-def _read_config(path: Path) -> TokenizerConfig | SimpleVQVAEConfig:
+def _parse(text: str, source: str) -> TokenizerConfig | SimpleVQVAEConfig:
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}).") from None
+        data: Any = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{source} is not readable JSON ({error}).") from None
     version = data.pop("format_version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        raise ConfigError(f"{path} has format_version {version!r}; this smalto reads {FORMAT_VERSION}.")
+        raise ConfigError(f"{source} has format_version {version!r}; this smalto reads {FORMAT_VERSION}.")
     kinds: dict[str, type[TokenizerConfig] | type[SimpleVQVAEConfig]] = {
         "image-tokenizer": TokenizerConfig,
         "simple-vqvae": SimpleVQVAEConfig,
     }
     if not isinstance(data.get("kind"), str) or data["kind"] not in kinds:
-        raise ConfigError(f"{path}: kind must be one of {sorted(kinds)}; got {data.get('kind')!r}.")
-    return parse_config(kinds[data["kind"]], data, str(path))
+        raise ConfigError(f"{source}: kind must be one of {sorted(kinds)}; got {data.get('kind')!r}.")
+    return parse_config(kinds[data["kind"]], data, source)

@@ -55,6 +55,14 @@ def test_attention_is_softmax_of_all_positions() -> None:
     torch.testing.assert_close(block(torch.cat([x, other]))[:2], block(x))
 
 
+def test_one_image_of_one_position() -> None:
+    settings = config(ch_mult=(1, 1))
+    encoder, decoder, images = settings.build_encoder(), settings.build_decoder(), torch.rand(2, 3, 2, 2)
+    latents = encoder(images)
+    torch.testing.assert_close(encoder(images[:1]), latents[:1])
+    torch.testing.assert_close(decoder(latents[:1]), decoder(latents)[:1])
+
+
 def test_blocks_begin_as_the_identity() -> None:
     x = torch.randn(1, 32, 4, 4)
     assert torch.equal(ResBlock(32, 32)(x), x)

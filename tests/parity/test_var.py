@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 import smalto
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.errors import ConfigError, DataError
+from smalto.errors import ConfigError, DataError, SmaltoError
 from smalto.interop.var import HITS, constructor_values, load_tokenizer, obstacles, tokenizer_state_dict
 from smalto.quantizers import MultiScaleVQConfig
 from smalto.quantizers.multiscale import phi_of_scale
@@ -217,6 +218,47 @@ def test_tensors_of_any_shape_are_errors_that_name_them(key: str, shape: tuple[i
         load_tokenizer(tokenizer_state_dict(small()) | {key: torch.zeros(shape)}, [1, 2, 4])
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (torch.zeros(32, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(32).half(), "torch.float16"),
+        (torch.zeros(32, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(32).to_sparse(), "expected a plain tensor"),
+        (torch.zeros(32, device="meta"), "expected a plain tensor"),
+        (torch.full((32,), torch.nan), "NaN"),
+        (None, "NoneType"),
+        ("text", "str"),
+    ],
+    ids=str,
+)
+def test_values_that_are_no_weights_are_named(value: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"encoder\.norm_out\.weight' .*{says}"):
+        load_tokenizer(tokenizer_state_dict(small()) | {"encoder.norm_out.weight": value}, [1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_resi": None},
+        {"quant_resi": "0.5"},
+        {"beta": -1},
+        {"beta": None},
+        {"using_znorm": "yes"},
+        {"patch_nums": (0, 2, 4)},
+        {"patch_nums": ()},
+    ],
+)
+def test_settings_of_the_loader_are_checked(settings: dict[str, Any]) -> None:
+    with pytest.raises(SmaltoError):
+        load_tokenizer(tokenizer_state_dict(small()), **{"patch_nums": [1, 2, 4]} | settings)
+
+
+def test_scales_may_be_numpys() -> None:
+    state = tokenizer_state_dict(small())
+    assert load_tokenizer(state, list(numpy.array([1, 2, 4]))).quantize.scales == ((1, 1), (2, 2), (4, 4))
+
+
 def test_a_level_without_weights_is_named() -> None:
     state = {key: value for key, value in tokenizer_state_dict(small({"ch_mult": (1, 1, 1)})).items() if "encoder.down.1." not in key}
     with pytest.raises(ConfigError, match=r"encoder\.down\.1\.block\.0\.conv1\.weight' is missing"):
@@ -239,6 +281,8 @@ def test_nested_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(load_tokenizer(str(tmp_path / "vae.safetensors"), [1, 2, 4]).encode(images), expected)
     with pytest.raises(DataError, match=r"2 sets of weights.*\['model'\]; \['ema'\]"):
         load_tokenizer({"model": good, "ema": good}, [1, 2, 4])
+    with pytest.raises(DataError, match=r"those at the top; keys that begin with 'ema\.'"):
+        load_tokenizer(good | {f"ema.{key}": tensor for key, tensor in good.items()}, [1, 2, 4])
 
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
@@ -255,7 +299,13 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     torch.save({"args": Path("x")}, tmp_path / "objects.pth")
     with pytest.raises(DataError, match="runs no code"):
         load_tokenizer(tmp_path / "objects.pth")
-    for name, content in (("text.pth", b"hello"), ("empty.pth", b""), ("cut.pth", (tmp_path / "other.pth").read_bytes()[:300])):
+    for name, content in (
+        ("text.pth", b"hello"),
+        ("empty.pth", b""),
+        ("cut.pth", (tmp_path / "other.pth").read_bytes()[:300]),
+        ("dot.pth", b"."),
+        ("80.pth", b"\x80"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError):
             load_tokenizer(tmp_path / name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import smalto
+import smalto.tokenizer as tokenizer_module
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.errors import ConfigError, RunError
 from smalto.interop.var import load_tokenizer
@@ -67,3 +68,41 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     done = smalto_command("convert", folder, "--to", "smalto", "--patch-nums", "a", "--out", tmp_path / "z", check=False)
     assert done.returncode == 1
     assert "--patch-nums takes whole numbers" in done.stderr
+
+
+def test_an_interrupted_conversion_leaves_what_was_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smalto.convert(folder, tmp_path / "vae.pth")
+    out = tmp_path / "out"
+    smalto.convert(tmp_path / "vae.pth", out, "smalto", patch_nums=[1, 2, 4])
+    before, write = smalto.load(out).fingerprint(), tokenizer_module.write_atomic
+
+    def interrupted(path: Path, data: str | bytes) -> None:
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(tokenizer_module, "write_atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        smalto.convert(tmp_path / "vae.pth", out, "smalto", overwrite=True, patch_nums=[1, 3, 4])
+    with pytest.raises(KeyboardInterrupt):
+        smalto.convert(tmp_path / "vae.pth", tmp_path / "fresh", "smalto", patch_nums=[1, 3, 4])
+    monkeypatch.undo()
+    assert smalto.load(out).fingerprint() == before
+    assert not (tmp_path / "fresh").exists()
+    smalto.convert(tmp_path / "vae.pth", out, "smalto", overwrite=True, patch_nums=[1, 3, 4])
+    assert smalto.load(out).quantize.scales == ((1, 1), (3, 3), (4, 4))
+
+
+def test_weights_beside_another_config_are_not_loaded(folder: Path, tmp_path: Path) -> None:
+    smalto.convert(folder, tmp_path / "vae.pth")
+    smalto.convert(tmp_path / "vae.pth", tmp_path / "other", "smalto", patch_nums=[1, 3, 4])
+    (folder / "config.json").write_bytes((tmp_path / "other" / "config.json").read_bytes())
+    with pytest.raises(RunError, match=r"written with another config\.json"):
+        smalto.load(folder)
+
+
+def test_a_refused_conversion_makes_nothing(tmp_path: Path) -> None:
+    smalto.SimpleVQVAE().save(tmp_path / "simple")
+    with pytest.raises(ConfigError, match="cannot hold"):
+        smalto.convert(tmp_path / "simple", tmp_path / "new" / "vae.pth")
+    assert not (tmp_path / "new").exists()

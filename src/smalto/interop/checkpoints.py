@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,37 +39,39 @@ def read_checkpoint(path: str | Path) -> Any:
             f"{path} holds more than tensors and plain values, or is no checkpoint, and smalto runs no code from files ({reason}). "
             "Where you trust it, save its weights alone: torch.save(torch.load(path, weights_only=False)[KEY], new_path)."
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is damaged or no checkpoint of torch ({error}).") from None
+    except Exception as error:  # whatever the reader stumbles over in a damaged file
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(f"{path} is damaged or no checkpoint of torch ({type(error).__name__}: {reason}).") from None
 
 
-def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, Tensor]:
+def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, Any]:
     """The one state in a checkpoint that has the keys ``marks``, wherever it is nested and whatever stands before its keys.
 
     Raises:
         DataError: there is none, or several: then it names the key of each.
     """
-    found = list(_states(checkpoint, marks, ()))
+    found = list(_states(checkpoint, marks, ""))
     if len(found) == 1:
         return found[0][1]
     if found:
-        keys = "; ".join("".join(f"[{key!r}]" for key in place) for place, _ in found)
+        places = "; ".join(place or "those at the top" for place, _ in found)
         raise DataError(
-            f"the checkpoint holds {len(found)} sets of weights of {what}. Choose one and pass it as a state dict: "
-            f"torch.load(path, weights_only=True) followed by one of {keys}."
+            f"the checkpoint holds {len(found)} sets of weights of {what}: {places}. Take one out of torch.load(path, weights_only=True) and "
+            "pass it as a state dict."
         )
     keys = ", ".join(map(str, list(checkpoint)[:6])) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
     raise DataError(f"this is no {what}: it has no {' and '.join(marks)}. It holds {keys}, ...")
 
 
-def _states(value: Any, marks: tuple[str, ...], place: tuple[str, ...]) -> Any:
+def _states(value: Any, marks: tuple[str, ...], place: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, state) of every state inside nested dictionaries."""
-    if not isinstance(value, Mapping) or len(place) > 4:
+    if not isinstance(value, Mapping) or depth > 16:
         return
-    tensors = {key: tensor for key, tensor in value.items() if isinstance(key, str) and isinstance(tensor, Tensor)}
-    for prefix in [key.removesuffix(marks[0]) for key in tensors if key.endswith(marks[0])]:
-        if all(prefix + mark in tensors for mark in marks):
-            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            yield (*place, f"{prefix}*") if prefix else place, own
+    # A value that should be a tensor and is none is left in: who compares keys and shapes will name it.
+    weights = {key: inner for key, inner in value.items() if isinstance(key, str) and (isinstance(inner, Tensor) or "." in key)}
+    for prefix in [key.removesuffix(marks[0]) for key in weights if key.endswith(marks[0])]:
+        if all(prefix + mark in weights for mark in marks):
+            own = {key.removeprefix(prefix): inner for key, inner in weights.items() if key.startswith(prefix)}
+            yield f"{place} keys that begin with {prefix!r}".strip() if prefix else place, own
     for key, inner in value.items():
-        yield from _states(inner, marks, (*place, str(key)))
+        yield from _states(inner, marks, f"{place}[{key!r}]", depth + 1)

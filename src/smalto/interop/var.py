@@ -13,10 +13,10 @@ from torch import Tensor
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.blocks import PatchHws
 from smalto.config import parse_config
-from smalto.errors import ConfigError, DataError
+from smalto.errors import ConfigError, DataError, InputError, describe
 from smalto.interop.checkpoints import State, find_state, read_checkpoint
-from smalto.layout import as_grids
-from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig, VectorQuantizerConfig
+from smalto.layout import TokenLayout, as_grids
+from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -53,6 +53,7 @@ def load_tokenizer(
     if isinstance(checkpoint, Mapping) and "pos_1LC" in checkpoint:
         raise DataError(f"{source} is VAR's transformer, not its tokenizer: load vae_ch160v4096z32.pth, which lies beside it.")
     state = find_state(checkpoint, _MARKS, "tokenizer of VAR")
+    _check_tensors(state, source)
     config = _read_config(state, patch_nums, using_znorm, quant_resi, beta, source)
     with torch.device("meta"):
         tokenizer = config.build()
@@ -72,6 +73,8 @@ def tokenizer_state_dict(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
     Raises:
         ConfigError: VAR cannot hold this tokenizer, and why.
     """
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise InputError(f"tokenizer_state_dict takes an ImageTokenizer; got {describe(tokenizer)}.")
     reasons = obstacles(tokenizer)
     if reasons:
         raise ConfigError(f"VAR cannot hold this tokenizer: {'; '.join(reasons)}.")
@@ -117,6 +120,8 @@ def constructor_values(tokenizer: ImageTokenizer) -> tuple[dict[str, Any], dict[
         "vocab_size": (quantizer.codebook_size, 4096),
         "z_channels": (quantizer.latent_dim, 32),
         "ch": (autoencoder.ch, 160),
+        "dropout": (autoencoder.dropout, 0.0),
+        "beta": (quantizer.scale.beta, 0.25),
         "using_znorm": (quantizer.scale.metric == "cosine", False),
         "quant_conv_ks": (autoencoder.quant_conv_kernel, 3),
         "quant_resi": (quantizer.phi_ratio, 0.5),
@@ -193,12 +198,12 @@ def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_re
         "attention": "encoder.mid.attn_1.qkv.weight" in state,
         "quant_conv_kernel": shape("quant_conv.weight")[-1],
     }
-    scale = VectorQuantizerConfig(
-        codebook_size=codebook_size, latent_dim=code_dim, metric="cosine" if using_znorm else "l2", beta=beta
-    ).model_dump()
+    if not isinstance(using_znorm, bool) or not isinstance(quant_resi, (int, float)):
+        raise ConfigError(f"using_znorm is True or False and quant_resi a number; got {using_znorm!r} and {quant_resi!r}.")
+    scale = {"codebook_size": codebook_size, "latent_dim": code_dim, "metric": "cosine" if using_znorm else "l2", "beta": beta}
     quantizer = {
         "kind": "multiscale",
-        "scales": as_grids(patch_nums),
+        "scales": TokenLayout(as_grids(patch_nums)).grids,
         "num_phis": num_phis,
         "phi_ratio": abs(quant_resi),
         "scale": scale,
@@ -210,6 +215,18 @@ def _count(state: State, pattern: str) -> int:
     """How many numbers, from 0 on, stand in keys of this pattern."""
     numbers = [int(match[1]) for key in state if (match := re.fullmatch(pattern, key))]
     return max(numbers, default=-1) + 1
+
+
+def _check_tensors(state: State, source: str) -> None:
+    """Raise ConfigError unless everything is a plain tensor of numbers, in one precision."""
+    precision = state[_MARKS[1]].dtype if isinstance(state[_MARKS[1]], Tensor) else None
+    for key, tensor in state.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or not tensor.is_floating_point() or (key != HITS and tensor.dtype != precision):
+            wanted = f"numbers in the precision of {_MARKS[1]!r}, {precision}"
+            raise ConfigError(f"{source}: {key!r} is {describe(tensor)}, expected a plain tensor of {wanted}.")
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"{source}: {key!r} holds NaN or infinite numbers. Take an earlier checkpoint.")
 
 
 def _compare(expected: Mapping[str, torch.Size], state: State, source: str) -> None:

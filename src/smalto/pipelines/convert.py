@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 
 from smalto.blocks import PatchHws
 from smalto.errors import ConfigError, RunError
-from smalto.files import aside, check_writable
+from smalto.files import aside, check_writable, sync_tree
 from smalto.interop import var
 from smalto.layout import TokenLayout
 from smalto.quantizers import MultiScaleVQ
@@ -50,20 +51,20 @@ def convert(
         RunError: ``out`` exists and ``overwrite`` is off.
     """
     path = Path(out)
-    if to not in ("var", "smalto"):
-        raise ConfigError(f'to must be "var" or "smalto"; got {to!r}.')
-    if path.exists() and not overwrite:
-        raise RunError(f"{path} exists already. Replace it with --overwrite, or name another --out.")
+    if to == "var":
+        return _to_var(load(source), path, overwrite)
     if to == "smalto":
-        return _to_smalto(var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path)
-    return _to_var(load(source), path)
+        return _to_smalto(var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path, overwrite)
+    raise ConfigError(f'to must be "var" or "smalto"; got {to!r}.')
 
 
-def _to_var(tokenizer: ImageTokenizer, path: Path) -> Converted:
-    if path.suffix != ".pth" or path.is_dir():
-        raise RunError(f"{path} must be a file that ends with .pth, such as vae_ch160v4096z32.pth.")
-    check_writable(path)
+def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
     state = var.tokenizer_state_dict(tokenizer)
+    if path.suffix != ".pth":
+        raise RunError(f"{path} must be a file that ends with .pth, such as vae_ch160v4096z32.pth.")
+    _check_free(path, overwrite)
+    if path.is_dir():
+        raise RunError(f"{path} is a folder. Name a file that ends with .pth for --out.")
     with aside(path) as temporary:
         torch.save(state, temporary)
     arguments, fixed = var.constructor_values(tokenizer)
@@ -77,14 +78,24 @@ def _to_var(tokenizer: ImageTokenizer, path: Path) -> Converted:
     return Converted(path, notes)
 
 
-def _to_smalto(tokenizer: ImageTokenizer, path: Path) -> Converted:
+def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
+    _check_free(path, overwrite)
     if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {"config.json", "model.safetensors"}):
         raise RunError(f"{path} is {'a file' if path.is_file() else 'a folder with other things in it'}. Name another folder for --out.")
-    check_writable(path)
-    tokenizer.save(path)
+    with aside(path) as new:
+        tokenizer.save(new)
+        sync_tree(new)
+        if path.is_dir():
+            os.replace(path, new.parent / "old")  # goes with the temporary folder, once the new one is in its place
     assert isinstance(tokenizer.quantize, MultiScaleVQ)
     scales = TokenLayout(tokenizer.quantize.scales)
     return Converted(path, [f"{tokenizer.quantize.codebook_size:,} codes, scales {scales}"])
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    check_writable(path)
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists already. Replace it with --overwrite, or name another --out.")
 
 
 def _arguments(values: dict[str, Any]) -> str:

@@ -143,6 +143,8 @@ class MultiScaleVQ(Quantizer):
         layout = self.layout(height, width) if layout is None else layout
         if not isinstance(layout, TokenLayout) or layout.grids[-1] != (height, width):
             raise InputError(f"the last scale must be the whole latent map, ({height}, {width}); got {layout}.")
+        if any(h > height or w > width for h, w in layout.grids):
+            raise InputError(f"scales must not be finer than the last one, which is the whole latent map; got {layout}.")
         with without_autocast(latents.device):
             indices, _ = self._quantize(*self._target(latents), layout, len(layout.grids))
         return torch.cat(indices, dim=1)

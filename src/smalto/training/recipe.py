@@ -117,7 +117,7 @@ def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
             table = table.setdefault(parent, {})
         if last == "kind" and table.get("kind") != value:
             table.clear()  # the settings of another kind mean nothing to this one
-        table[last] = value
+        table[last] = _replace(value, NONE, None)
     return parse_config(Recipe, data, "recipe")
 
 

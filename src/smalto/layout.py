@@ -61,7 +61,7 @@ def as_grids(scales: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], 
         InputError: something else.
     """
     try:
-        pairs = [(scale, scale) if hasattr(scale, "__index__") else tuple(scale) for scale in scales]
+        pairs = [scale if isinstance(scale, (tuple, list)) else (scale, scale) for scale in scales]
         return tuple((operator.index(h), operator.index(w)) for h, w in pairs)
     except (TypeError, ValueError):
         raise InputError(f"scales are whole numbers or pairs (rows, columns); got {scales}.") from None

@@ -372,7 +372,7 @@ def load(folder: str | Path) -> ImageTokenizer:
         raise RunError(f"{folder / 'model.safetensors'} cannot be read ({error}). Take the one of an older checkpoint.") from None
     if beside is not None and _parse(beside, "model.safetensors") != config:
         raise RunError(
-            f"{folder}: model.safetensors was written with another config.json than the one beside it. Take both from one place."
+            f"{folder / 'model.safetensors'} does not fit config.json beside it: it was written with another one. Take both anew."
         )
     try:
         tokenizer.load_state_dict(state, assign=True)  # in the precision that was saved

@@ -97,7 +97,7 @@ def test_weights_beside_another_config_are_not_loaded(folder: Path, tmp_path: Pa
     smalto.convert(folder, tmp_path / "vae.pth")
     smalto.convert(tmp_path / "vae.pth", tmp_path / "other", "smalto", patch_nums=[1, 3, 4])
     (folder / "config.json").write_bytes((tmp_path / "other" / "config.json").read_bytes())
-    with pytest.raises(RunError, match=r"written with another config\.json"):
+    with pytest.raises(RunError, match=r"does not fit config\.json beside it: it was written with another"):
         smalto.load(folder)
 
 

@@ -56,8 +56,8 @@ def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, 
     if found:
         places = "; ".join(place or "those at the top" for place, _ in found)
         raise DataError(
-            f"the checkpoint holds {len(found)} sets of weights of {what}: {places}. Take one out of torch.load(path, weights_only=True) and "
-            "pass it as a state dict."
+            f"the checkpoint holds {len(found)} sets of weights of {what}: {places}. "
+            "Take one out of torch.load(path, weights_only=True) and pass it as a state dict."
         )
     keys = ", ".join(map(str, list(checkpoint)[:6])) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
     raise DataError(f"this is no {what}: it has no {' and '.join(marks)}. It holds {keys}, ...")

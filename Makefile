@@ -25,10 +25,12 @@ check: .venv ## style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: .venv ## measure; results go to benchmarks/results (an hour; let nothing else run)
+bench: .venv ## measure; results go to benchmarks/results (two hours; let nothing else run)
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/encode.py
+	rm -rf runs/bench-var && $(BIN)/python benchmarks/var.py runs/bench-var && $(BIN)/python docs/make_var.py runs/bench-var/var-small
 	rm -rf runs/bench && $(BIN)/python benchmarks/demo.py runs/bench && $(BIN)/python docs/make_picture.py runs/bench/demo
 
 .venv: .venv/installed ## only set up; PIP_ARGS=... goes to pip

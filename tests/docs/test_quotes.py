@@ -83,3 +83,55 @@ def test_steps_are_quoted(page: Path) -> None:
         assert step_row(row) in text
     assert f"{step['large']['process_mib']:.0f} MiB" in text
     assert step["machine"]["processor"] in text
+
+
+VAR = [ROOT / "docs" / language / "var.md" for language in ("en", "zh")]
+on_var = pytest.mark.parametrize("page", VAR, ids=lambda page: page.parent.name)
+
+
+def scale_rows(var: dict[str, Any]) -> list[str]:
+    held_out, training = var["multi_scale"]["held_out"], var["multi_scale"]["training"]
+    rows = []
+    for side, seen, learned in zip((1, 2, 4, 8, 16), held_out["grids"], training["grids"], strict=True):
+        shares = f"{learned['used']:.1%}", f"{learned['ceiling']:.1%}"
+        rows.append(table_row(f"{side} x {side}", f"{seen['psnr']:.2f}", f"{learned['tokens']:,}", *shares, f"{learned['perplexity']:.0f}"))
+    total = f"{training['num_tokens']:,}", f"{training['used']:.1%}", "100.0%", f"{training['perplexity']:.0f}"
+    return [*rows, table_row("Σ", f"{held_out['psnr']:.2f}", *total)]
+
+
+def encode_row(name: str, row: dict[str, Any]) -> str:
+    encode = f"{row['encode_images_per_second']:.2f}", f"{row['encode_ratio']:.2f}"
+    decode = f"{row['decode_images_per_second']:.2f}", f"{row['decode_ratio']:.2f}"
+    return table_row(name, *encode, *decode, f"{row['quantizer_share']:.1%}", f"{row['equal']:.1%}")
+
+
+@on_var
+def test_scales_are_quoted(page: Path) -> None:
+    var, text = result("var"), page.read_text(encoding="utf-8")
+    for row in scale_rows(var):
+        assert row in text
+    multi, single = var["multi_scale"]["held_out"], var["single_scale"]["held_out"]
+    assert f"{multi['psnr']:.2f} dB" in text
+    assert f"{single['psnr']:.2f} dB" in text
+    assert f"{var['multi_scale']['training']['psnr']:.2f} dB" in text
+    assert f"{multi['steps']:,}" in text
+    assert f"{multi['training_seconds'] / 60:.0f} " in text
+    assert f"{var['same_tokens_from_vars_file']['of']:,}" in text
+
+
+def test_what_was_claimed_of_scales_holds() -> None:
+    var = result("var")
+    values = [grid["psnr"] for grid in var["multi_scale"]["held_out"]["grids"]]
+    assert values == sorted(values)
+    assert var["multi_scale"]["held_out"]["psnr"] >= var["single_scale"]["held_out"]["psnr"]
+    assert var["multi_scale"]["training"]["used"] >= 0.95
+    assert var["multi_scale"]["held_out"]["training_seconds"] <= 20 * 60
+    assert var["same_tokens_from_vars_file"]["equal"] == var["same_tokens_from_vars_file"]["of"]
+
+
+@on_var
+def test_speed_is_quoted(page: Path) -> None:
+    encode, text = result("encode"), page.read_text(encoding="utf-8")
+    for name, row in encode["ways"].items():
+        assert encode_row(name, row) in text
+    assert encode["machine"]["processor"] in text

@@ -36,6 +36,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     plain = TokenizerConfig(autoencoder=CNNAutoencoderConfig(ch=160, latent_dim=32), quantizer=MultiScaleVQConfig()).build().eval()
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Conv2d):  # residual branches begin at zero; here every layer is to count
+            torch.nn.Conv2d.reset_parameters(module)
     images = photographs(options.batch)
     spread_codes(plain, images)
     ways: dict[str, tuple[ImageTokenizer, Callable[[], Any]]] = {

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalto.autoencoders import AutoencoderConfig, SimpleAutoencoderConfig
+from smalto.autoencoders.blocks import Upsample
 from smalto.blocks import Blocks, DiagonalBlocks, PatchHws, cut, join, layout_by_grid, stacked_layout
 from smalto.config import Config, parse_config
 from smalto.device import Precision
@@ -148,6 +149,9 @@ class ImageTokenizer(nn.Module):
         if precision not in ("float32", "bf16"):
             raise ConfigError(f'precision must be "float32" or "bf16"; got {precision!r}.')
         fast = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in fast.decoder.modules():
+            if isinstance(module, Upsample):
+                module.fold()
         for part in (fast.encoder, fast.decoder):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if precision == "bf16":

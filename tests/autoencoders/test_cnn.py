@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.autoencoders.blocks import AttentionBlock, Downsample, ResBlock
+from smalto.autoencoders.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 from smalto.config import parse_config
 from smalto.errors import ConfigError
 
@@ -97,3 +97,15 @@ def test_gradient_checkpointing_changes_no_number(part: str) -> None:
     (plain, *expected), (saved, *got) = results
     assert saved < plain / 2
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 2)])
+def test_folded_upsampling_is_the_plain_one(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    plain = Upsample(6).double()
+    folded = copy.deepcopy(plain)
+    folded.fold()
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-12, atol=1e-12)
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(folded.bfloat16()(x.bfloat16()).double(), plain(x), rtol=0.1, atol=0.1)

@@ -135,3 +135,14 @@ def test_speed_is_quoted(page: Path) -> None:
     for name, row in encode["ways"].items():
         assert encode_row(name, row) in text
     assert encode["machine"]["processor"] in text
+    bf16 = result("var")["bf16"]
+    for figure in (f"{bf16['equal']:.1%}", f"{bf16['psnr_bf16']:.2f} dB", f"{bf16['psnr_float32']:.2f} dB"):
+        assert figure in text
+
+
+def test_what_was_claimed_of_speed_holds() -> None:
+    plain, exact, bf16 = (result("encode")["ways"][name] for name in ("plain", "float32", "bf16"))
+    assert min(exact["encode_ratio"], exact["decode_ratio"]) >= 1.25
+    assert min(bf16["encode_ratio"], bf16["decode_ratio"]) >= 5
+    assert exact["equal"] == 1
+    assert max(way["quantizer_share"] for way in (plain, exact, bf16)) <= 0.05

@@ -80,11 +80,37 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: every pixel four times, then a 3x3 convolution."""
+    """Twice the height and width: every pixel four times, then a 3x3 convolution.
+
+    Of the nine taps several always meet copies of one pixel. After ``fold`` they are added up beforehand: four 2x2 convolutions of the
+    small map, one for each place in a 2x2 block of the large one, in less than half of the multiplications.
+    """
+
+    folded: Tensor | None
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = conv3x3(width, width)
+        self.register_buffer("folded", None, persistent=False)  # [4·C, C, 2, 2]
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Go over to the folded form: for inference, because it does not see when the weights change."""
+        # Place 0 meets the pixel before and its own, place 1 its own and the next; along rows first, then along columns.
+        first, middle, last = self.conv.weight.unbind(dim=2)
+        rows = torch.stack([torch.stack([first, middle + last], dim=2), torch.stack([first + middle, last], dim=2)])
+        first, middle, last = rows.unbind(dim=4)
+        places = torch.stack([torch.stack([first, middle + last], dim=4), torch.stack([first + middle, last], dim=4)], dim=1)
+        self.folded = places.flatten(0, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if self.folded is None:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert self.conv.bias is not None
+        batch, width, rows, columns = x.shape
+        places = F.conv2d(x, self.folded, self.conv.bias.repeat(4), padding=1).split(width, dim=1)
+        out = torch.empty(batch, width, 2 * rows, 2 * columns, dtype=places[0].dtype, device=x.device, memory_format=torch.channels_last)
+        for number, place in enumerate(places):
+            down, right = divmod(number, 2)
+            out[:, :, down::2, right::2] = place[:, :, down : down + rows, right : right + columns]
+        return out

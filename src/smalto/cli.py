@@ -60,7 +60,7 @@ def demo(
 def train(
     folder: Annotated[
         str | None,
-        typer.Argument(help="Folder of pictures, searched with its subfolders. With --resume: where they are now, if they moved."),
+        typer.Argument(help="Folder (or zip, tar) of pictures, with its subfolders. With --resume: where they are now, if they moved."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/mine"),
     resume: Annotated[Path | None, typer.Option(help="Go on with this run instead.")] = None,
@@ -111,7 +111,7 @@ def train(
 
 @app.command(epilog="Example: smalto evaluate photos/ --tokenizer runs/mine")
 def evaluate(
-    folder: Annotated[str, typer.Argument(help="Folder of pictures. On the training folder only held-out pictures are measured.")],
+    folder: Annotated[str, typer.Argument(help="Folder (or zip, tar) of pictures. Of the training folder held-out pictures only.")],
     tokenizer: Tokenizer,
     everything: Annotated[bool, typer.Option("--all", help="Measure training pictures too.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -151,7 +151,7 @@ def evaluate(
 
 @app.command(epilog="Example: smalto tokenize photos/ --tokenizer runs/mine --out tokens.safetensors")
 def tokenize(
-    folder: Annotated[str, typer.Argument(help="Folder of pictures, or one picture.")],
+    folder: Annotated[str, typer.Argument(help="Folder (or zip, tar) of pictures, or one picture.")],
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option(help="The token file to write.")] = Path("tokens.safetensors"),
     overwrite: Overwrite = False,

@@ -175,12 +175,12 @@ def test_a_picture_that_kills_its_worker_is_bad_and_the_others_are_not(pictures:
     assert bad == ["picture02.png"]
 
 
-def kill_on_the_third(path: str, longer_side: int | None) -> numpy.ndarray:
+def kill_on_the_third(file: PictureFile, longer_side: int | None) -> numpy.ndarray:
     from smalto.data.images import read_picture
 
-    if path.endswith("picture02.png"):
+    if file.name == "picture02.png":
         os._exit(9)
-    return read_picture(path, longer_side)
+    return read_picture(file, longer_side)
 
 
 def test_ranges_and_centre_crops() -> None:

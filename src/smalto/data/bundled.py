@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from smalto.data.images import PictureFile
+from smalto.data.archives import PictureFile
 from smalto.errors import MissingExtra
 
 SOURCE = "bundled"

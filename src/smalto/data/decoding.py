@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import numpy
 
-from smalto.data.images import LONGER_SIDE, BadPicture, PictureFile, read_picture
+from smalto.data.archives import PictureFile
+from smalto.data.images import LONGER_SIDE, BadPicture, read_picture
 from smalto.errors import DataError
 
 T = TypeVar("T")
@@ -34,24 +35,24 @@ class Decoder:
         self.workers, self.longer_side = workers, longer_side
         self._pool: ProcessPoolExecutor | None = None
 
-    def submit(self, path: str) -> Future[numpy.ndarray] | None:
+    def submit(self, file: PictureFile) -> Future[numpy.ndarray] | None:
         """Ask for one file; pass what comes back to ``result``."""
-        return self._submit(read_picture, path, self.longer_side) if self.workers else None
+        return self._submit(read_picture, file, self.longer_side) if self.workers else None
 
-    def result(self, path: str, future: Future[numpy.ndarray] | None) -> numpy.ndarray:
+    def result(self, file: PictureFile, future: Future[numpy.ndarray] | None) -> numpy.ndarray:
         """The picture asked for, uint8 [H, W, 3]. Raises BadPicture."""
         if future is None:
-            return read_picture(path, self.longer_side)
+            return read_picture(file, self.longer_side)
         try:
             return future.result()
         except (BrokenProcessPool, CancelledError):  # its worker died, or another picture's did and took the pool along
-            return self._retry_alone(path)
+            return self._retry_alone(file)
 
     def in_order(self, files: Iterable[PictureFile]) -> Iterator[tuple[PictureFile, numpy.ndarray | BadPicture]]:
         """Every file with its picture, or with the reason why there is none; a few are decoded ahead."""
         waiting: deque[tuple[PictureFile, Future[numpy.ndarray] | None]] = deque()
         for file in files:
-            waiting.append((file, self.submit(file.path)))
+            waiting.append((file, self.submit(file)))
             if len(waiting) > 2 * self.workers:
                 yield self._outcome(*waiting.popleft())
         while waiting:
@@ -70,7 +71,7 @@ class Decoder:
 
     def _outcome(self, file: PictureFile, future: Future[numpy.ndarray] | None) -> tuple[PictureFile, numpy.ndarray | BadPicture]:
         try:
-            return file, self.result(file.path, future)
+            return file, self.result(file, future)
         except BadPicture as bad:
             return file, bad
 
@@ -86,7 +87,7 @@ class Decoder:
                 broken.set_exception(BrokenProcessPool())
                 return broken
 
-    def _retry_alone(self, path: str) -> numpy.ndarray:
+    def _retry_alone(self, file: PictureFile) -> numpy.ndarray:
         self.close()
         try:
             self._submit(int).result()
@@ -97,7 +98,7 @@ class Decoder:
                 "because workers import the script; or pass workers=0."
             ) from None
         try:
-            return self._submit(read_picture, path, self.longer_side).result()
+            return self._submit(read_picture, file, self.longer_side).result()
         except BrokenProcessPool:
             self.close()
             raise BadPicture("damaged: it crashed the decoder") from None

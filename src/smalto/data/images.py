@@ -8,11 +8,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from smalto.data.archives import PictureFile, Skipped, is_archive, members, open_file
 from smalto.errors import DataError
 from smalto.files import name_hash
 
@@ -23,20 +23,6 @@ HELD_OUT_SHARE = 0.1
 MIN_PICTURES_TO_HOLD_OUT = 4
 
 
-class PictureFile(NamedTuple):
-    """A file that may be a picture: its name relative to the folder (with ``/``), and where it is."""
-
-    name: str
-    path: str
-
-
-class Skipped(NamedTuple):
-    """A file that was left out, and why."""
-
-    name: str
-    reason: str
-
-
 class BadPicture(Exception):
     """One file cannot be decoded; the message is the reason."""
 
@@ -44,18 +30,18 @@ class BadPicture(Exception):
 def find_pictures(source: str | Path) -> tuple[list[PictureFile], list[Skipped]]:
     """All files below a folder (or the one file named) that may be pictures, sorted by name, and those that cannot be.
 
-    Folders are followed through links, each once. Files and folders whose names begin with a dot are passed over.
+    Folders are followed through links, each once. Zip and tar archives count as folders, shards of WebDataset too; nothing is unpacked.
+    Files and folders whose names begin with a dot are passed over.
 
     Raises:
         DataError: there is no such file or folder, or nothing in it looks like a picture.
     """
     source = Path(source)
     if not source.exists():
-        raise DataError(f"{source} does not exist: name a folder of pictures.")
+        raise DataError(f"{source} does not exist: name a folder of pictures, or a zip or tar of them.")
     found: list[PictureFile] = []
     skipped: list[Skipped] = []
-    entries = _walk(source, skipped) if source.is_dir() else [PictureFile(source.name, str(source))]
-    for file in entries:
+    for file in _files(source, skipped):
         reason = _not_a_picture(file)
         if reason:
             skipped.append(Skipped(file.name, reason))
@@ -66,11 +52,11 @@ def find_pictures(source: str | Path) -> tuple[list[PictureFile], list[Skipped]]
     return sorted(found), sorted(skipped)
 
 
-def read_picture(path: str, longer_side: int | None = LONGER_SIDE) -> numpy.ndarray:
+def read_picture(picture: str | PictureFile, longer_side: int | None = LONGER_SIDE) -> numpy.ndarray:
     """Decode one file as it should be looked at: upright, RGB, alpha over white, the first frame.
 
     Args:
-        path: a PNG, JPEG, WebP, GIF, BMP or TIFF file.
+        picture: a PNG, JPEG, WebP, GIF, BMP or TIFF file, by its path or as ``find_pictures`` found it.
         longer_side: larger pictures are reduced to this many pixels on their longer side; None keeps the size.
 
     Returns:
@@ -83,7 +69,8 @@ def read_picture(path: str, longer_side: int | None = LONGER_SIDE) -> numpy.ndar
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            file = picture if isinstance(picture, PictureFile) else PictureFile(picture, picture)
+            with open_file(file) as stream, Image.open(stream, formats=FORMATS) as image:
                 if longer_side:
                     image.draft("RGB", (longer_side, longer_side))
                 image.load()
@@ -126,6 +113,16 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
+def _files(source: Path, skipped: list[Skipped]) -> Iterator[PictureFile]:
+    """The files below a folder or inside an archive, or the one file."""
+    if not source.is_dir():
+        file = PictureFile(source.name, str(source))
+        yield from members(file._replace(name=""), skipped) if is_archive(file.path) else [file]
+        return
+    for file in _walk(source, skipped):
+        yield from members(file, skipped) if is_archive(file.path) and os.path.isfile(file.path) else [file]
+
+
 def _walk(folder: Path, skipped: list[Skipped]) -> Iterator[PictureFile]:
     seen: set[tuple[int, int]] = set()
 
@@ -147,6 +144,9 @@ def _walk(folder: Path, skipped: list[Skipped]) -> Iterator[PictureFile]:
 
 def _not_a_picture(file: PictureFile) -> str:
     """Why a file cannot be a picture, judged by its kind, size and suffix; empty where it may be one."""
+    if file.member:
+        known = os.path.splitext(file.member)[1].lower() in SUFFIXES
+        return ("" if file.size else "empty") if known else "not an image"
     try:
         status = os.stat(file.path)
     except OSError as error:

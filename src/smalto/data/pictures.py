@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalto.data.archives import PictureFile, Skipped
 from smalto.data.decoding import Decoder
-from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, BadPicture, PictureFile, Skipped, held_out_order, is_held_out, printable
+from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, BadPicture, held_out_order, is_held_out, printable
 from smalto.errors import DataError, InputError
 
 
@@ -44,7 +45,7 @@ class FilePictures(Pictures):
     def __init__(self, files: list[PictureFile], decoder: Decoder, cache_bytes: int) -> None:
         self.names = [file.name for file in files]
         self.skipped: list[Skipped] = []
-        self._paths = [file.path for file in files]
+        self._files = files
         self._decoder = decoder
         self._free = cache_bytes
         self._cache: dict[int, Tensor | None] = {}
@@ -53,7 +54,7 @@ class FilePictures(Pictures):
     def ask(self, indices: Sequence[int]) -> None:
         for index in indices:
             if index not in self._cache and index not in self._asked:
-                self._asked[index] = self._decoder.submit(self._paths[index])
+                self._asked[index] = self._decoder.submit(self._files[index])
 
     def get(self, index: int) -> Tensor | None:
         if index not in self._cache:
@@ -68,7 +69,7 @@ class FilePictures(Pictures):
 
     def _load(self, index: int) -> Tensor | None:
         try:
-            array = self._decoder.result(self._paths[index], self._asked.pop(index))
+            array = self._decoder.result(self._files[index], self._asked.pop(index))
         except BadPicture as bad:
             self.skipped.append(Skipped(self.names[index], str(bad)))
             return None

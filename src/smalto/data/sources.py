@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from smalto.data.archives import PictureFile, Skipped
 from smalto.data.bundled import HELD_OUT, SOURCE, bundled_photographs
-from smalto.data.images import PictureFile, Skipped, find_pictures, printable
+from smalto.data.images import find_pictures, printable
 from smalto.errors import DataError
 
 

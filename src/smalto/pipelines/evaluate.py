@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalto.data.archives import PictureFile, Skipped
 from smalto.data.bundled import credit
-from smalto.data.images import LONGER_SIDE, PictureFile, Skipped, printable, summary
+from smalto.data.images import LONGER_SIDE, printable, summary
 from smalto.data.pictures import to_uint8, to_unit_range
 from smalto.data.sources import Source, open_source
 from smalto.device import Precision
@@ -246,7 +247,8 @@ def _name_in(file: PictureFile, source: Source, facts: dict[str, Any]) -> str | 
     if source.name == facts["source"] or moved:
         return file.name
     path, folder = Path(file.path).resolve(), Path(facts["source"])
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
+    inside = f"/{file.member}" if file.member else ""
+    return path.relative_to(folder).as_posix() + inside if path.is_relative_to(folder) else None
 
 
 def _mean(values: list[float]) -> float:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from smalto.data.archives import PictureFile, Skipped
 from smalto.data.decoding import Decoder
-from smalto.data.images import LONGER_SIDE, BadPicture, PictureFile, Skipped
+from smalto.data.images import LONGER_SIDE, BadPicture
 from smalto.data.pictures import centre_crop, enlarge, to_tensor
 from smalto.device import Precision, memory_errors, resolve_device
 from smalto.errors import ConfigError, DataError

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smalto.data.images import LONGER_SIDE, PictureFile, Skipped, find_pictures, summary
+from smalto.data.archives import PictureFile, Skipped
+from smalto.data.images import LONGER_SIDE, find_pictures, summary
 from smalto.data.pictures import to_uint8, to_unit_range
 from smalto.data.sources import open_source
 from smalto.data.token_file import TokenFile

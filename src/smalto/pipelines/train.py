@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalto.data.archives import Skipped
 from smalto.data.crops import CropStream
 from smalto.data.decoding import Decoder
-from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, Skipped, summary
+from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, summary
 from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre_crop, split, split_by_name
 from smalto.data.sources import open_source
 from smalto.device import resolve_device

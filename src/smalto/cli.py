@@ -245,7 +245,7 @@ def reconstruct(
     print(f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> {result.path}")
 
 
-@app.command(epilog="Example: smalto convert runs/mine --to var --out vae_ch160v4096z32.pth")
+@app.command(epilog="Example: smalto convert runs/var --to var --out vae.pth (a run of recipes/var-small.toml or like it)")
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of a tokenizer or run; with --to smalto: a .pth or .safetensors file of VAR.")],
     out: Annotated[Path, typer.Option(help="The .pth file to write; with --to smalto: the folder.")],

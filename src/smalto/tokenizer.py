@@ -359,9 +359,10 @@ def load(folder: str | Path) -> ImageTokenizer:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        there = "holds no tokenizer" if folder.is_dir() else "does not exist"
+        there = "holds no tokenizer" if folder.is_dir() else "is a file" if folder.is_file() else "does not exist"
         raise RunError(
-            f"{folder} {there}: a tokenizer is a folder with config.json and model.safetensors, such as a run of `smalto train`."
+            f"{folder} {there}: a tokenizer is a folder with config.json and model.safetensors, such as a run of `smalto train`. "
+            "A file of VAR becomes one by `smalto convert FILE --to smalto --out FOLDER`."
         )
     try:
         config = _parse((folder / "config.json").read_text(encoding="utf-8"), str(folder / "config.json"))

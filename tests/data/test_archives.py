@@ -114,6 +114,12 @@ def test_a_run_trains_on_an_archive(kind: str, tmp_path: Path, tiny_recipe: Reci
     assert smalto.resume(tmp_path / "run", settings={"steps": 8}, workers=0).metrics["steps"] == 8
 
 
+def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "pictures.tar.gz").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"compressed tar: unpack it, or write it as a plain \.tar"):
+        find_pictures(tmp_path / "pictures.tar.gz")
+
+
 def test_bytes_come_from_where_the_archive_says(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"x.png": png(0), "y.png": png(1)})
     files, _ = find_pictures(path)

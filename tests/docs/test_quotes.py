@@ -114,6 +114,9 @@ def test_scales_are_quoted(page: Path) -> None:
     assert f"{multi['psnr']:.2f} dB" in text
     assert f"{single['psnr']:.2f} dB" in text
     assert f"{var['multi_scale']['training']['psnr']:.2f} dB" in text
+    assert f"{var['single_scale']['training']['psnr']:.2f} dB" in text
+    assert f"{multi['bits_per_pixel']:.3f}" in text
+    assert f"{single['bits_per_pixel']:.3f}" in text
     assert f"{multi['steps']:,}" in text
     assert f"{multi['training_seconds'] / 60:.0f} " in text
     assert f"{var['same_tokens_from_vars_file']['of']:,}" in text

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import smalto
+from smalto.errors import ConfigError
 from smalto.layout import TokenLayout
 from smalto.metrics import perplexity, psnr
 from smalto.pipelines.evaluate import Measurement, evaluate
@@ -89,6 +90,16 @@ def test_tokens_of_pictures_of_any_shape_go_to_disk_and_back(run: Path, tmp_path
     assert result.num_tokens == 2 * sum(layout.num_tokens for layout in layouts)
     paths = smalto.decode(tmp_path / "tokens.safetensors", tmp_path / "back", workers=0)
     assert len(paths) == 4
+
+
+def test_scales_that_are_not_those_of_the_crops_are_an_error() -> None:
+    path = Path(__file__).parents[2] / "recipes" / "var-small.toml"
+    with pytest.raises(
+        ConfigError, match=r"a crop is 32 x 32, .*scales end with 16 x 16\. Set data\.size to 64, or scales that end with 32"
+    ):
+        load_recipe(path, {"data.size": 128})
+    with pytest.raises(ConfigError, match="scales end with 4 x 8"):
+        load_recipe(path, {"tokenizer.quantizer.scales": [[1, 2], [4, 8]]})
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

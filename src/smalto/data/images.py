@@ -156,6 +156,8 @@ def _not_a_picture(file: PictureFile) -> str:
     if not status.st_size:
         return "empty"
     suffix = os.path.splitext(file.path)[1].lower()
+    if file.path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        return "compressed tar: unpack it, or write it as a plain .tar"
     return "" if suffix in SUFFIXES or (not suffix and _has_magic(file.path)) else "not an image"
 
 

@@ -60,7 +60,8 @@ def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, 
             "Take one out of torch.load(path, weights_only=True) and pass it as a state dict."
         )
     keys = ", ".join(map(str, list(checkpoint)[:6])) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-    raise DataError(f"this is no {what}: it has no {' and '.join(marks)}. It holds {keys}, ...")
+    missing = [mark for mark in marks if not isinstance(checkpoint, Mapping) or mark not in checkpoint]
+    raise DataError(f"this is no {what}: it has no {' and '.join(missing)}. It holds {keys}, ...")
 
 
 def _states(value: Any, marks: tuple[str, ...], place: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:

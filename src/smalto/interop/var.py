@@ -105,10 +105,11 @@ def obstacles(tokenizer: ImageTokenizer) -> list[str]:
 
 
 def constructor_values(tokenizer: ImageTokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What VAR's ``VQVAE(...)`` must be given to load ``tokenizer_state_dict(tokenizer)``, where that differs from the published one.
+    """What VAR's ``VQVAE(...)`` must be given to load ``tokenizer_state_dict(tokenizer)``, where that differs from its defaults.
 
     Returns:
-        Arguments of ``VQVAE``; and values that its code fixes in ``ddconfig`` (models/vqvae.py) and that must be edited there.
+        Arguments of ``VQVAE`` (the published tokenizer's are ``{"ch": 160}``); and values that its code fixes in ``ddconfig``
+        (models/vqvae.py) and that must be edited there.
     """
     config = tokenizer.config
     assert isinstance(config, TokenizerConfig)
@@ -119,7 +120,7 @@ def constructor_values(tokenizer: ImageTokenizer) -> tuple[dict[str, Any], dict[
     arguments = {
         "vocab_size": (quantizer.codebook_size, 4096),
         "z_channels": (quantizer.latent_dim, 32),
-        "ch": (autoencoder.ch, 160),
+        "ch": (autoencoder.ch, 128),
         "dropout": (autoencoder.dropout, 0.0),
         "beta": (quantizer.scale.beta, 0.25),
         "using_znorm": (quantizer.scale.metric == "cosine", False),
@@ -139,7 +140,7 @@ def constructor_values(tokenizer: ImageTokenizer) -> tuple[dict[str, Any], dict[
 
 
 def _differing(values: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    return {name: value for name, (value, published) in values.items() if value != published}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _var_names(tokenizer: ImageTokenizer) -> dict[str, str]:

@@ -68,7 +68,7 @@ def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted
     with aside(path) as temporary:
         torch.save(state, temporary)
     arguments, fixed = var.constructor_values(tokenizer)
-    if not arguments and not fixed:
+    if arguments == {"ch": 160} and not fixed:
         return Converted(path, ["VAR loads this file as it is: build_vae_var(...) with its own values, load_state_dict(..., strict=True)."])
     notes = []
     if arguments:

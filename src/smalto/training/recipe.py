@@ -13,7 +13,7 @@ from smalto.config import Config, dotted_keys, nearest_key, parse_config
 from smalto.data.images import LONGER_SIDE
 from smalto.device import Precision
 from smalto.errors import ConfigError
-from smalto.quantizers import Revive
+from smalto.quantizers import MultiScaleVQConfig, Revive
 from smalto.tokenizer import TokenizerConfig, default_tokenizer_config
 
 NONE = "none"  # what TOML, which has no null, says for "not set": code_dim = "none"
@@ -84,6 +84,14 @@ class Recipe(Config):
         stride = self.tokenizer.autoencoder.stride
         if self.data.size % stride:
             raise ValueError(f"data.size is {self.data.size}, which the tokenizer's stride {stride} does not divide.")
+        quantizer = self.tokenizer.quantizer
+        side = self.data.size // stride
+        if isinstance(quantizer, MultiScaleVQConfig) and quantizer.grids[-1] != (side, side):
+            last = "{} x {}".format(*quantizer.grids[-1])
+            raise ValueError(
+                f"data.size is {self.data.size}, so the latent map of a crop is {side} x {side}, "
+                f"and tokenizer.quantizer.scales end with {last}. Set data.size to {quantizer.grids[-1][0] * stride}, or scales that end with {side}."
+            )
         if self.gradient_checkpointing and self.tokenizer.autoencoder.kind != "cnn":
             raise ValueError(f"gradient_checkpointing is for autoencoder.kind 'cnn'; this one is {self.tokenizer.autoencoder.kind!r}.")
         return self

@@ -87,10 +87,10 @@ class Recipe(Config):
         quantizer = self.tokenizer.quantizer
         side = self.data.size // stride
         if isinstance(quantizer, MultiScaleVQConfig) and quantizer.grids[-1] != (side, side):
-            last = "{} x {}".format(*quantizer.grids[-1])
+            rows, columns = quantizer.grids[-1]
             raise ValueError(
-                f"data.size is {self.data.size}, so the latent map of a crop is {side} x {side}, "
-                f"and tokenizer.quantizer.scales end with {last}. Set data.size to {quantizer.grids[-1][0] * stride}, or scales that end with {side}."
+                f"data.size is {self.data.size}, so the latent map of a crop is {side} x {side}, and tokenizer.quantizer.scales end with "
+                f"{rows} x {columns}. Set data.size to {rows * stride}, or scales that end with {side}."
             )
         if self.gradient_checkpointing and self.tokenizer.autoencoder.kind != "cnn":
             raise ValueError(f"gradient_checkpointing is for autoencoder.kind 'cnn'; this one is {self.tokenizer.autoencoder.kind!r}.")

@@ -24,10 +24,10 @@ from tests.contract.test_memory import LargestTensor
 @pytest.fixture(params=["few", "tiles"], autouse=True)
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test runs as it is, where small cases are searched the plain way, and with tiles whatever the size."""
-    before = tiled.FEW_SCORES
-    tiled.FEW_SCORES = before if request.param == "few" else 0
+    before = tiled.FEW_FLOATS
+    tiled.FEW_FLOATS = before if request.param == "few" else 0
     yield
-    tiled.FEW_SCORES = before
+    tiled.FEW_FLOATS = before
 
 
 def brute_force_distances(queries: Tensor, codebook: Tensor) -> Tensor:
@@ -183,6 +183,15 @@ def test_no_n_by_k_matrix_is_ever_made() -> None:
     with LargestTensor() as guard:
         tiled.search(queries, codebook, cosine=False)  # the body itself: a custom op hides its inner operations
     assert 0 < guard.elements <= tiled.BLOCK_FLOATS < queries.shape[0] * codebook.shape[0]
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_codes"), [(60_000, 2), (2, 60_000)])
+def test_few_codes_or_few_queries_make_no_large_copies(num_queries: int, num_codes: int, cosine: bool) -> None:
+    queries, codebook = torch.randn(num_queries, 100), torch.randn(num_codes, 100)
+    with LargestTensor() as guard:
+        tiled.search(queries, codebook, cosine)
+    assert 0 < guard.elements <= tiled.BLOCK_FLOATS < 6_000_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

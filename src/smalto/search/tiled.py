@@ -20,14 +20,14 @@ COLUMNS = 16  # divides CODES_PER_TILE: float32 numbers in the widest vector reg
 QUERIES_PER_TILE = 2048
 BLOCK_FLOATS = 2**22  # 16 MiB in float32: the largest single temporary; fewer than four of this size live at once
 _BLOCK_QUERIES = 2**16
-FEW_SCORES = 2**20  # up to so many all are computed at once: 4 MiB
+FEW_FLOATS = 2**20  # where queries, codes and scores are all this small, all is computed at once, in a few times 4 MiB
 
 
 def search(queries: Tensor, codebook: Tensor, cosine: bool, exact: bool = False) -> Tensor:
     """``nearest_codes`` without the checks: float [N, D], float [K, D] -> int64 [N]."""
     indices = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     with without_autocast(queries.device), plain_float32():
-        if not exact and len(queries) * len(codebook) <= FEW_SCORES and codebook.numel() <= BLOCK_FLOATS:
+        if not exact and max(len(queries) * len(codebook), queries.numel(), codebook.numel()) <= FEW_FLOATS:
             return _search_few(queries, codebook, cosine)
         codes = _Codes(codebook, cosine)
         block = max(1, min(_BLOCK_QUERIES, BLOCK_FLOATS // max(codes.num_tiles, queries.shape[1] + 1)))
@@ -42,7 +42,7 @@ def search(queries: Tensor, codebook: Tensor, cosine: bool, exact: bool = False)
 
 
 def _search_few(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
-    """The plain way, for few queries: preparing tiles would take longer than the search itself."""
+    """The plain way, for a small search: preparing tiles would take longer than the search itself."""
     (num_codes, dim) = codebook.shape
     shift = codebook.new_zeros(dim, dtype=torch.float32) if cosine else mean_code(codebook)
     codes = codebook.new_zeros(-(-num_codes // COLUMNS) * COLUMNS, dim, dtype=torch.float32)  # padded as tiles are

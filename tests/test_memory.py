@@ -54,6 +54,6 @@ def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_nests_and_survives_exceptions() -> None:
     with pytest.raises(RuntimeError), memory.reused_memory(), memory.reused_memory():
-        assert len(memory._inside) == 2
+        assert memory._kept.inside == 2
         raise RuntimeError
-    assert not memory._inside
+    assert memory._kept.inside == 0

@@ -15,6 +15,7 @@ from smalto.errors import ConfigError
 from smalto.layout import TokenLayout
 from smalto.metrics import perplexity, psnr
 from smalto.pipelines.evaluate import Measurement, evaluate
+from smalto.pipelines.finish import grid_rows
 from smalto.training.recipe import change_recipe, load_recipe
 from tests.conftest import smalto_command, write_pictures
 
@@ -56,6 +57,15 @@ def test_every_grid_is_counted_exactly_whatever_the_batch() -> None:
         assert figures["used"] == reference["used"]
         for own, expected in zip(figures["grids"], reference["grids"], strict=True):
             assert own == pytest.approx(expected)
+
+
+def test_pictures_after_each_grid_are_made_of_the_first_ones_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smalto.pipelines.evaluate.STAGED_PICTURES", 2)
+    figures = evaluate(run.parent / "pictures", run, everything=True, workers=0, batch=1).figures
+    assert figures["num_images"] == 6
+    assert [grid["psnr_num_images"] for grid in figures["grids"]] == [2, 2, 2]
+    assert figures["grids"][-1]["tokens"] == 6 * 120
+    assert grid_rows(figures)[0][-1] == "PSNR up to it (2 pictures)"
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from smalto.training.checkpoint import SPLIT_FILE, read_split
 
 MIN_SSIM_SIDE = 11
 MAX_EXAMPLES = 6
+STAGED_PICTURES = 256  # how many are decoded after each grid
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class _Grid:
             "ceiling": ceiling,
             "perplexity": perplexity(self.histogram),
             "psnr": _mean(self.psnr) if self.psnr else None,
+            "psnr_num_images": len(self.psnr),
         }
 
 
@@ -128,6 +130,11 @@ class Measurement:
             grid.histogram.add_(torch.bincount(block.flatten(), minlength=size))
             grid.sizes.add(layout.grids[number])
             grid.psnr.extend(stage_values[number] if stage_values else [])
+
+    @property
+    def wants_stages(self) -> bool:
+        """Whether pictures after each grid are still asked for: decoding them takes as many times as long as there are grids."""
+        return len(self._psnr) < STAGED_PICTURES
 
     def result(self, tokenizer: ImageTokenizer, on: str, transform: str, precision: str, skipped: list[Skipped]) -> Evaluation:
         """The figures, over all pictures added.
@@ -213,7 +220,7 @@ def measure(runner: Runner, pictures: Any, max_examples: int = MAX_EXAMPLES) -> 
         tokens, reconstructions, seconds = runner.roundtrip(images)
         layout = runner.tokenizer.layout(*images.shape[2:])
         stages = []
-        if runner.tokenizer.is_progressive and len(layout.grids) > 1:
+        if runner.tokenizer.is_progressive and len(layout.grids) > 1 and measurement.wants_stages:
             stages = [*runner.decode_each(tokens[:, : -layout.lengths[-1]], layout), reconstructions]
         measurement.add(names, images, reconstructions, tokens, layout, seconds, stages)
     return measurement

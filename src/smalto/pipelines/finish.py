@@ -77,7 +77,9 @@ def grid_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """A line on each grid of a tokenizer of several, under a line of headings; empty for one grid."""
     if not figures["grids"]:
         return []
-    heading = ("grid", "tokens", "codes used", "at most", "perplexity", "PSNR up to it")
+    staged, every = figures["grids"][0]["psnr_num_images"], figures["num_images"]
+    of_some = f" ({staged} pictures)" if 0 < staged < every else ""
+    heading = ("grid", "tokens", "codes used", "at most", "perplexity", f"PSNR up to it{of_some}")
     lines = [
         (
             f"{number}: {grid['grid']}",

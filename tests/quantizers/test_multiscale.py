@@ -14,7 +14,7 @@ from torch import Tensor
 from smalto.config import parse_config
 from smalto.errors import ConfigError, InputError
 from smalto.layout import TokenLayout
-from smalto.quantizers import CodebookUpdater, MultiScaleVQ, MultiScaleVQConfig, VectorQuantizerConfig
+from smalto.quantizers import CodebookUpdater, MultiScaleVQ, MultiScaleVQConfig, VectorQuantizerConfig, multiscale
 
 SCALE: dict[str, Any] = {"codebook_size": 24, "latent_dim": 5}
 
@@ -127,15 +127,17 @@ def test_an_ema_codebook_teaches_phi_all_the_same() -> None:
     assert quantizer.scale.embedding.weight.grad is None
 
 
-def test_the_residual_keeps_no_graph() -> None:
-    """The graph grows with the number of scales only, and what the search saw is not part of it."""
+def test_the_residual_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, pooled = multiscale._pool, []
+    monkeypatch.setattr(multiscale, "_pool", lambda latent_map, grid: (pooled.append(latent_map), pool(latent_map, grid))[1])
     quantizer, z = build(tuple(range(1, 9))), latents(1, 8, 8).requires_grad_()
     seen: list[Tensor] = []
     nearest = quantizer.scale.nearest
     nearest.listener = lambda module, vectors, codes, indices, valid: seen.append(vectors)
     out = quantizer(z)
     assert len(seen) == 8
-    assert not any(vectors.requires_grad for vectors in seen)
+    assert len(pooled) == 2 * 7  # what is left, and which of it is usable, on all scales but the last
+    assert not any(tensor.requires_grad for tensor in [*seen, *pooled])
     gradient = torch.autograd.grad(out.quantized.sum(), z)[0]
     assert torch.equal(gradient, torch.ones_like(z))
 

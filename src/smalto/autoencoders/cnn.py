@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
@@ -58,7 +59,7 @@ class CNNAutoencoderConfig(Config):
         return CNNDecoder(self)
 
 
-class CheckpointedNetwork(nn.Module):
+class CheckpointedNetwork(nn.Module, ABC):
     """Steps one after the other, held under the names that published checkpoints use.
 
     Attributes:
@@ -67,8 +68,9 @@ class CheckpointedNetwork(nn.Module):
 
     gradient_checkpointing = False
 
+    @abstractmethod
     def steps(self) -> Iterator[nn.Module]:
-        raise NotImplementedError
+        """The steps in order."""
 
     def forward(self, x: Tensor) -> Tensor:
         saving = self.gradient_checkpointing and torch.is_grad_enabled()

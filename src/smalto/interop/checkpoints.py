@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,13 @@ def read_checkpoint(path: str | Path) -> Any:
             raise DataError(f"{path} cannot be read ({error}).") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "not a checkpoint"
-        raise DataError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint, and smalto runs no code from files ({reason}). "
-            "Where you trust it, save its weights alone: torch.save(torch.load(path, weights_only=False)[KEY], new_path)."
-        ) from None
     except Exception as error:  # whatever the reader stumbles over in a damaged file
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path} is damaged or no checkpoint of torch ({type(error).__name__}: {reason}).") from None
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise DataError(
+                f"{path} holds a {foreign[1]} beside its tensors, and smalto runs no code from files. Where you trust that type, read it "
+                "with weights_only=True inside torch.serialization.safe_globals([the type]), and pass the weights as a state dict."
+            ) from None
+        raise DataError(f"{path} is damaged or no checkpoint of torch ({type(error).__name__}).") from None
 
 
 def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, Any]:

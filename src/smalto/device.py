@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -14,20 +16,22 @@ Precision = Literal["float32", "bf16"]
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """``"auto"`` takes CUDA, else Apple's MPS, else the CPU; another name is checked.
+    """``"auto"`` takes CUDA, else Apple's MPS, else the CPU; another name is checked. Under torchrun each process takes its own GPU.
 
     Raises:
         ConfigError: no such device here.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
+        name = next(kind for kind, available in there.items() if available)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f'device must be "auto", "cpu", "cuda" or "mps"; got {name!r}.') from None
     if not there.get(device.type, False):
         raise ConfigError(f"device {name!r} is not available here; there is {', '.join(k for k, a in there.items() if a)}.")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # under torchrun every process has its own
     return device
 
 
@@ -53,3 +57,15 @@ def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU torch raises a plain RuntimeError for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in use so far, in bytes: by tensors on a GPU, by the whole process on a CPU; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

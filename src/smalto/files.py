@@ -81,3 +81,9 @@ def sync_folder(folder: Path) -> None:
 def name_hash(name: str, salt: str = "") -> int:
     """A number in [0, 2**64) that depends on the text alone: the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(f"{salt}\0{name}".encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

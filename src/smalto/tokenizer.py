@@ -71,6 +71,13 @@ class SimpleVQVAEConfig(Config):
     hidden_dim: int = Field(128, ge=1)
     encoder_relu: bool = False
 
+    def general(self) -> TokenizerConfig:
+        """The same tokenizer as an ImageTokenizer."""
+        return TokenizerConfig(
+            autoencoder=SimpleAutoencoderConfig(latent_dim=self.embedding_dim, hidden_dim=self.hidden_dim, encoder_relu=self.encoder_relu),
+            quantizer=VectorQuantizerConfig(codebook_size=self.vocab_size, latent_dim=self.embedding_dim),
+        )
+
     def build(self) -> SimpleVQVAE:
         return SimpleVQVAE(self.vocab_size, self.embedding_dim, self.hidden_dim, encoder_relu=self.encoder_relu)
 
@@ -329,12 +336,7 @@ class SimpleVQVAE(ImageTokenizer):
             {"vocab_size": vocab_size, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim, "encoder_relu": encoder_relu},
             "SimpleVQVAE",
         )
-        super().__init__(
-            TokenizerConfig(
-                autoencoder=SimpleAutoencoderConfig(latent_dim=own.embedding_dim, hidden_dim=own.hidden_dim, encoder_relu=own.encoder_relu),
-                quantizer=VectorQuantizerConfig(codebook_size=own.vocab_size, latent_dim=own.embedding_dim),
-            )
-        )
+        super().__init__(own.general())
         self.config = own
         self.vocab_size, self.embedding_dim, self.hidden_dim = own.vocab_size, own.embedding_dim, own.hidden_dim
 

@@ -1,4 +1,4 @@
-"""Files of a folder, and files inside its zip and tar archives, named and opened alike. No torch here."""
+"""Files of a folder, and pictures inside its zip, tar and parquet files, named and opened alike. No torch here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-ARCHIVES = (".zip", ".tar")
+from smalto.data import parquet
+from smalto.errors import MissingExtra
+
+ARCHIVES = (".zip", ".tar", ".parquet")
 LARGEST_MEMBER = 2**30  # bytes, unpacked: a picture is smaller, a bomb is not
 
 
 class PictureFile(NamedTuple):
     """A file that may be a picture: its name relative to the folder (with ``/``), and where it is.
 
-    ``member`` is its name inside the archive ``path``, empty for a file of its own; in a tar its bytes are at ``offset``.
+    ``member`` is its name inside the archive ``path``, empty for a file of its own; in a tar its bytes are at ``offset``. In a parquet file
+    ``member`` is the column, ``block`` the row group and ``offset`` the row in it.
     """
 
     name: str
@@ -26,6 +30,7 @@ class PictureFile(NamedTuple):
     member: str = ""
     offset: int = 0
     size: int = 0
+    block: int = -1
 
 
 class Skipped(NamedTuple):
@@ -43,8 +48,8 @@ def members(archive: PictureFile, skipped: list[Skipped]) -> Iterator[PictureFil
     """The files inside an archive, under ``archive.name``; links, encrypted and hidden ones are left out, and nothing is unpacked."""
     prefix = f"{archive.name}/" if archive.name else ""
     try:
-        for member, reason in _zip_members(archive) if archive.path.lower().endswith(".zip") else _tar_members(archive):
-            name = prefix + member.member
+        for member, reason in _MEMBERS[_suffix(archive.path)](archive):
+            name = prefix + (member.name or member.member)
             parts = PurePosixPath(member.member).parts
             if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts):
                 continue
@@ -52,6 +57,8 @@ def members(archive: PictureFile, skipped: list[Skipped]) -> Iterator[PictureFil
                 skipped.append(Skipped(name, reason or f"oversized: {member.size:,} bytes"))
             else:
                 yield member._replace(name=name)
+    except MissingExtra:
+        raise
     except (zipfile.BadZipFile, tarfile.TarError, OSError, ValueError, EOFError, NotImplementedError) as error:
         skipped.append(Skipped(archive.name or archive.path, f"damaged archive: {error}"))
 
@@ -60,7 +67,9 @@ def open_file(file: PictureFile) -> BinaryIO:
     """The bytes of a file, wherever it is; of an archive's member all of them in memory."""
     if not file.member:
         return open(file.path, "rb")
-    if file.path.lower().endswith(".zip"):
+    if file.block >= 0:
+        return io.BytesIO(parquet.read_cell(file.path, file.block, file.member, file.offset))
+    if _suffix(file.path) == ".zip":
         with _open_zip(file.path).open(file.member) as inside:
             return io.BytesIO(inside.read(LARGEST_MEMBER))
     with open(file.path, "rb") as archive:
@@ -82,6 +91,18 @@ def _tar_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
             if not info.isdir():
                 reason = "" if info.isreg() and not info.issparse() else "not a file"
                 yield PictureFile("", archive.path, info.name, info.offset_data, info.size), reason
+
+
+def _parquet_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
+    for block, row, number, column in parquet.cells(archive.path):
+        yield PictureFile(f"{number:08d}", archive.path, column, row, 0, block), ""
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+_MEMBERS = {".zip": _zip_members, ".tar": _tar_members, ".parquet": _parquet_members}
 
 
 def _open_zip(path: str) -> zipfile.ZipFile:

@@ -144,6 +144,8 @@ def _walk(folder: Path, skipped: list[Skipped]) -> Iterator[PictureFile]:
 
 def _not_a_picture(file: PictureFile) -> str:
     """Why a file cannot be a picture, judged by its kind, size and suffix; empty where it may be one."""
+    if file.block >= 0:
+        return ""
     if file.member:
         known = os.path.splitext(file.member)[1].lower() in SUFFIXES
         return ("" if file.size else "empty") if known else "not an image"

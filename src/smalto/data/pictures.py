@@ -24,6 +24,7 @@ class Pictures(ABC):
 
     names: list[str]
     skipped: list[Skipped]
+    blocks: numpy.ndarray | None = None  # [n], where pictures lie in blocks that are read as a whole: the block of each
 
     @abstractmethod
     def get(self, index: int) -> Tensor | None:
@@ -45,6 +46,7 @@ class FilePictures(Pictures):
     def __init__(self, files: list[PictureFile], decoder: Decoder, cache_bytes: int) -> None:
         self.names = [file.name for file in files]
         self.skipped: list[Skipped] = []
+        self.blocks = _blocks(files)
         self._files = files
         self._decoder = decoder
         self._free = cache_bytes
@@ -93,6 +95,15 @@ class DatasetPictures(Pictures):
             got = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
             raise InputError(f"item {index} of the dataset must be a tensor [C, H, W], uint8 or float in [-1, 1]; got {got}.")
         return picture
+
+
+def _blocks(files: list[PictureFile]) -> numpy.ndarray | None:
+    """The row group of every file of a source that has such; a file of its own is a block of its own."""
+    if all(file.block < 0 for file in files):
+        return None
+    numbers: dict[Any, int] = {}
+    places = ((file.path, file.block) if file.block >= 0 else file.name for file in files)
+    return numpy.array([numbers.setdefault(place, len(numbers)) for place in places])
 
 
 def to_tensor(array: numpy.ndarray) -> Tensor:

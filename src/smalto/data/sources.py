@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from smalto.data import emoji
 from smalto.data.archives import PictureFile, Skipped
 from smalto.data.bundled import HELD_OUT, SOURCE, bundled_photographs
 from smalto.data.images import find_pictures, printable
@@ -22,13 +23,17 @@ class Source:
 
 
 def open_source(source: str | Path) -> Source:
-    """A folder, one picture, or ``"bundled"``: the photographs that come with scikit-image and scikit-learn.
+    """A folder (with zip, tar and parquet files in it), one picture, or a name: ``"bundled"``, the photographs that come with scikit-image
+    and scikit-learn, or ``"emoji"``, Twemoji by group.
 
     Raises:
         DataError: nothing there is a picture.
     """
     if str(source) == SOURCE:
         return Source(SOURCE, bundled_photographs(), [], HELD_OUT)
+    if str(source) == emoji.SOURCE:
+        files, held_out = emoji.emoji()
+        return Source(emoji.SOURCE, files, [], held_out)
     files, skipped = find_pictures(source)
     name = str(Path(source).resolve())
     if name != printable(name):

@@ -14,7 +14,7 @@ from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.blocks import PatchHws
 from smalto.config import parse_config
 from smalto.errors import ConfigError, DataError, InputError, describe
-from smalto.interop.checkpoints import State, find_state, read_checkpoint
+from smalto.weight_files import State, find_state, read_checkpoint
 from smalto.layout import TokenLayout, as_grids
 from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig

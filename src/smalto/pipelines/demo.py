@@ -10,6 +10,7 @@ from smalto.data.bundled import SOURCE, bundled_photographs
 from smalto.data.images import read_picture
 from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
 from smalto.data.token_file import TokenFile
+from smalto.device import resolve_device
 from smalto.memory import reused_memory
 from smalto.pipelines.evaluate import Measurement
 from smalto.pipelines.finish import finish_run
@@ -44,17 +45,17 @@ def demo(
         settings: changes to the recipe, such as ``{"steps": 100}``.
         device, workers, progress: as for ``train``.
     """
-    progress = progress or Progress()
+    progress, target = progress or Progress(), resolve_device(device)
     path, unfinished = _place(Path(folder))
     if unfinished:
         run = RunFolder(path)
         recipe = change_recipe(run.recipe(), settings or {})
         with open_material(SOURCE, recipe, workers, run.split()) as material:
-            run, recipe, tokenizer = refit(material, run, recipe, device, progress)
+            run, recipe, tokenizer = refit(material, run, recipe, target, progress)
     else:
         recipe = change_recipe(demo_recipe(), settings or {})
         with open_material(SOURCE, recipe, workers) as material:
-            run, recipe, tokenizer = fit(material, recipe, path, False, device, progress)
+            run, recipe, tokenizer = fit(material, recipe, path, False, target, progress)
     runner = Runner.on(tokenizer, recipe.precision)
     held_out = [file for file in bundled_photographs() if file.name in set(run.split()["held_out"])]
     tokens, longer_side = run.path / "tokens.safetensors", recipe.data.longer_side

@@ -16,6 +16,7 @@ from smalto.data.decoding import Decoder
 from smalto.data.images import LONGER_SIDE, BadPicture
 from smalto.data.pictures import centre_crop, enlarge, to_tensor
 from smalto.device import Precision, memory_errors, resolve_device
+from smalto.distributed import local_world_size
 from smalto.errors import ConfigError, DataError
 from smalto.layout import TokenLayout
 from smalto.progress import Progress
@@ -23,10 +24,11 @@ from smalto.tokenizer import ImageTokenizer, load
 
 
 def default_workers(workers: int | None = None) -> int:
-    """Decoding processes: as asked for, else all cores but one, between 1 and 8."""
+    """Decoding processes: as asked for, else all cores of this process but one, between 1 and 8."""
     if workers is not None and workers < 0:
         raise ConfigError(f"workers must be 0 or more; got {workers}.")
-    return workers if workers is not None else min(8, max(1, (os.cpu_count() or 2) - 1))
+    own = (os.cpu_count() or 2) // local_world_size()
+    return workers if workers is not None else min(8, max(1, own - 1))
 
 
 @dataclass(frozen=True)

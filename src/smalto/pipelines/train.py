@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalto import distributed
+from smalto.config import parse_config
 from smalto.data.archives import Skipped
 from smalto.data.crops import CropStream
 from smalto.data.decoding import Decoder
 from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, summary
-from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre_crop, split, split_by_name
+from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre_crop, split, split_by_name, to_unit_range
 from smalto.data.sources import open_source
 from smalto.device import resolve_device
 from smalto.errors import ConfigError, RunError
+from smalto.interop.var import load_tokenizer as load_var
 from smalto.memory import reused_memory
 from smalto.pipelines.evaluate import measure
 from smalto.pipelines.finish import finish_run
 from smalto.pipelines.running import Runner, default_workers
 from smalto.progress import Progress
-from smalto.tokenizer import ImageTokenizer
-from smalto.training.checkpoint import RunFolder
+from smalto.tokenizer import ImageTokenizer, TokenizerConfig, load
+from smalto.training.checkpoint import START_FOLDER, RunFolder
+from smalto.training.random_state import seeded
 from smalto.training.recipe import Recipe, change_recipe
 from smalto.training.tokenizer_task import TokenizerTask
-from smalto.training.trainer import train_loop
+from smalto.training.trainer import Trainer
 
 Data = str | Path | Dataset[Any]
 _DATASET = "a dataset"
@@ -69,10 +73,17 @@ class Material:
         names = [self.pictures.names[i] for i in self.held_out]
         return {"source": self.source, "num_pictures": len(self.pictures), "held_out": names}
 
-    def crops(self, indices: list[int], recipe: Recipe, number: int, shift: int) -> Tensor:
-        """``number`` fixed crops [number, C, size, size]."""
-        stream = CropStream(self.pictures, indices, size=recipe.data.size, batch=number, seed=recipe.seed + shift, flip=False)
-        return next(stream)
+    def crops(self, indices: list[int], recipe: Recipe, number: int, shift: int, shared: bool = False) -> Tensor:
+        """At least ``number`` fixed crops [n, C, size, size], several of each picture; ``shared``: this process's part of them."""
+        several = recipe.data.crops_per_picture
+        batch = -(-number // several)
+        rows = distributed.share(batch) if shared else range(batch)
+        if not rows:
+            return torch.zeros(0, recipe.tokenizer.autoencoder.in_channels, recipe.data.size, recipe.data.size)
+        stream = CropStream(
+            self.pictures, indices, size=recipe.data.size, batch=batch, seed=recipe.seed + shift, flip=False, crops_per_picture=several, rows=rows
+        )
+        return torch.cat([next(stream) for _ in range(several)])
 
 
 @reused_memory()
@@ -82,31 +93,37 @@ def train(
     *,
     out: str | Path = "runs/mine",
     overwrite: bool = False,
+    start: ImageTokenizer | str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Train a tokenizer and write a run folder with checkpoints, figures and a report.
 
+    Started by torchrun, its processes share every batch; the first one writes, and it alone measures at the end.
+
     Args:
-        data: a folder of pictures, ``"bundled"``, or a map-style dataset of [C, H, W] tensors (uint8, or float in [-1, 1]).
+        data: a folder of pictures, ``"bundled"``, ``"emoji"``, or a map-style dataset of [C, H, W] tensors (uint8, or float in [-1, 1]).
         recipe: what to train and how; None takes ``Recipe()``.
         out: the run folder to make.
         overwrite: replace a run that is there.
+        start: fine-tune this tokenizer: one, the folder of one, or a weight file of VAR. ``recipe.finetune.learn`` says what learns.
         device: "auto", "cpu", "cuda" or "mps".
         workers: decoding processes (0: decode in this one); None leaves one core to the model. In a script of your own, workers
             need the call under ``if __name__ == "__main__":``.
         progress: told what happens.
 
     Raises:
-        RunError: ``out`` exists already.
-        DataError: no picture can be read.
-        Interrupted: SIGINT or SIGTERM came; ``resume(out)`` goes on.
+        ConfigError, DataError, RunError: settings, pictures or the place for the run do not fit.
+        Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
-    recipe, progress = recipe or Recipe(), progress or Progress()
-    RunFolder.check_free(Path(out), overwrite)
-    with open_material(data, recipe, workers) as material:
-        return _finish(*fit(material, recipe, Path(out), overwrite, device, progress), material, progress)
+    target, recipe = resolve_device(device), recipe or Recipe()
+    if start is None and recipe.finetune.learn != "everything":
+        raise ConfigError(f"finetune.learn is {recipe.finetune.learn!r}, and there is no tokenizer to begin with. Name one: --from FOLDER.")
+    with distributed.joined(target):
+        progress = _first_only(progress)
+        with open_material(data, recipe, workers) as material:
+            return _finish(*fit(material, recipe, Path(out), overwrite, target, progress, start), material, progress)
 
 
 @reused_memory()
@@ -119,7 +136,7 @@ def resume(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Go on with a run from its newest checkpoint that can be read.
+    """Go on with a run from its newest checkpoint that is whole, on any number of processes.
 
     Args:
         run: the run folder.
@@ -127,12 +144,19 @@ def resume(
         settings: changes to its recipe, such as ``{"steps": 4000}``; the tokenizer and the pictures stay.
         device, workers, progress: as for ``train``.
     """
-    progress, folder = progress or Progress(), RunFolder(run)
+    folder, target = RunFolder(run), resolve_device(device)
     recipe = changed(folder, settings or {})
     if data is None and recipe.data.source == _DATASET:
         raise ConfigError(f"{run} was trained on a dataset: pass it again, smalto.resume({str(run)!r}, dataset).")
-    with open_material(data if data is not None else recipe.data.source, recipe, workers, folder.split()) as material:
-        return _finish(*refit(material, folder, recipe, device, progress), material, progress)
+    with distributed.joined(target):
+        progress = _first_only(progress)
+        with open_material(data if data is not None else recipe.data.source, recipe, workers, folder.split()) as material:
+            return _finish(*refit(material, folder, recipe, target, progress), material, progress)
+
+
+def _first_only(progress: Progress | None) -> Progress:
+    """Of several processes the first one speaks."""
+    return progress if progress is not None and distributed.rank() == 0 else Progress()
 
 
 @contextmanager
@@ -154,38 +178,64 @@ def open_material(data: Data, recipe: Recipe, workers: int | None, facts: dict[s
 def changed(run: RunFolder, settings: dict[str, Any]) -> Recipe:
     """The run's recipe with ``settings``, unless they would make it another run."""
     for key in settings:
-        if key.startswith("tokenizer.") or key in ("data.source", "seed"):
+        if key.startswith(("tokenizer.", "finetune.")) or key in ("data.source", "seed"):
             raise ConfigError(f"a resumed run keeps its {key}. Begin a new one with another --out to change it.")
     return change_recipe(run.recipe(), settings)
 
 
 def fit(
-    material: Material, recipe: Recipe, out: Path, overwrite: bool, device: str, progress: Progress
+    material: Material,
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool,
+    device: torch.device,
+    progress: Progress,
+    start: ImageTokenizer | str | Path | None = None,
 ) -> tuple[RunFolder, Recipe, ImageTokenizer]:
     """Make a run and train it to the end."""
     if Path(material.source).is_relative_to(out.resolve()):
         raise RunError(f"the pictures lie inside {out}, which is to be the run. Name another --out.")
+    begun = None
+    if start is not None:
+        begun = start if isinstance(start, ImageTokenizer) else _read_tokenizer(Path(start))
+        recipe = _for_finetuning(recipe, begun, "a tokenizer" if isinstance(start, ImageTokenizer) else str(start))
     if material.picture_files and recipe.tokenizer.autoencoder.in_channels != 3:
         raise ConfigError(
             f"picture files have 3 channels; tokenizer.autoencoder.in_channels is {recipe.tokenizer.autoencoder.in_channels}."
         )
-    target = resolve_device(device)
+    _check_batch(recipe)
+    if distributed.rank() == 0:
+        RunFolder.check_free(out, overwrite)
     recipe = change_recipe(recipe, {"data.source": material.source})
-    _announce(material, target, progress)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    _announce(material, device, progress)
+    with seeded(recipe.seed, device):
         tokenizer = recipe.tokenizer.build()
-    task = _task(tokenizer.to(target), material, recipe)
-    number = max(recipe.data.batch, task.num_start_images)
-    task.start(list(material.crops(material.training, recipe, number, _START_CROPS).split(recipe.data.batch)))
-    run = RunFolder.create(out, recipe, material.facts(), tokenizer, task.state(), overwrite)
-    return _loop(task, material, run, recipe, 0, None, progress)
+        if begun is not None:
+            tokenizer.load_state_dict(begun.float().state_dict())
+        task = _task(tokenizer.to(device), material, recipe, keep_codes=begun is not None)
+        if begun is None:
+            number = max(recipe.data.batch, task.num_start_images)
+            task.start(list(material.crops(material.training, recipe, number, _START_CROPS, shared=True).split(recipe.data.batch)))
+    with seeded(recipe.seed + distributed.rank(), device):
+        trainer = Trainer(task, _stream_at(material, recipe), out, recipe, progress)
+        state = trainer.state()
+        if distributed.rank() == 0:
+            RunFolder.create(out, recipe, material.facts(), task.result, state, overwrite, begun)
+        distributed.first_says("the run is there", device)
+        return _loop(trainer, task, material, RunFolder(out), recipe, progress)
 
 
-def refit(material: Material, run: RunFolder, recipe: Recipe, device: str, progress: Progress) -> tuple[RunFolder, Recipe, ImageTokenizer]:
+def refit(
+    material: Material, run: RunFolder, recipe: Recipe, device: torch.device, progress: Progress
+) -> tuple[RunFolder, Recipe, ImageTokenizer]:
     """Train a run that exists to its end."""
-    target = resolve_device(device)
-    step, tokenizer, state = run.restore()
+    _check_batch(recipe)
+    if distributed.rank() == 0:
+        with run.locked():
+            checkpoint = run.restore()
+    step = distributed.first_says(checkpoint.step if distributed.rank() == 0 else 0, device)
+    if distributed.rank() > 0:
+        checkpoint = run.read(step)
     if recipe.steps < step:
         raise ConfigError(f"{run.path} is at step {step} already; --steps must be at least that to go on with it, got {recipe.steps}.")
     before = run.split()
@@ -197,24 +247,42 @@ def refit(material: Material, run: RunFolder, recipe: Recipe, device: str, progr
         )
     if before["held_out"] and not material.held_out:
         progress.say(f"the {len(before['held_out'])} held-out pictures are not there any more, so figures are on training pictures")
-    task = _task(tokenizer.to(target), material, recipe)
-    task.load_state(state)
-    run.continue_from(step, recipe, {**before, "source": material.source})
-    _announce(material, target, progress)
-    progress.say(f"going on after step {step} of {recipe.steps}")
-    return _loop(task, material, run, recipe, step, state.get("stream"), progress)
-
-
-def _task(tokenizer: ImageTokenizer, material: Material, recipe: Recipe) -> TokenizerTask:
-    looked_at = material.crops(material.held_out or material.training, recipe, recipe.evaluate.crops, _HELD_OUT_CROPS)
-    return TokenizerTask(tokenizer, recipe, looked_at)
+    task = _task(checkpoint.tokenizer.to(device), material, recipe, keep_codes=True)
+    with seeded(recipe.seed + distributed.rank(), device), _threads(checkpoint.state["threads"], device, progress):
+        trainer = Trainer(task, _stream_at(material, recipe), run.path, recipe, progress)
+        trainer.load(checkpoint)
+        if distributed.rank() == 0:
+            with run.locked():
+                run.continue_from(step, recipe, {**before, "source": material.source})
+        distributed.first_says("the run is ready", device)
+        _announce(material, device, progress)
+        progress.say(f"going on after step {step} of {recipe.steps}")
+        return _loop(trainer, task, material, run, recipe, progress)
 
 
 def _loop(
-    task: TokenizerTask, material: Material, run: RunFolder, recipe: Recipe, step: int, position: dict[str, int] | None, progress: Progress
+    trainer: Trainer, task: TokenizerTask, material: Material, run: RunFolder, recipe: Recipe, progress: Progress
 ) -> tuple[RunFolder, Recipe, ImageTokenizer]:
     known = len(material.skipped)
-    stream = CropStream(
+    with run.locked() if distributed.rank() == 0 else nullcontext():
+        trainer.train()
+        if len(material.skipped) > known:
+            progress.say(f"found while training: {summary(material.skipped)}")
+        enlarged = trainer.stream.enlarged
+        if enlarged and distributed.rank() == 0:
+            run.event("enlarged pictures", count=len(enlarged))
+            progress.say(f"{len(enlarged)} pictures are smaller than the crop and were enlarged to {recipe.data.size} pixels")
+    return run, recipe, task.result.eval()
+
+
+def _task(tokenizer: ImageTokenizer, material: Material, recipe: Recipe, keep_codes: bool) -> TokenizerTask:
+    looked_at = material.crops(material.held_out or material.training, recipe, recipe.evaluate.crops, _HELD_OUT_CROPS)
+    return TokenizerTask(tokenizer, recipe, looked_at[: recipe.evaluate.crops], keep_codes)
+
+
+def _stream_at(material: Material, recipe: Recipe) -> Callable[[list[list[int]] | None], CropStream]:
+    """Makes the stream of this process's rows of the batches, from a position on."""
+    return lambda position: CropStream(
         material.pictures,
         material.training,
         size=recipe.data.size,
@@ -222,15 +290,44 @@ def _loop(
         seed=recipe.seed,
         crops_per_picture=recipe.data.crops_per_picture,
         flip=recipe.data.flip,
+        colour=recipe.data.colour,
+        rows=distributed.share(recipe.data.batch),
         position=position,
     )
-    train_loop(task, stream, run, recipe, step, progress)
-    if len(material.skipped) > known:
-        progress.say(f"found while training: {summary(material.skipped)}")
-    if stream.enlarged:
-        run.event("enlarged pictures", count=len(stream.enlarged))
-        progress.say(f"{len(stream.enlarged)} pictures are smaller than the crop and were enlarged to {recipe.data.size} pixels")
-    return run, recipe, task.tokenizer.eval()
+
+
+def _check_batch(recipe: Recipe) -> None:
+    if recipe.data.batch % distributed.world_size():
+        raise ConfigError(
+            f"data.batch is {recipe.data.batch}, the crops of all {distributed.world_size()} processes together: it must be a multiple of "
+            "their number."
+        )
+
+
+def _read_tokenizer(path: Path) -> ImageTokenizer:
+    """A tokenizer of smalto from its folder, or one of VAR from its file."""
+    return load_var(path) if path.is_file() else load(path)
+
+
+def _for_finetuning(recipe: Recipe, start: ImageTokenizer, name: str) -> Recipe:
+    """The recipe with the tokenizer's own configuration in place of the recipe's."""
+    config = start.config if isinstance(start.config, TokenizerConfig) else start.config.general()
+    finetune = recipe.finetune.model_dump() | {"tokenizer": name}
+    settings = recipe.model_dump(mode="json") | {"tokenizer": config.model_dump(mode="json"), "finetune": finetune}
+    return parse_config(Recipe, settings, f"fine-tuning {name}")
+
+
+@contextmanager
+def _threads(number: int, device: torch.device, progress: Progress) -> Iterator[None]:
+    """Compute with the threads that the run began with: on a CPU, sums depend on their number."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and number != before:
+        progress.say(f"computing with {number} threads, as when this run began, in place of {before}: with others its numbers would differ")
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _announce(material: Material, device: torch.device, progress: Progress) -> None:
@@ -243,7 +340,11 @@ def _announce(material: Material, device: torch.device, progress: Progress) -> N
 
 
 def _finish(run: RunFolder, recipe: Recipe, tokenizer: ImageTokenizer, material: Material, progress: Progress) -> Trained:
-    """Measure on whole held-out pictures and write metrics.json and report.html."""
+    """Measure on whole held-out pictures and write metrics.json and report.html; the first process alone does."""
+    first = distributed.rank() == 0
+    distributed.leave()
+    if not first:
+        return Trained(run, tokenizer, {})
     runner = Runner.on(tokenizer, recipe.precision)
     indices = (material.held_out or material.training)[: recipe.evaluate.pictures]
     progress.begin("measuring", len(indices), "pictures")
@@ -252,7 +353,20 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: ImageTokenizer, material:
     on = "held-out pictures" if material.held_out else "training pictures"
     transform = f"longer side at most {recipe.data.longer_side}, centre crop to a multiple of {runner.tokenizer.stride}"
     evaluation = measurement.result(runner.tokenizer, on, transform, recipe.precision, material.skipped)
+    if (run.path / START_FOLDER).is_dir():
+        start = Runner.on(load(run.path / START_FOLDER).to(runner.device), recipe.precision)
+        evaluation.figures["indices_changed"] = _changed_share(start, runner, _whole(material, indices, runner.tokenizer.stride, Progress()))
     return Trained(run, tokenizer, finish_run(run, recipe, runner, evaluation))
+
+
+def _changed_share(before: Runner, after: Runner, pictures: Iterator[tuple[str, Tensor]]) -> float:
+    """The share of indices that a fine-tuning has changed."""
+    changed = total = 0
+    for _, picture in pictures:
+        tokens = [runner.encode(to_unit_range(picture)[None]) for runner in (before, after)]
+        changed += int((tokens[0] != tokens[1]).sum())
+        total += tokens[0].numel()
+    return changed / max(total, 1)
 
 
 def _whole(material: Material, indices: list[int], stride: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:

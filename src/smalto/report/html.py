@@ -95,38 +95,27 @@ def _shown(example: Example, colours: Tensor) -> dict[str, Any]:
     }
 
 
+# Title, unit, whether the axis is logarithmic, and the curves: label, key in the log.
+_CURVES = (
+    ("Loss", "loss", True, (("reconstruction", "reconstruction_loss"), ("codebook", "vq_loss"))),
+    ("PSNR", "dB", False, (("training crops", "psnr"), ("held-out crops", "held_out_psnr"))),
+    ("Perceptual distance", "distance", False, (("training crops", "perceptual"), ("held-out crops", "held_out_distance"))),
+    ("Codebook use in training", "usage@32K", False, (("share of codes in use", "usage"),)),
+    ("Discriminator", "hinge loss", False, (("2: knows nothing, 0: tells all apart", "discriminator_loss"),)),
+    ("Adversarial gradient at the last layer", "share", False, (("of the reconstruction's", "adversarial_gradient"),)),
+)
+
+
 def _charts(histogram: Tensor, log: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    steps = [row["step"] for row in log]
-    held_out = [(row["step"], row["held_out_psnr"]) for row in log if "held_out_psnr" in row]
+    charts = []
+    for title, unit, log_y, curves in _CURVES:
+        series = [
+            (label, [row["step"] for row in log if key in row], [row[key] for row in log if key in row])
+            for label, key in curves
+            if any(key in row for row in log)
+        ]
+        charts.append((title, line_chart(series, "step", unit, log_y)))
     counts = sorted((int(n) for n in histogram), reverse=True)
-    charts = [
-        (
-            "Loss",
-            line_chart(
-                [
-                    (label, steps, [row[key] for row in log])
-                    for label, key in (("reconstruction", "reconstruction_loss"), ("codebook", "vq_loss"))
-                ],
-                "step",
-                "loss",
-                log_y=True,
-            ),
-        ),
-        (
-            "PSNR",
-            line_chart(
-                [
-                    ("training crops", steps, [row["psnr"] for row in log]),
-                    ("held-out crops", [s for s, _ in held_out], [p for _, p in held_out]),
-                ],
-                "step",
-                "dB",
-            ),
-        ),
-        ("Codebook use in training", line_chart([("share of codes in use", steps, [row["usage"] for row in log])], "step", "usage@32K")),
-        (
-            "How often each code occurs in the pictures measured, most used first",
-            bar_chart(counts, "codes", "tokens", line=sum(counts) / max(1, len(counts))),
-        ),
-    ]
+    title = "How often each code occurs in the pictures measured, most used first"
+    charts.append((title, bar_chart(counts, "codes", "tokens", line=sum(counts) / max(1, len(counts)))))
     return [(name, chart) for name, chart in charts if chart]

@@ -5,28 +5,45 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from smalto.errors import RunError
-from smalto.files import aside, check_writable, remove_leftovers, sync_tree, write_atomic
+from smalto.files import aside, check_writable, file_sha256, remove_leftovers, sync_tree, write_atomic
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe import Recipe, load_recipe, recipe_toml
 
 STATE_FILE = "state.safetensors"
+SUMS_FILE = "SHA256SUMS"  # as `sha256sum --check` reads it
+LOCK_FILE = ".lock"
+START_FOLDER = "start"  # the tokenizer that a fine-tuning began with
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 SPLIT_FILE = "split.json"  # where the pictures came from and the names of those held out
 
 OWN_NAMES = frozenset(
     {"recipe.toml", SPLIT_FILE, "config.json", "model.safetensors", "checkpoints", "metrics.json", "report.html"}
     | {"tokens.safetensors", "decoded"}  # of a demo
+    | {LOCK_FILE, START_FOLDER, "tensorboard"}
     | set(LOGS)
 )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved at one step."""
+
+    step: int
+    tokenizer: ImageTokenizer
+    state: dict[str, Any]
 
 
 class RunFolder:
@@ -58,8 +75,11 @@ class RunFolder:
         tokenizer: ImageTokenizer,
         state: dict[str, Any],
         overwrite: bool = False,
+        start: ImageTokenizer | None = None,
     ) -> RunFolder:
         """Make a run with its recipe and its checkpoint of step 0; it appears whole, by one rename.
+
+        ``start``: the tokenizer that a fine-tuning begins with, kept to be compared with.
 
         Raises:
             RunError: something is there already and ``overwrite`` is off, or it is no run.
@@ -74,6 +94,9 @@ class RunFolder:
                 (new / name).touch()
             (new / "checkpoints").mkdir()
             cls(new).save(0, tokenizer, state)
+            if start is not None:
+                (new / START_FOLDER).mkdir()
+                start.save(new / START_FOLDER)
             sync_tree(new)
             if path.is_dir():
                 os.replace(path, new.parent / "old")  # goes with the temporary folder, once the new run is in its place
@@ -91,9 +114,29 @@ class RunFolder:
         if entries and (not RunFolder.is_run(path) or foreign):
             what = f"holds other things too ({', '.join(foreign[:3])})" if RunFolder.is_run(path) else "is not a run of smalto"
             raise RunError(f"{path} {what}, so --overwrite leaves it alone. Name another --out.")
+        if entries:
+            with RunFolder(path).locked():  # nobody may be training it
+                pass
         if Path.cwd().is_relative_to(path.resolve()):
             raise RunError(f"{path} is the folder you are in, or one above it. Name another --out.")
         check_writable(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, this process alone may train the run. The lock goes when the process does, however it ends.
+
+        Raises:
+            RunError: another process is training it.
+        """
+        lock = filelock.FileLock(self.path / LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise RunError(f"{self.path} is being trained by another process. Wait for it, stop it, or name another --out.") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def split(self) -> dict[str, Any]:
         """``source``, ``num_pictures`` and the names ``held_out``."""
@@ -112,6 +155,8 @@ class RunFolder:
                 plain = _take_tensors(state, "", tensors)
                 metadata = {"smalto": json.dumps({"step": step, "state": plain}, sort_keys=True)}
                 write_atomic(new / STATE_FILE, safetensors.torch.save(tensors, metadata))
+                names = sorted(path.name for path in new.iterdir())
+                write_atomic(new / SUMS_FILE, "".join(f"{file_sha256(new / name)}  {name}\n" for name in names))
         tokenizer.save(self.path)
         for old in self.steps()[:-keep]:
             shutil.rmtree(self.checkpoint(old))
@@ -121,38 +166,58 @@ class RunFolder:
         found = [p.name.removeprefix("step-") for p in (self.path / "checkpoints").glob("step-*")]
         return sorted(int(name) for name in found if name.isdigit())
 
-    def restore(self) -> tuple[int, ImageTokenizer, dict[str, Any]]:
-        """The newest checkpoint that can be read: its step, model and state. Damaged ones are renamed and recorded as events.
+    def restore(self) -> Checkpoint:
+        """The newest checkpoint that is whole. Damaged ones are renamed and recorded as events.
 
         Raises:
             RunError: none can be read.
         """
         reasons = []
         for step in reversed(self.steps()):
-            folder = self.checkpoint(step)
             try:
-                tokenizer = load(folder)
-                with safetensors.safe_open(folder / STATE_FILE, "pt") as file:
-                    header = json.loads(file.metadata()["smalto"])
-                    state = _put_tensors(header["state"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no dict)
-                return step, tokenizer, state
-            except (RunError, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                reasons.append(f"{folder.name}: {error}")
-                self.event("damaged checkpoint", step=step)
+                return self.read(step)
+            except RunError as error:
+                reasons.append(str(error))
+                folder = self.checkpoint(step)
+                self.event("damaged checkpoint", step=step, text=str(error))
                 shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
                 os.replace(folder, folder.with_name(f"damaged-{folder.name}"))  # its name is free for a good one
         raise RunError(f"{self.path} has no checkpoint that can be read. {' '.join(reasons)}")
 
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``.
+
+        Raises:
+            RunError: it is damaged: a file is missing, is not what was written, or cannot be understood.
+        """
+        folder = self.checkpoint(step)
+        _check_sums(folder)
+        try:
+            tokenizer = load(folder)
+            with safetensors.safe_open(folder / STATE_FILE, "pt") as file:
+                header = json.loads(file.metadata()["smalto"])
+                state = _put_tensors(header["state"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no dict)
+            return Checkpoint(step, tokenizer, state)
+        except (RunError, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{folder.name}: {error}") from None
+
     def continue_from(self, step: int, recipe: Recipe, split: dict[str, Any]) -> None:
-        """Record that the run goes on: drop the log lines that an interrupted run wrote past its checkpoint, and a line cut short."""
+        """Record that the run goes on from its checkpoint of ``step``."""
         for folder in (self.path, self.path / "checkpoints"):
             remove_leftovers(folder)
         write_atomic(self.path / "recipe.toml", recipe_toml(recipe))
         write_atomic(self.path / SPLIT_FILE, json.dumps(split) + "\n")
+        self.forget_after(step)
+        self.event("resumed", step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was written past ``step``: log lines, one that was cut short, checkpoints."""
         for name in ("log.jsonl", "times.jsonl"):
             rows = [row for row in read_jsonl(self.path / name) if row.get("step", step + 1) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
-        self.event("resumed", step=step)
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.checkpoint(later))
 
     def event(self, event: str, **facts: Any) -> None:
         """Add a line to events.jsonl."""
@@ -161,6 +226,18 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"
+
+
+def _check_sums(folder: Path) -> None:
+    """Raise RunError unless every file of a checkpoint is what was written."""
+    try:
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        wrong = [name for name, digest in sums.items() if file_sha256(folder / name) != digest]
+        if wrong or STATE_FILE not in sums:
+            raise RunError(f"{folder.name}: {', '.join(wrong) or SUMS_FILE} is damaged: its checksum differs.")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.name}: a file is missing or cannot be read ({error}).") from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -13,6 +13,8 @@ from smalto.config import Config, dotted_keys, nearest_key, parse_config
 from smalto.data.images import LONGER_SIDE
 from smalto.device import Precision
 from smalto.errors import ConfigError
+from smalto.losses import LossesConfig
+from smalto.losses.adversarial import MIN_LAST_SIDE
 from smalto.quantizers import MultiScaleVQConfig, Revive
 from smalto.tokenizer import TokenizerConfig, default_tokenizer_config
 
@@ -24,20 +26,25 @@ class DataConfig(Config):
 
     source: str = Field("", description="folder of pictures; filled in when a run starts")
     size: int = Field(64, ge=8, le=8192, description="side of a crop in pixels; a multiple of the tokenizer's stride")
-    batch: int = Field(16, ge=1, le=65536, description="crops per step")
+    batch: int = Field(16, ge=1, le=65536, description="crops per step, of all processes together")
     longer_side: int = Field(LONGER_SIDE, ge=8, le=65536, description="larger pictures are reduced to this when decoded")
     crops_per_picture: int = Field(8, ge=1, le=4096, description="crops cut from one decode")
     flip: bool = Field(True, description="mirror half of the crops")
-    cache_mb: int = Field(1024, ge=0, description="decoded pictures kept in memory, MiB")
+    colour: float = Field(0.0, ge=0, le=1, description="how far the colours of crops may change; helps where pictures are few")
+    cache_mb: int = Field(1024, ge=0, description="decoded pictures kept in memory by each process, MiB")
 
 
 class OptimizerConfig(Config):
-    """AdamW with a linear warm-up and a cosine decay to zero."""
+    """AdamW (Loshchilov and Hutter 2019) with a linear warm-up and a cosine decay to zero. Norms, biases and codes do not decay."""
 
     lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="how long both moments look back")
     weight_decay: float = Field(0.01, ge=0)
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: bool = Field(True, description="cosine decay to zero at the last step")
+    clip: float = Field(0.0, ge=0, description="longer gradients are shortened to this; 0: never")
+    accumulate: int = Field(1, ge=1, description="parts in which a process takes its batch, one after the other, to save memory")
+    average: float = Field(0.0, ge=0, lt=1, description="save moving averages of the weights with this decay, such as 0.999; 0: the weights")
 
 
 class CodebookConfig(Config):
@@ -57,6 +64,23 @@ class CheckpointConfig(Config):
     keep: int = Field(2, ge=1, description="checkpoints kept")
 
 
+class GuardConfig(Config):
+    """What is done when a run goes wrong: see smalto.training.guard."""
+
+    action: Literal["warn", "rollback", "off"] = Field("warn", description="rollback also goes back to a good checkpoint, more carefully")
+    psnr_fall: float = Field(3.0, gt=0, description="dB below the best moving average")
+    usage_fall: float = Field(0.5, gt=0, lt=1, description="share of the most codes in use that is lost")
+
+
+class FinetuneConfig(Config):
+    """Training that begins with a trained tokenizer."""
+
+    tokenizer: str = Field("", description="folder it came from; filled in when a run starts")
+    learn: Literal["everything", "decoder", "all-but-codebook"] = Field(
+        "everything", description="decoder: tokens stay exactly as they are; all-but-codebook: codes stay, encoder and decoder learn"
+    )
+
+
 class EvaluateConfig(Config):
     """How often a run looks at held-out pictures."""
 
@@ -72,12 +96,17 @@ class Recipe(Config):
     steps: int = Field(2400, ge=0)
     precision: Precision = Field("float32", description='"bf16" runs encoder and decoder in bfloat16; the quantizer stays in float32')
     gradient_checkpointing: bool = Field(False, description="less memory in training, a third more time; for autoencoder.kind cnn")
+    channels_last: bool = Field(False, description="maps lie pixel by pixel in memory: faster for autoencoder.kind cnn in bf16")
+    compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps; needs a C++ compiler")
     tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)
     data: DataConfig = DataConfig()
+    losses: LossesConfig = LossesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     codebook: CodebookConfig = CodebookConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    guard: GuardConfig = GuardConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")
     def _crops_fit(self) -> Recipe:
@@ -94,6 +123,20 @@ class Recipe(Config):
             )
         if self.gradient_checkpointing and self.tokenizer.autoencoder.kind != "cnn":
             raise ValueError(f"gradient_checkpointing is for autoencoder.kind 'cnn'; this one is {self.tokenizer.autoencoder.kind!r}.")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit(self) -> Recipe:
+        adversarial, perceptual = self.losses.adversarial, self.losses.perceptual
+        if adversarial.weight and self.data.size >> adversarial.layers < MIN_LAST_SIDE:
+            raise ValueError(
+                f"losses.adversarial.layers is {adversarial.layers}, which leaves nothing of crops of {self.data.size} pixels. "
+                f"Set it to at most {(self.data.size // MIN_LAST_SIDE).bit_length() - 1}."
+            )
+        if adversarial.lead > adversarial.start:
+            raise ValueError(f"losses.adversarial.lead is {adversarial.lead}, more than the {adversarial.start} steps before its start.")
+        if perceptual.weight and self.tokenizer.autoencoder.in_channels != 3:
+            raise ValueError("losses.perceptual looks at pictures of 3 channels; set losses.perceptual.weight to 0.")
         return self
 
 

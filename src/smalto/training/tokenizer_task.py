@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch._dynamo  # the first optimizer imports it anyway: here, where Ctrl-C still may leave at once
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from smalto import distributed
 from smalto.autoencoders import CheckpointedNetwork
 from smalto.device import computing
-from smalto.errors import RunError
+from smalto.losses import Objective, PatchDiscriminator
+from smalto.losses.adversarial import hinge
+from smalto.losses.reconstruction import Perceptual
 from smalto.metrics import psnr
-from smalto.quantizers import CodebookUpdater
+from smalto.quantizers import CodebookUpdater, MultiScaleVQ
+from smalto.quantizers.codebook import Codebook
 from smalto.tokenizer import ImageTokenizer
+from smalto.training.optimization import WeightAverage, learning_rate_share, parameter_groups
 from smalto.training.recipe import Recipe
+
+CAUTION = 0.5  # after each step back, learning rates and the adversarial weight are multiplied by this
 
 
 class TokenizerTask:
-    """Reconstruction plus the quantizer's loss, AdamW, codebook upkeep.
+    """A tokenizer and everything that teaches it: losses, discriminator, optimizers, codebook upkeep, averaged weights.
 
     Args:
         tokenizer: already on its device.
         recipe: how.
         held_out: fixed crops [N, C, size, size] in [-1, 1] to look at now and then.
+        keep_codes: the tokenizer has learned before: its codes stay where they are.
+
+    Attributes:
+        tokenizer: the one that learns.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer, recipe: Recipe, held_out: Tensor) -> None:
+    def __init__(self, tokenizer: ImageTokenizer, recipe: Recipe, held_out: Tensor, keep_codes: bool = False) -> None:
         self.tokenizer, self._recipe, self._held_out = tokenizer, recipe, held_out
         self.device = next(tokenizer.parameters()).device
-        for part in (tokenizer.encoder, tokenizer.decoder):
-            if isinstance(part, CheckpointedNetwork):
-                part.gradient_checkpointing = recipe.gradient_checkpointing
-        self._optimizer = torch.optim.AdamW(
-            [p for p in tokenizer.parameters() if p.requires_grad], lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay
-        )
-        self._updater = CodebookUpdater(
-            tokenizer, self._optimizer, recipe.codebook.revive(), memory=recipe.codebook.memory, seed=recipe.seed
-        )
+        self._fixed = _fix(tokenizer, recipe.finetune.learn)
+        self._set_up_networks()
+        settings, adversarial = recipe.optimizer, recipe.losses.adversarial
+        self._discriminator: PatchDiscriminator | None = None
+        if adversarial.weight:
+            self._discriminator = adversarial.build(tokenizer.in_channels).to(self.device)
+            distributed.broadcast([*self._discriminator.parameters(), *self._discriminator.buffers()])
+            self._judge = _in_step(self._discriminator)
+            self._judge_optimizer = torch.optim.AdamW(
+                parameter_groups(self._discriminator, settings.weight_decay), lr=adversarial.lr, betas=adversarial.betas
+            )
+        self._objective = Objective(recipe.losses, _last_layer(tokenizer.decoder), self._discriminator, self.device)
+        self._optimizer = torch.optim.AdamW(parameter_groups(tokenizer, settings.weight_decay), lr=settings.lr, betas=settings.betas)
+        self._updater: CodebookUpdater | None = None
+        if recipe.finetune.learn == "everything":
+            codebook = recipe.codebook
+            self._updater = CodebookUpdater(
+                tokenizer, self._optimizer, codebook.revive(), memory=codebook.memory, seed=recipe.seed, keep_codes=keep_codes
+            )
+        self._average = WeightAverage(tokenizer, settings.average) if settings.average else None
+        self._caution = 1.0
+
+    @property
+    def result(self) -> ImageTokenizer:
+        """The tokenizer that training is for: the one with averaged weights where the recipe asks for them."""
+        return self._average.tokenizer if self._average else self.tokenizer
 
     @property
     def num_start_images(self) -> int:
@@ -49,56 +78,181 @@ class TokenizerTask:
 
     def start(self, batches: list[Tensor]) -> None:
         """The codebook's k-means start."""
-        self._updater.start(batch.to(self.device) for batch in batches)
+        if self._updater is not None:
+            self._updater.start(batch.to(self.device) for batch in batches)
+        self._average = WeightAverage(self.tokenizer, self._recipe.optimizer.average) if self._average else None
 
     def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
+        """Learn from this process's part of a batch [B, C, size, size] in [-1, 1]."""
         self.tokenizer.train()
-        self._set_learning_rate(step)
-        images = batch.to(self.device)
-        with computing(self.device, self._recipe.precision, len(images)):
-            reconstruction, vq_loss, _ = self.tokenizer(images)
-            reconstruction_loss = F.mse_loss(reconstruction.float(), images)
-            loss = reconstruction_loss + vq_loss
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        self._optimizer.step()
-        self._updater.step()
-        if not math.isfinite(loss.item()):
-            raise RunError(
-                f"the loss is {loss.item()} at step {step}: training has diverged. Resume with a smaller --set optimizer.lr, "
-                "or look for broken values in the data."
-            )
-        return {
-            "loss": round(loss.item(), 7),
-            "reconstruction_loss": round(reconstruction_loss.item(), 7),
-            "vq_loss": round(vq_loss.item(), 7),
-            "psnr": round(float(psnr(reconstruction.detach(), images).mean()), 4),
-            "usage": round(min(self._updater.usage().values()), 5),
-            "not_finite": self._updater.num_not_finite,
-            "lr": self._optimizer.param_groups[0]["lr"],
-        }
+        for part in self._fixed:
+            part.eval()
+        self._set_learning_rates(step)
+        self._optimizer.zero_grad(set_to_none=True)
+        parts = batch.to(self.device).chunk(self._recipe.optimizer.accumulate)
+        figures: dict[str, Tensor] = {}
+        fakes = []
+        for number, images in enumerate(parts):
+            share = len(images) / len(batch)
+            last = number == len(parts) - 1
+            with computing(self.device, self._recipe.precision, len(images)), _gradients_stay_here(self._network, not last):
+                reconstruction, vq_loss, _ = self._network(self._as_laid_out(images))
+                values = self._objective.backward(reconstruction, vq_loss, images, step, share=share, caution=self._caution)
+            fakes.append(reconstruction.detach())
+            values["psnr"] = psnr(fakes[-1], images).mean()
+            for name, value in values.items():
+                figures[name] = figures.get(name, 0.0) + share * value.float()
+        figures["gradient_norm"] = self._update()
+        if self._recipe.losses.adversarial.learns_at(step):
+            figures["discriminator_loss"] = self._teach_discriminator(parts, fakes)
+        return self._to_log(figures)
+
+    def _update(self) -> Tensor:
+        """One step of optimizer, codebook and averages; none of them where the gradient is not finite. Returns the gradient's length."""
+        learning = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(learning, self._recipe.optimizer.clip or math.inf)
+        # The gradient is the same in all processes, so they agree.
+        if math.isfinite(float(norm)):
+            self._optimizer.step()
+            if self._updater is not None:
+                self._updater.step()
+            if self._average is not None:
+                self._average.step()
+        elif self._updater is not None:
+            self._updater.discard()
+        return norm
+
+    def _teach_discriminator(self, parts: tuple[Tensor, ...], fakes: list[Tensor]) -> Tensor:
+        """One step of the discriminator on pictures and their reconstructions; returns its loss."""
+        assert self._discriminator is not None
+        self._judge_optimizer.zero_grad(set_to_none=True)
+        num_images, total = sum(map(len, parts)), torch.zeros((), device=self.device)
+        for number, (images, fake) in enumerate(zip(parts, fakes, strict=True)):
+            with computing(self.device, self._recipe.precision, len(images)), _gradients_stay_here(self._judge, number < len(parts) - 1):
+                loss = hinge(*self._judge(self._as_laid_out(torch.cat([images, fake]))).chunk(2)) * (len(images) / num_images)
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self._discriminator.parameters(), self._recipe.optimizer.clip or math.inf)
+        if math.isfinite(float(norm)):
+            self._judge_optimizer.step()
+        return total
+
+    def _to_log(self, figures: dict[str, Tensor]) -> dict[str, float]:
+        """The figures as numbers, means over all processes."""
+        means = distributed.all_reduce(torch.stack([value.detach().float() for value in figures.values()])) / distributed.world_size()
+        log = {name: round(value, 7) for name, value in zip(figures, means.tolist(), strict=True)}
+        if self._updater is not None:
+            log["usage"] = round(min(self._updater.usage().values()), 5)
+            log["not_finite"] = self._updater.num_not_finite
+        log["lr"] = self._optimizer.param_groups[0]["lr"]
+        if not math.isfinite(log["gradient_norm"]):
+            log["skipped"] = 1
+        return {name: value for name, value in log.items() if math.isfinite(value)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        self.tokenizer.eval()
-        values = []
-        for images in self._held_out.split(self._recipe.data.batch):
+        """Figures on the held-out crops: PSNR, and the distance in the perceptual loss's network where there is one."""
+        model = self.result.eval()
+        perceptual = self._objective.terms.get("perceptual")
+        own = distributed.share(len(self._held_out))
+        sums = torch.zeros(2, device=self.device)
+        for images in self._held_out[own.start : own.stop].split(self._recipe.data.batch):
             with computing(self.device, self._recipe.precision, len(images)):
                 images = images.to(self.device)
-                values.append(psnr(self.tokenizer(images).reconstruction, images))
-        return {"held_out_psnr": round(float(torch.cat(values).mean()), 4)} if values else {}
+                reconstruction = model(self._as_laid_out(images)).reconstruction.clamp(-1, 1)
+                sums[0] += psnr(reconstruction, images).sum()
+                if perceptual is not None:
+                    sums[1] += perceptual(reconstruction, images) * len(images)
+        if not len(self._held_out):
+            return {}
+        means = (distributed.all_reduce(sums) / len(self._held_out)).tolist()
+        figures = {"held_out_psnr": round(means[0], 4)}
+        if isinstance(perceptual, Perceptual):
+            figures["held_out_distance"] = round(means[1], 6)
+        return figures
+
+    def ease(self) -> None:
+        """Go on more carefully: half the learning rates, half the adversarial weight."""
+        self._caution *= CAUTION
 
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "updater": self._updater.state_dict()}
+        """What resuming needs beside ``result``."""
+        state: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "caution": self._caution}
+        if self._updater is not None:
+            state["updater"] = self._updater.state_dict()
+        if self._average is not None:
+            state["weights"] = dict(self.tokenizer.state_dict())
+            state["averaged_steps"] = self._average.num_steps
+        if self._discriminator is not None:
+            state["discriminator"] = dict(self._discriminator.state_dict())
+            state["discriminator_optimizer"] = self._judge_optimizer.state_dict()
+        return state
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load(self, result: ImageTokenizer, state: dict[str, Any]) -> None:
+        """Take over a checkpoint: the tokenizer saved and what ``state`` gave."""
+        self.tokenizer.load_state_dict(state.get("weights", result.state_dict()))
+        if self._average is not None:
+            self._average.tokenizer.load_state_dict(result.state_dict())
+            self._average.num_steps = state.get("averaged_steps", 0)
         self._optimizer.load_state_dict(state["optimizer"])
-        self._updater.load_state_dict(state["updater"])
+        if self._updater is not None:
+            self._updater.load_state_dict(state["updater"])
+        if self._discriminator is not None and "discriminator" in state:
+            self._discriminator.load_state_dict(state["discriminator"])
+            self._judge_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self._caution = state["caution"]
 
-    def _set_learning_rate(self, step: int) -> None:
-        settings, steps = self._recipe.optimizer, self._recipe.steps
-        share = min(1.0, step / settings.warmup) if settings.warmup else 1.0
-        if settings.decay:
-            share *= 0.5 * (1 + math.cos(math.pi * min(1.0, (step - 1) / max(steps, 1))))
+    def _set_up_networks(self) -> None:
+        """The form in which the tokenizer runs: laid out, checkpointed, compiled, in step with other processes."""
+        for part in (self.tokenizer.encoder, self.tokenizer.decoder):
+            if isinstance(part, CheckpointedNetwork):
+                part.gradient_checkpointing = self._recipe.gradient_checkpointing
+            if self._recipe.channels_last:
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network: nn.Module = self.tokenizer
+        if self._recipe.compile:
+            network = torch.compile(network)  # type: ignore[assignment]
+        # Of a multi-scale quantizer some phi may serve no scale.
+        self._network = _in_step(network, some_unused=isinstance(self.tokenizer.quantize, MultiScaleVQ))
+
+    def _as_laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self._recipe.channels_last else images
+
+    def _set_learning_rates(self, step: int) -> None:
+        share = learning_rate_share(self._recipe.optimizer, step, self._recipe.steps) * self._caution
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.lr * share
+            group["lr"] = self._recipe.optimizer.lr * share
+        if self._discriminator is not None:
+            for group in self._judge_optimizer.param_groups:
+                group["lr"] = self._recipe.losses.adversarial.lr * share
+
+
+def _fix(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
+    """Switch off the gradients of what a fine-tuning leaves as it is; returns the parts that stay in evaluation mode."""
+    if learn == "decoder":
+        for part in (tokenizer.encoder, tokenizer.quantize):
+            part.requires_grad_(False)
+        return [tokenizer.encoder, tokenizer.quantize]
+    if learn == "all-but-codebook":
+        for module in tokenizer.modules():
+            if isinstance(module, Codebook):
+                module.requires_grad_(False)
+    return []
+
+
+def _last_layer(decoder: nn.Module) -> Tensor:
+    """The weights of the decoder's last layer."""
+    return [p for p in decoder.parameters() if p.ndim > 1][-1]
+
+
+def _in_step(network: nn.Module, some_unused: bool = False) -> nn.Module:
+    """Where several processes work together: the network with gradients averaged over all of them."""
+    if distributed.world_size() == 1:
+        return network
+    # Buffers are kept in step by the codebook updater, or are the same by themselves.
+    return DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=some_unused)
+
+
+def _gradients_stay_here(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
+    """Inside, gradients add up in this process only: of all but the last part of a batch."""
+    return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()

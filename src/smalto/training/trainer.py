@@ -1,4 +1,4 @@
-"""The only training loop. It knows steps, logs, checkpoints and interruptions; what a step does is the task's."""
+"""The only training loop. It knows steps, logs, checkpoints, faults and interruptions; what a step does is the task's."""
 
 from __future__ import annotations
 
@@ -6,30 +6,52 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
+import torch
+
+from smalto import distributed
 from smalto.data.crops import CropStream
+from smalto.device import peak_memory
+from smalto.errors import RunError
 from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.checkpoint import RunFolder
+from smalto.training.checkpoint import Checkpoint, RunFolder
+from smalto.training.guard import WINDOW, Guard
+from smalto.training.random_state import random_state, set_random_state
 from smalto.training.recipe import Recipe
+from smalto.training.tensorboard import TensorBoard
+
+MAX_RETURNS = 3  # of the guard to one checkpoint
 
 
 class Task(Protocol):
     """What the loop trains."""
 
-    tokenizer: ImageTokenizer
+    device: torch.device
+
+    @property
+    def result(self) -> ImageTokenizer:
+        """What is saved."""
 
     def train_step(self, batch: Any, step: int) -> dict[str, float]:
-        """Learn from one batch; returns figures for the log."""
+        """Learn from this process's part of a batch; returns figures for the log, the same in all processes."""
 
     def evaluate(self) -> dict[str, float]:
-        """Figures on fixed held-out data."""
+        """Figures on fixed held-out data, the same in all processes."""
+
+    def ease(self) -> None:
+        """Go on more carefully."""
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs beside the model."""
+        """What resuming needs beside the result."""
+
+    def load(self, result: ImageTokenizer, state: dict[str, Any]) -> None:
+        """Go on from what was saved."""
 
 
 class Interrupted(Exception):
@@ -40,35 +62,157 @@ class Interrupted(Exception):
         self.step = step
 
 
-def train_loop(task: Task, stream: CropStream, run: RunFolder, recipe: Recipe, start: int, progress: Progress) -> None:
-    """Train from step ``start`` to ``recipe.steps``; step n is the n-th update, counted from 1.
+class Trainer:
+    """Trains a task from one step of a run to its last; step n is the n-th update, counted from 1.
 
-    Raises:
-        Interrupted: SIGINT or SIGTERM came; the last whole step is saved.
+    Args:
+        task: what learns.
+        stream_at: makes the stream of this process's batches, from a position or None.
+        run: the folder where everything is written, by the first process; it must be there when training begins.
+        recipe: how.
+        progress: hears of it.
     """
-    progress.begin("training", recipe.steps, "steps", done=start)
-    with (
-        _stop_requests() as stop,
-        open(run.path / "log.jsonl", "a", encoding="utf-8", buffering=1) as log,
-        open(run.path / "times.jsonl", "a", encoding="utf-8", buffering=1) as times,
-    ):
-        for step in range(start + 1, recipe.steps + 1):
-            begun = time.perf_counter()
-            batch = next(stream)
-            waited = time.perf_counter() - begun
-            figures = task.train_step(batch, step)
-            if step % recipe.evaluate.every == 0 or step == recipe.steps:
-                figures |= task.evaluate()
-            seconds = time.perf_counter() - begun
-            log.write(json.dumps({"step": step, **figures}) + "\n")
-            times.write(json.dumps({"step": step, "seconds": round(seconds, 5), "waiting": round(waited, 5), "images": len(batch)}) + "\n")
-            progress.advance(1, images=len(batch), **figures)
-            if stop.is_set() or step % recipe.checkpoint.every == 0 or step == recipe.steps:
-                run.save(step, task.tokenizer, {**task.state(), "stream": stream.position()}, recipe.checkpoint.keep)
-            if stop.is_set() and step < recipe.steps:
-                run.event("interrupted", step=step)
-                raise Interrupted(step)
-    progress.end()
+
+    def __init__(
+        self, task: Task, stream_at: Callable[[list[list[int]] | None], CropStream], run: Path, recipe: Recipe, progress: Progress
+    ) -> None:
+        self._task, self._stream_at, self._path, self._recipe, self._progress = task, stream_at, run, recipe, progress
+        self.stream = stream_at(None)
+        self._guard = Guard(recipe.guard)
+        self._step = 0
+        self._returns: Counter[int] = Counter()  # how often the guard went back to each checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """All that resuming needs beside the task's result. Every process calls it."""
+        device = self._task.device
+        return {
+            "task": self._task.state(),
+            "stream": sum(distributed.gather(self.stream.position(), device), []),
+            "random": distributed.gather(random_state(device), device),
+            "guard": self._guard.state_dict(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, also one that another number of processes wrote."""
+        state = checkpoint.state
+        self._task.load(checkpoint.tokenizer, state["task"])
+        self.stream = self._stream_at(state["stream"])
+        if distributed.rank() < len(state["random"]):
+            set_random_state(state["random"][distributed.rank()], self._task.device)
+        self._guard.load_state_dict(state["guard"])
+        self._step = checkpoint.step
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the last whole step is saved.
+            RunError: the guard went back to one checkpoint three times in vain.
+        """
+        recipe = self._recipe
+        self._run = RunFolder(self._path)
+        self._progress.begin("training", recipe.steps, "steps", done=self._step)
+        with _stop_requests() as stop, closing(_Journal(self._run)) as journal:
+            while self._step < recipe.steps:
+                self._step += 1
+                figures, times = self._one_step()
+                journal.write(self._step, figures, times)
+                self._progress.advance(1, images=recipe.data.batch, **figures)
+                if self._went_wrong(figures):
+                    journal.close()
+                    self._roll_back()
+                    continue
+                stopping = _anyone(stop.is_set(), self._task.device)
+                if stopping or self._step % recipe.checkpoint.every == 0 or self._step == recipe.steps:
+                    self._save()
+                if stopping and self._step < recipe.steps:
+                    if distributed.rank() == 0:
+                        self._run.event("interrupted", step=self._step)
+                    raise Interrupted(self._step)
+        self._progress.end()
+
+    def _one_step(self) -> tuple[dict[str, float], dict[str, float]]:
+        begun = time.perf_counter()
+        batch = next(self.stream)
+        waited = time.perf_counter() - begun
+        figures = self._task.train_step(batch, self._step)
+        if self._step % self._recipe.evaluate.every == 0 or self._step == self._recipe.steps:
+            figures |= self._task.evaluate()
+        seconds = time.perf_counter() - begun
+        times = {
+            "seconds": round(seconds, 5),
+            "waiting": round(waited, 5),
+            "images": self._recipe.data.batch,
+            "memory_mb": peak_memory(self._task.device) // 2**20,
+        }
+        return figures, times
+
+    def _save(self) -> None:
+        state = self.state()
+        if distributed.rank() == 0:
+            self._run.save(self._step, self._task.result, state, self._recipe.checkpoint.keep)
+
+    def _went_wrong(self, figures: dict[str, float]) -> bool:
+        """Let the guard look and say what it sees; whether to go back."""
+        if self._recipe.guard.action == "off":
+            return False
+        faults = self._guard.look(self._step, figures)
+        for fault in faults:
+            self._progress.say(f"step {self._step}: {fault}")
+            if distributed.rank() == 0:
+                self._run.event("warning", step=self._step, text=fault)
+        return bool(faults) and self._recipe.guard.action == "rollback"
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint from before the fault could be felt, and on from there more carefully each time."""
+        failed, steps = self._step, self._run.steps()
+        target = distributed.first_says(max([s for s in steps if s <= failed - WINDOW], default=min(steps)), self._task.device)
+        if self._returns[target] == MAX_RETURNS:
+            raise RunError(
+                f"training went wrong at step {failed}, after {MAX_RETURNS} returns to step {target} with smaller and smaller learning rates. "
+                f"{self._run.path} is whole up to there. Look at its report and log, and resume with other settings."
+            )
+        self._returns[target] += 1
+        self.load(self._run.read(target))
+        for _ in range(self._returns[target]):
+            self._task.ease()
+        if distributed.rank() == 0:
+            self._run.forget_after(target)
+            self._run.event("rollback", step=failed, to=target)
+        self._progress.say(f"going back from step {failed} to step {target}, with smaller learning rates")
+        self._progress.advance(target - failed, images=0)
+
+
+class _Journal:
+    """The lines and curves of a run, one of each per step; only the first process writes them."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._open: tuple[TextIO, TextIO, TensorBoard] | None = None
+
+    def write(self, step: int, figures: dict[str, float], times: dict[str, float]) -> None:
+        if distributed.rank() > 0:
+            return
+        if self._open is None:
+            log, times_log = (open(self._run.path / name, "a", encoding="utf-8", buffering=1) for name in ("log.jsonl", "times.jsonl"))
+            self._open = log, times_log, TensorBoard(self._run.path, step)
+        log, times_log, board = self._open
+        log.write(json.dumps({"step": step, **figures}) + "\n")
+        times_log.write(json.dumps({"step": step, **times}) + "\n")
+        board.add(step, figures | {"images_per_second": times["images"] / times["seconds"], "waiting": times["waiting"]})
+
+    def close(self) -> None:
+        for file in self._open or ():
+            file.close()
+        self._open = None
+
+
+def _anyone(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set in any process: all must leave at the same step."""
+    if distributed.world_size() == 1:
+        return flag
+    return bool(distributed.all_reduce(torch.tensor([float(flag)], device=device)))
 
 
 @contextmanager

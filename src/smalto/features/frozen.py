@@ -81,6 +81,7 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
         raise DataError(f"{source} holds no {what}: {'; '.join(parts)}.")
 
 
-def unit_difference(a: Tensor, b: Tensor, eps: float) -> Tensor:
-    """Squared difference of maps [B, C, h, w] whose vectors are scaled to length 1."""
+def unit_difference(both: Tensor, eps: float) -> Tensor:
+    """Squared difference of the two halves of maps [2B, C, h, w] whose vectors are scaled to length 1."""
+    a, b = both.chunk(2)
     return (F.normalize(a, dim=1, eps=eps) - F.normalize(b, dim=1, eps=eps)).square()

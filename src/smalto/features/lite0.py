@@ -55,7 +55,7 @@ class Lite0(PerceptualNetwork, PooledNetwork):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Mean over five depths of the squared difference of channel vectors of length 1, as LPIPS without its learned weights."""
         maps = self._maps(torch.cat([a, b]))
-        depths = [unit_difference(*maps[tap].chunk(2), eps=1e-6).sum(dim=1).mean(dim=(1, 2)) for tap in _TAPS]
+        depths = [unit_difference(maps[tap], 1e-6).sum(dim=1).mean(dim=(1, 2)) for tap in _TAPS]
         return torch.stack(depths).mean(dim=0)
 
     def pooled(self, images: Tensor) -> Tensor:

@@ -45,19 +45,18 @@ class LPIPS(PerceptualNetwork):
             self.add(name, state[f"{name}.weight"], state[f"{name}.bias"])
         for depth in range(len(_WIDTHS)):
             self.add(f"lin{depth}.model.1", state[f"lin{depth}.model.1.weight"], None)
-        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Sum over five depths of the squared difference of channel vectors of length 1, weighted channel by channel. Sides of at least 16."""
+        """Sum over five depths of the squared difference of unit channel vectors, weighted channel by channel. Sides of at least 16."""
         total = a.new_zeros(len(a), dtype=torch.float32)
         for depth, maps in enumerate(self._maps(torch.cat([a, b]))):
-            difference = unit_difference(*maps.chunk(2), eps=_EPS)
+            difference = unit_difference(maps, _EPS)
             total = total + self.convolve(difference, f"lin{depth}.model.1").mean(dim=(1, 2, 3))
         return total
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        x, maps = (images - self.shift) / self.scale, []
+        shift, scale = (images.new_tensor(values).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
+        x, maps = (images - shift) / scale, []
         for place, (part, number, _) in enumerate(_CONVOLUTIONS):
             if place and _CONVOLUTIONS[place - 1][0] != part:
                 maps.append(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [in_channels] + [width * min(2**n, 8) for n in range(layers + 1)]
         body: list[nn.Module] = []
-        for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for number, (before, after) in enumerate(itertools.pairwise(widths)):
             stride = 2 if number < layers else 1
             body += [spectral_norm(nn.Conv2d(before, after, 4, stride, 1)), nn.LeakyReLU(0.2, inplace=True)]
         self.body = nn.Sequential(*body, spectral_norm(nn.Conv2d(widths[-1], 1, 4, 1, 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -53,7 +54,9 @@ class PerceptualConfig(Weight):
 class AdversarialConfig(Weight):
     """A discriminator that tells reconstructions from pictures, and how the tokenizer learns from it."""
 
-    lead: int = Field(0, ge=0, description="the last steps before start in which the discriminator learns and the tokenizer does not feel it")
+    lead: int = Field(
+        0, ge=0, description="the last steps before start in which the discriminator learns and the tokenizer does not feel it"
+    )
     adaptive: bool = Field(True, description="weight is a share of the reconstruction's gradient at the last layer, not a fixed factor")
     max_factor: float = Field(100.0, gt=0, description="adaptive: the factor is never more than this")
     lr: float = Field(2e-4, gt=0, description="learning rate of the discriminator")
@@ -80,7 +83,7 @@ class LossesConfig(Config):
 
     def build_terms(self) -> dict[str, nn.Module]:
         """The terms that compare a reconstruction with its picture and ever count, by name."""
-        builders = {"l1": L1, "l2": L2, "perceptual": self.perceptual.build}
+        builders: dict[str, Callable[[], nn.Module]] = {"l1": L1, "l2": L2, "perceptual": self.perceptual.build}
         return {name: build() for name, build in builders.items() if getattr(self, name).weight}
 
     @model_validator(mode="after")

@@ -77,14 +77,10 @@ class Objective:
         with frozen(self._discriminator):
             value = fooling(self._discriminator(seen))
         (adversarial,) = torch.autograd.grad(value, seen)
-        at_last_layer = [
-            torch.autograd.grad(reconstruction, self._last_layer, grad_outputs=part, retain_graph=True)[0] for part in (gradient, adversarial)
-        ]
-        factor, length = adaptive_factor(*at_last_layer, self._config.adversarial.max_factor)
-        if self._config.adversarial.adaptive:
-            scale = weight * factor
-        else:
-            scale = torch.full_like(factor, weight)
+        (of_reconstruction,) = torch.autograd.grad(reconstruction, self._last_layer, gradient, retain_graph=True)
+        (of_adversarial,) = torch.autograd.grad(reconstruction, self._last_layer, adversarial, retain_graph=True)
+        factor, length = adaptive_factor(of_reconstruction, of_adversarial, self._config.adversarial.max_factor)
+        scale = weight * factor if self._config.adversarial.adaptive else torch.full_like(factor, weight)
         figures = {"adversarial_loss": value.detach(), "adversarial_weight": scale, "adversarial_gradient": scale * length}
         return adversarial * scale, figures
 

@@ -81,7 +81,14 @@ class Material:
         if not rows:
             return torch.zeros(0, recipe.tokenizer.autoencoder.in_channels, recipe.data.size, recipe.data.size)
         stream = CropStream(
-            self.pictures, indices, size=recipe.data.size, batch=batch, seed=recipe.seed + shift, flip=False, crops_per_picture=several, rows=rows
+            self.pictures,
+            indices,
+            size=recipe.data.size,
+            batch=batch,
+            seed=recipe.seed + shift,
+            flip=False,
+            crops_per_picture=several,
+            rows=rows,
         )
         return torch.cat([next(stream) for _ in range(several)])
 
@@ -122,6 +129,8 @@ def train(
         raise ConfigError(f"finetune.learn is {recipe.finetune.learn!r}, and there is no tokenizer to begin with. Name one: --from FOLDER.")
     with distributed.joined(target):
         progress = _first_only(progress)
+        if distributed.rank() == 0:
+            RunFolder.check_free(Path(out), overwrite)
         with open_material(data, recipe, workers) as material:
             return _finish(*fit(material, recipe, Path(out), overwrite, target, progress, start), material, progress)
 
@@ -204,8 +213,6 @@ def fit(
             f"picture files have 3 channels; tokenizer.autoencoder.in_channels is {recipe.tokenizer.autoencoder.in_channels}."
         )
     _check_batch(recipe)
-    if distributed.rank() == 0:
-        RunFolder.check_free(out, overwrite)
     recipe = change_recipe(recipe, {"data.source": material.source})
     _announce(material, device, progress)
     with seeded(recipe.seed, device):
@@ -355,7 +362,9 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: ImageTokenizer, material:
     evaluation = measurement.result(runner.tokenizer, on, transform, recipe.precision, material.skipped)
     if (run.path / START_FOLDER).is_dir():
         start = Runner.on(load(run.path / START_FOLDER).to(runner.device), recipe.precision)
-        evaluation.figures["indices_changed"] = _changed_share(start, runner, _whole(material, indices, runner.tokenizer.stride, Progress()))
+        evaluation.figures["indices_changed"] = _changed_share(
+            start, runner, _whole(material, indices, runner.tokenizer.stride, Progress())
+        )
     return Trained(run, tokenizer, finish_run(run, recipe, runner, evaluation))
 
 

@@ -31,10 +31,10 @@ class Guard:
         """What is wrong since this step, in sentences."""
         self._skipped = self._skipped + 1 if figures.get("skipped") else 0
         faults = {}
-        if self._skipped >= MAX_SKIPPED:
+        if self.hopeless:
             faults["skipped"] = (
-                f"the last {self._skipped} steps had no finite gradient and were skipped: a smaller optimizer.lr helps, "
-                "or look for broken values in the data"
+                f"training has diverged, the last {self._skipped} steps had no finite gradient and were skipped: "
+                "set a smaller optimizer.lr, or look for broken values in the data"
             )
         if not self._skipped:
             for key in ("psnr", "usage", "discriminator_loss"):
@@ -44,6 +44,11 @@ class Guard:
         new = [text for fault, text in faults.items() if fault not in self._told]
         self._told = list(faults)
         return new
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no step has had a finite gradient for a while."""
+        return self._skipped >= MAX_SKIPPED
 
     def _average(self, key: str, value: float, step: int) -> None:
         before = self._averages.get(key, value)

@@ -30,7 +30,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     name, keys, position, has_gauss, cached = numpy.random.get_state()
     state = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, [int(key) for key in keys], position, has_gauss, cached],  # type: ignore[union-attr]
+        "numpy": [name, [int(key) for key in keys], position, has_gauss, cached],
         "torch": _text(torch.get_rng_state()),
     }
     if device.type == "cuda":

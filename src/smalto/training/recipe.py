@@ -44,7 +44,9 @@ class OptimizerConfig(Config):
     decay: bool = Field(True, description="cosine decay to zero at the last step")
     clip: float = Field(0.0, ge=0, description="longer gradients are shortened to this; 0: never")
     accumulate: int = Field(1, ge=1, description="parts in which a process takes its batch, one after the other, to save memory")
-    average: float = Field(0.0, ge=0, lt=1, description="save moving averages of the weights with this decay, such as 0.999; 0: the weights")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="save moving averages of the weights with this decay, such as 0.999; 0: the weights"
+    )
 
 
 class CodebookConfig(Config):
@@ -100,8 +102,8 @@ class Recipe(Config):
     compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps; needs a C++ compiler")
     tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)
     data: DataConfig = DataConfig()
-    losses: LossesConfig = LossesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    losses: LossesConfig = LossesConfig()
     codebook: CodebookConfig = CodebookConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

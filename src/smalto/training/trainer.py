@@ -87,7 +87,7 @@ class Trainer:
         device = self._task.device
         return {
             "task": self._task.state(),
-            "stream": sum(distributed.gather(self.stream.position(), device), []),
+            "stream": [lane for lanes in distributed.gather(self.stream.position(), device) for lane in lanes],
             "random": distributed.gather(random_state(device), device),
             "guard": self._guard.state_dict(),
             "threads": torch.get_num_threads(),
@@ -124,7 +124,8 @@ class Trainer:
                     self._roll_back()
                     continue
                 stopping = _anyone(stop.is_set(), self._task.device)
-                if stopping or self._step % recipe.checkpoint.every == 0 or self._step == recipe.steps:
+                due = self._step % recipe.checkpoint.every == 0 and "skipped" not in figures  # a state that gave no gradient is no good one
+                if stopping or due or self._step == recipe.steps:
                     self._save()
                 if stopping and self._step < recipe.steps:
                     if distributed.rank() == 0:
@@ -155,14 +156,17 @@ class Trainer:
 
     def _went_wrong(self, figures: dict[str, float]) -> bool:
         """Let the guard look and say what it sees; whether to go back."""
-        if self._recipe.guard.action == "off":
-            return False
+        action = self._recipe.guard.action
         faults = self._guard.look(self._step, figures)
+        if self._guard.hopeless and action != "rollback":
+            raise RunError(f"step {self._step}: {faults[0]}. Then resume: checkpoints are from before.")
+        if action == "off":
+            return False
         for fault in faults:
             self._progress.say(f"step {self._step}: {fault}")
             if distributed.rank() == 0:
                 self._run.event("warning", step=self._step, text=fault)
-        return bool(faults) and self._recipe.guard.action == "rollback"
+        return bool(faults) and action == "rollback"
 
     def _roll_back(self) -> None:
         """Go back to the newest checkpoint from before the fault could be felt, and on from there more carefully each time."""
@@ -170,7 +174,7 @@ class Trainer:
         target = distributed.first_says(max([s for s in steps if s <= failed - WINDOW], default=min(steps)), self._task.device)
         if self._returns[target] == MAX_RETURNS:
             raise RunError(
-                f"training went wrong at step {failed}, after {MAX_RETURNS} returns to step {target} with smaller and smaller learning rates. "
+                f"training went wrong at step {failed}, after {MAX_RETURNS} returns to step {target} with ever smaller learning rates. "
                 f"{self._run.path} is whole up to there. Look at its report and log, and resume with other settings."
             )
         self._returns[target] += 1
@@ -195,8 +199,7 @@ class _Journal:
         if distributed.rank() > 0:
             return
         if self._open is None:
-            log, times_log = (open(self._run.path / name, "a", encoding="utf-8", buffering=1) for name in ("log.jsonl", "times.jsonl"))
-            self._open = log, times_log, TensorBoard(self._run.path, step)
+            self._open = _lines(self._run, "log.jsonl"), _lines(self._run, "times.jsonl"), TensorBoard(self._run.path, step)
         log, times_log, board = self._open
         log.write(json.dumps({"step": step, **figures}) + "\n")
         times_log.write(json.dumps({"step": step, **times}) + "\n")
@@ -206,6 +209,10 @@ class _Journal:
         for file in self._open or ():
             file.close()
         self._open = None
+
+
+def _lines(run: RunFolder, name: str) -> TextIO:
+    return open(run.path / name, "a", encoding="utf-8", buffering=1)
 
 
 def _anyone(flag: bool, device: torch.device) -> bool:

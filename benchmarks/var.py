@@ -20,7 +20,7 @@ import smalto
 from smalto.data.bundled import HELD_OUT, bundled_photographs
 from smalto.interop.var import load_tokenizer
 from smalto.metrics import psnr
-from smalto.pipelines.evaluate import measure
+from smalto.pipelines.measuring import measure
 from smalto.pipelines.running import PictureReader, Runner
 from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer

@@ -76,7 +76,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
         (["train", ".", "--seed", "99999999999999999999"], "seed: "),
         (["train", ".", "--out", "/proc/run"], "cannot be written"),
         (["train", ".", "--out", "r" * 300], "File name too long"),
-        (["train", "--resume", "y", "--overwrite"], "leave out --recipe and --overwrite"),
+        (["train", "--resume", "y", "--overwrite"], "leave out --recipe, --overwrite"),
         (["train", "nowhere"], "nowhere does not exist"),
         (["train", "--resume", "nowhere"], "is not a run"),
         (["train", ".", "--set", "optimizer.lrr=1"], "did you mean 'optimizer.lr'"),

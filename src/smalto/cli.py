@@ -65,6 +65,10 @@ def train(
     out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/mine"),
     resume: Annotated[Path | None, typer.Option(help="Go on with this run instead.")] = None,
     overwrite: Overwrite = False,
+    start: Annotated[Path | None, typer.Option("--from", help="Fine-tune this tokenizer: a folder, or a weight file of VAR.")] = None,
+    learn: Annotated[
+        str | None, typer.Option(help="With --from: everything, decoder (tokens stay as they are) or all-but-codebook.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe (TOML); see recipes/.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change one setting, such as --set optimizer.lr=0.0005; may be repeated.")
@@ -88,14 +92,15 @@ def train(
         "seed": seed,
         "data.batch": batch,
         "precision": precision,
+        "finetune.learn": learn,
     }
     settings = dict(parse_setting(text) for text in set_ or []) | _given(short)
     if folder is None and resume is None:
         raise SmaltoError("name a FOLDER of pictures to train on, or a run to go on with: --resume RUN.")
     if "data.source" in settings:
         raise SmaltoError("the pictures are named by FOLDER, not by --set data.source. With --resume, FOLDER says where they are now.")
-    if resume is not None and (recipe is not None or overwrite):
-        raise SmaltoError("--resume goes on with a run as it is: leave out --recipe and --overwrite.")
+    if resume is not None and (recipe is not None or overwrite or start is not None or learn is not None):
+        raise SmaltoError("--resume goes on with a run as it is: leave out --recipe, --overwrite, --from and --learn.")
     if resume is not None and codebook_size is not None:
         raise SmaltoError("--resume goes on with the tokenizer as it is: leave out --codebook-size.")
     with _progress(resume or out) as progress:
@@ -106,7 +111,9 @@ def train(
             chosen = load_recipe(recipe, settings)
             if codebook_size is not None:
                 chosen = change_recipe(chosen, {codebook_size_key(chosen): codebook_size})
-            _print_trained(jobs.train(folder, chosen, out=out, overwrite=overwrite, device=device, workers=workers, progress=progress))
+            _print_trained(
+                jobs.train(folder, chosen, out=out, overwrite=overwrite, start=start, device=device, workers=workers, progress=progress)
+            )
 
 
 @app.command(epilog="Example: smalto evaluate photos/ --tokenizer runs/mine")
@@ -121,8 +128,13 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = None,
+    reference_stats: Annotated[
+        Path | None, typer.Option(help="An .npz file of mu and sigma to measure Fréchet distances from; default: the pictures themselves.")
+    ] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="pt_inception-2015-12-05-6726825d.pth, for rFID.")] = None,
+    lpips_vgg: Annotated[Path | None, typer.Option(help="The state of lpips.LPIPS(net='vgg') as a file, for LPIPS.")] = None,
 ) -> None:
-    """Measure a tokenizer: PSNR, SSIM, codebook use, bits per pixel, speed."""
+    """Measure a tokenizer: PSNR, SSIM, perceptual and Fréchet distances, codebook use, bits per pixel, speed, beside JPEG and WebP."""
     import json
 
     from smalto.data.images import summary
@@ -139,6 +151,9 @@ def evaluate(
             device=device,
             precision=_precision(precision),
             workers=workers,
+            reference_stats=reference_stats,
+            inception_weights=inception_weights,
+            lpips_vgg=lpips_vgg,
             progress=progress,
         )
         if result.skipped:
@@ -332,15 +347,17 @@ def _again(run: Path | None) -> str:
 
 
 def _print_trained(trained: Any) -> None:
+    if not trained.metrics:  # of several processes only the first has measured
+        return
     _print_figures(trained.metrics)
     print(f"\nreport: {trained.run.path / 'report.html'}")
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
-    from smalto.pipelines.finish import figure_rows, grid_rows
+    from smalto.pipelines.finish import codec_rows, figure_rows, grid_rows
 
     _print_rows(figure_rows(figures))
-    if lines := grid_rows(figures):
+    for lines in filter(None, (grid_rows(figures), codec_rows(figures))):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print()
         for line in lines:

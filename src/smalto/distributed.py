@@ -100,8 +100,9 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Go on as a single process."""
+    """Go on as single processes, all at the same moment: who leaves alone looks to the others as if it had died."""
     if world_size() > 1:
+        distributed.barrier()
         distributed.destroy_process_group()
 
 

@@ -69,7 +69,7 @@ def test_a_run_holds_all_that_was_promised(run: Path, pictures: Path) -> None:
 def test_the_report_needs_nothing_else(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
-    assert page.count("data:image/webp;base64,") == 4  # picture, reconstruction, error, tokens
+    assert page.count("data:image/webp;base64,") == 6  # picture, reconstruction, error, tokens, JPEG, WebP
     for words in ("PSNR", "SSIM", "usage@120", "perplexity", "bits per pixel", "images/s", "parameters", "seed", "versions"):
         assert words in page
     assert page.count("<svg") == 4

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from smalto.errors import InputError, MissingExtra, describe
 
+MIN_MS_SSIM_SIDE = 161  # halved four times, its sides still hold the window
 BORDER = 5  # half of the 11 pixels of SSIM's window
 
 
@@ -43,6 +44,25 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     # The border, where the window hangs over the edge, is left out, as in scikit-image and in the original.
     inside = similarity[..., BORDER:-BORDER, BORDER:-BORDER]
     return inside.mean(dim=(1, 2, 3))
+
+
+def ms_ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Structural similarity over five scales, [B], at most 1 (Wang et al. 2003), by torchmetrics. As ``ssim``, with sides of at least 161.
+
+    Raises:
+        MissingExtra: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+    except ImportError:
+        raise MissingExtra("torchmetrics", "eval", "MS-SSIM") from None
+    _check(reconstruction, images)
+    if min(images.shape[2:]) < MIN_MS_SSIM_SIDE:
+        raise InputError(f"MS-SSIM needs sides of at least {MIN_MS_SSIM_SIDE} pixels; got {list(images.shape[2:])}.")
+    if not len(images):
+        return images.new_zeros(0)
+    unit = (reconstruction.float().clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2
+    return multiscale_structural_similarity_index_measure(*unit, data_range=1.0, reduction="none")
 
 
 def _check(reconstruction: Tensor, images: Tensor) -> None:

@@ -12,8 +12,8 @@ from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
 from smalto.data.token_file import TokenFile
 from smalto.device import resolve_device
 from smalto.memory import reused_memory
-from smalto.pipelines.evaluate import Measurement
 from smalto.pipelines.finish import finish_run
+from smalto.pipelines.measuring import Measurement, Networks
 from smalto.pipelines.running import Runner
 from smalto.pipelines.tokenize import decode, tokenize
 from smalto.pipelines.train import Trained, fit, open_material, refit
@@ -73,7 +73,7 @@ def demo(
     pictures = decode(tokens, run.path / "decoded", overwrite=True, device=device, precision=recipe.precision, progress=progress)
     # From here on only files count: the originals on one side, the PNGs that were decoded from tokens on disk on the other.
     stored = TokenFile.load(tokens)
-    measurement = Measurement(stored.codebook_size)
+    measurement = Measurement(stored.codebook_size, Networks.open(runner.device))
     originals = {file.name: file.path for file in held_out}
     for name, row, layout, png in zip(stored.names, stored.tokens, stored.layouts, pictures, strict=True):
         original = to_unit_range(centre_crop(to_tensor(read_picture(originals[name], longer_side)), runner.tokenizer.stride))

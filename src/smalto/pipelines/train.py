@@ -24,8 +24,8 @@ from smalto.device import resolve_device
 from smalto.errors import ConfigError, RunError
 from smalto.interop.var import load_tokenizer as load_var
 from smalto.memory import reused_memory
-from smalto.pipelines.evaluate import measure
 from smalto.pipelines.finish import finish_run
+from smalto.pipelines.measuring import Networks, measure
 from smalto.pipelines.running import Runner, default_workers
 from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig, load
@@ -355,7 +355,7 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: ImageTokenizer, material:
     runner = Runner.on(tokenizer, recipe.precision)
     indices = (material.held_out or material.training)[: recipe.evaluate.pictures]
     progress.begin("measuring", len(indices), "pictures")
-    measurement = measure(runner, _whole(material, indices, runner.tokenizer.stride, progress))
+    measurement = measure(runner, _whole(material, indices, runner.tokenizer.stride, progress), Networks.open(runner.device))
     progress.end()
     on = "held-out pictures" if material.held_out else "training pictures"
     transform = f"longer side at most {recipe.data.longer_side}, centre crop to a multiple of {runner.tokenizer.stride}"

@@ -19,6 +19,7 @@ class Example:
     """One picture to show: uint8 [3, H, W] before and after, the tokens [h*w] of one grid, and how many it has in all.
 
     ``stages``: where the first grids alone make a picture, what comes back (uint8 [3, H, W]) after each but the last, and its PSNR.
+    ``coded``: the picture after other codecs at as many bytes, each under a caption.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Example:
     psnr: float
     credit: str = ""
     stages: tuple[tuple[Tensor, float], ...] = ()
+    coded: tuple[tuple[str, Tensor], ...] = ()
 
 
 def write_report(
@@ -40,6 +42,7 @@ def write_report(
     headline: list[tuple[str, str]],
     table: list[tuple[str, str]],
     grids: list[tuple[str, ...]],
+    codecs: list[tuple[str, ...]],
     notes: list[str],
     examples: list[Example],
     codebook: Tensor,
@@ -54,6 +57,7 @@ def write_report(
         headline: (figure, meaning) of the few numbers on top.
         table: (name, value) of all of them.
         grids: for a tokenizer of several grids a line on each, under a line of headings.
+        codecs: a line on the tokenizer and on each codec at as many bytes, under a line of headings.
         notes: sentences a reader must know, such as files left out.
         examples: pictures.
         codebook: codes [K, C], for the token map's colours.
@@ -68,6 +72,7 @@ def write_report(
         headline=headline,
         table=table,
         grids=grids,
+        codecs=codecs,
         notes=notes,
         error_gain=ERROR_GAIN,
         examples=[_shown(example, colours) for example in examples],
@@ -82,6 +87,7 @@ def _shown(example: Example, colours: Tensor) -> dict[str, Any]:
     stages = [*example.stages, (example.reconstruction, example.psnr)] if example.stages else []
     return {
         "stages": [(f"{n}: {psnr:.2f} dB", data_uri(picture, lossless=False)) for n, (picture, psnr) in enumerate(stages, start=1)],
+        "coded": [(caption, data_uri(picture)) for caption, picture in example.coded],
         "name": example.name,
         "size": f"{width} x {height} pixels, {example.num_tokens:,} tokens",
         "psnr": f"{example.psnr:.2f} dB",

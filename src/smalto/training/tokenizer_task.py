@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from typing import Any
 
@@ -48,7 +49,7 @@ class TokenizerTask:
         settings, adversarial = recipe.optimizer, recipe.losses.adversarial
         self._discriminator: PatchDiscriminator | None = None
         if adversarial.weight:
-            self._discriminator = adversarial.build(tokenizer.in_channels).to(self.device)
+            self._discriminator = adversarial.build(tokenizer.in_channels).to(next(tokenizer.parameters()))
             distributed.broadcast([*self._discriminator.parameters(), *self._discriminator.buffers()])
             self._judge = _in_step(self._discriminator)
             self._judge_optimizer = torch.optim.AdamW(
@@ -101,7 +102,7 @@ class TokenizerTask:
             fakes.append(reconstruction.detach())
             values["psnr"] = psnr(fakes[-1], images).mean()
             for name, value in values.items():
-                figures[name] = figures.get(name, 0.0) + share * value.float()
+                figures[name] = figures.get(name, 0.0) + share * value.to(reconstruction.dtype)
         figures["gradient_norm"] = self._update()
         if self._recipe.losses.adversarial.learns_at(step):
             figures["discriminator_loss"] = self._teach_discriminator(parts, fakes)
@@ -139,7 +140,8 @@ class TokenizerTask:
 
     def _to_log(self, figures: dict[str, Tensor]) -> dict[str, float]:
         """The figures as numbers, means over all processes."""
-        means = distributed.all_reduce(torch.stack([value.detach().float() for value in figures.values()])) / distributed.world_size()
+        dtype = figures["loss"].dtype
+        means = distributed.all_reduce(torch.stack([value.detach().to(dtype) for value in figures.values()])) / distributed.world_size()
         log = {name: round(value, 7) for name, value in zip(figures, means.tolist(), strict=True)}
         if self._updater is not None:
             log["usage"] = round(min(self._updater.usage().values()), 5)
@@ -249,8 +251,10 @@ def _in_step(network: nn.Module, some_unused: bool = False) -> nn.Module:
     """Where several processes work together: the network with gradients averaged over all of them."""
     if distributed.world_size() == 1:
         return network
-    # Buffers are kept in step by the codebook updater, or are the same by themselves.
-    return DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=some_unused)
+    # After the start, buffers are kept in step by the codebook updater, or are the same by themselves.
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # its name since torch 2.13
+    buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(network, find_unused_parameters=some_unused, **buffers)
 
 
 def _gradients_stay_here(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:

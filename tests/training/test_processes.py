@@ -26,17 +26,9 @@ ADVERSARIAL = {
     "losses.adversarial.width": 4,
     "optimizer.clip": 0.1,
 }
-CNN = {
-    "tokenizer.autoencoder.kind": "cnn",
-    "tokenizer.autoencoder.ch": 32,
-    "tokenizer.autoencoder.ch_mult": [1, 1],
-    "tokenizer.autoencoder.num_res_blocks": 1,
-    "tokenizer.autoencoder.latent_dim": 8,
-    "optimizer.lr": 1e-4,  # Adam makes whole steps of gradients that are nothing but rounding: one weight in 10,000 shows it
-}
 SCALES = {
     "tokenizer.quantizer.kind": "multiscale",
-    "tokenizer.quantizer.scales": [2, 8],  # of four phi two serve no scale
+    "tokenizer.quantizer.scales": [2, 4],  # of four phi two serve no scale
     "tokenizer.quantizer.scale.codebook_size": 16,
     "tokenizer.quantizer.scale.latent_dim": 8,
 }
@@ -45,13 +37,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "adversarial": ADVERSARIAL,
     "learned codes": {"tokenizer.quantizer.codebook": "learned", "optimizer.average": 0.9},
     "accumulated": {"optimizer.accumulate": 2, "optimizer.clip": 0.1},
-    "multi-scale": CNN | SCALES,
+    "multi-scale": SCALES,
     "decoder only": {"finetune.learn": "decoder"},
 }
 
 
 def recipe(kind: str) -> Recipe:
-    settings = {key: value for key, value in TINY.items() if "multi" not in kind or not key.startswith("tokenizer.")}
+    settings = {key: value for key, value in TINY.items() if "multi" not in kind or "quantizer" not in key}
     return change_recipe(Recipe(), settings | {"data.batch": 8, "steps": STEPS} | KINDS[kind])
 
 

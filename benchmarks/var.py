@@ -15,6 +15,7 @@ from typing import Any
 
 from machine import store
 from torch import Tensor
+from training import trained
 
 import smalto
 from smalto.data.bundled import HELD_OUT, bundled_photographs
@@ -41,15 +42,6 @@ def main(folder: Path) -> None:
     }
     print(json.dumps(result, indent=2))
     print("stored in", store("var", result))
-
-
-def trained(recipe: Recipe, run: Path) -> ImageTokenizer:
-    if not (run / "metrics.json").is_file():
-        if run.is_dir():
-            smalto.resume(run, progress=Lines())
-        else:
-            smalto.train("bundled", recipe, out=run, progress=Lines())
-    return smalto.load(run)
 
 
 def single_scale(recipe: Recipe) -> Recipe:
@@ -102,22 +94,6 @@ def held_out(tokenizer: ImageTokenizer) -> Iterator[Tensor]:
     files = [file for file in bundled_photographs() if file.name in HELD_OUT]
     for _, picture in PictureReader(files, tokenizer.stride, Progress(), workers=0):
         yield picture[None] / 127.5 - 1
-
-
-class Lines(Progress):
-    """A line every hundred steps."""
-
-    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
-        print(task, total, unit, flush=True)
-        self.done = done
-
-    def advance(self, number: int = 1, **figures: Any) -> None:
-        self.done += number
-        if self.done % 100 == 0:
-            print(self.done, {name: value for name, value in figures.items() if "psnr" in name or name == "usage"}, flush=True)
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class Lite0(PerceptualNetwork, PooledNetwork):
 
     def __init__(self, path: str | Path | None = None) -> None:
         path = Path(path) if path is not None else _packaged()
-        super().__init__(file_sha256(path))
         state = read_checkpoint(path)
+        super().__init__(file_sha256(path))
         check_state(state, _expected(), str(path), "EfficientNet-lite0")
         for convolution, norm in _pairs():
             weight, bias = fold_norm(state[f"{convolution}.weight"], state, norm, _NORM_EPS)

@@ -1,0 +1,36 @@
+"""A training that goes on where it was interrupted, for the benchmarks that need one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import smalto
+from smalto.progress import Progress
+from smalto.tokenizer import ImageTokenizer
+from smalto.training.recipe import Recipe
+
+
+def trained(recipe: Recipe, run: Path) -> ImageTokenizer:
+    if not (run / "metrics.json").is_file():
+        if run.is_dir():
+            smalto.resume(run, progress=Lines())
+        else:
+            smalto.train("bundled", recipe, out=run, progress=Lines())
+    return smalto.load(run)
+
+
+class Lines(Progress):
+    """A line every hundred steps."""
+
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        print(task, total, unit, flush=True)
+        self.done = done
+
+    def advance(self, number: int = 1, **figures: Any) -> None:
+        self.done += number
+        if self.done % 100 == 0:
+            print(self.done, {name: value for name, value in figures.items() if "psnr" in name or name == "usage"}, flush=True)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from smalto.errors import InputError, MissingExtra, describe
 
-MIN_MS_SSIM_SIDE = 161  # halved four times, its sides still hold the window
+MIN_MS_SSIM_SIDE = 176  # halved four times, its sides still hold the window of 11
 BORDER = 5  # half of the 11 pixels of SSIM's window
 
 
@@ -47,7 +47,7 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def ms_ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity over five scales, [B], at most 1 (Wang et al. 2003), by torchmetrics. As ``ssim``, with sides of at least 161.
+    """Structural similarity over five scales, [B], at most 1 (Wang et al. 2003), by torchmetrics. As ``ssim``, with sides of at least 176.
 
     Raises:
         MissingExtra: torchmetrics is not installed.

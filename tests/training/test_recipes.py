@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,19 @@ def test_it_builds_and_takes_steps_at_tiny_size(path: Path, tmp_path: Path) -> N
     assert "skipped" not in figures
     assert ("adversarial_gradient" in figures) == bool(recipe.losses.adversarial.weight)
     assert any(not torch.equal(tensor, task.tokenizer.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_the_simple_recipe_shows_every_setting() -> None:
+    shown = tomllib.loads((RECIPES[0].parent / "photos-simple.toml").read_text())
+
+    def keys(table: dict[str, Any], prefix: str = "") -> set[str]:
+        return {
+            key
+            for name, value in table.items()
+            for key in (keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name})
+        }
+
+    assert keys(shown) == keys(Recipe().model_dump(mode="json"))
 
 
 UNCITED = ("seed", "kind", "in_channels", "latent_dim", "lead", "ramp", "flip", "revive_below")  # ours, or said on another line

@@ -33,7 +33,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps; auto says wha
 Precision = Annotated[str, typer.Option(help="float32 or bf16 for encoder and decoder; the search for codes is always float32.")]
 Workers = Annotated[int | None, typer.Option(help="Decoding processes; 0 decodes in this one. Default: all cores but one.")]
 Batch = Annotated[int, typer.Option(help="Pictures at a time.")]
-LongerSide = Annotated[int, typer.Option(help="Reduce larger pictures to this many pixels on their longer side; 0 keeps their size.")]
+LongerSide = Annotated[
+    int, typer.Option(min=0, help="Reduce larger pictures to this many pixels on their longer side; 0 keeps their size.")
+]
 Size = Annotated[int | None, typer.Option(help="Cut a square of this side from the middle; default: keep the shape.")]
 Tokenizer = Annotated[Path, typer.Option(help="Folder of a tokenizer or run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

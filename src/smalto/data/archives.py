@@ -21,8 +21,8 @@ LARGEST_MEMBER = 2**30  # bytes, unpacked: a picture is smaller, a bomb is not
 class PictureFile(NamedTuple):
     """A file that may be a picture: its name relative to the folder (with ``/``), and where it is.
 
-    ``member`` is its name inside the archive ``path``, empty for a file of its own; in a tar its bytes are at ``offset``. In a parquet file
-    ``member`` is the column, ``block`` the row group and ``offset`` the row in it.
+    ``member`` is its name inside the archive ``path``, empty for a file of its own; in a tar its bytes are at ``offset``. ``size`` is in
+    bytes, 0 where it is not known. In a parquet file ``member`` is the column, ``block`` the row group and ``offset`` the row in it.
     """
 
     name: str

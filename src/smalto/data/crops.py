@@ -51,7 +51,7 @@ class CropStream:
         flip: mirror half of the crops left to right.
         colour: how far brightness, contrast, saturation and hue of a crop may change, 0 to 1.
         rows: make only these rows of each batch; default all.
-        position: where to go on, from ``position`` of an earlier stream of these rows or of all.
+        position: where to go on, from ``position`` of earlier streams, of all rows together.
 
     Raises:
         DataError: when a whole epoch passes without a readable picture.
@@ -105,7 +105,7 @@ class CropStream:
 
     def _go_on(self, position: list[list[int]], rows: range) -> list[Lane]:
         lanes = {row: Lane(row, visit, offset) for row, visit, offset in position}
-        if lanes.keys() == set(range(self._batch)) or lanes.keys() == set(rows):
+        if lanes.keys() == set(range(self._batch)):
             return [lanes[row] for row in rows]
         # Another number of rows than before: every lane begins where about as many pictures have been visited.
         visits = sum(lane.visit for lane in lanes.values()) // self._batch

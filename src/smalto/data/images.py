@@ -46,7 +46,7 @@ def find_pictures(source: str | Path) -> tuple[list[PictureFile], list[Skipped]]
         if reason:
             skipped.append(Skipped(file.name, reason))
         else:
-            found.append(file)
+            found.append(file if file.member else file._replace(size=os.path.getsize(file.path)))
     if not found:
         raise DataError(f"{source} holds no picture (PNG, JPEG, WebP, GIF, BMP or TIFF). {summary(skipped) or 'It is empty.'}")
     return sorted(found), sorted(skipped)

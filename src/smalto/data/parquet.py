@@ -41,9 +41,11 @@ def read_cell(path: str, block: int, column: str, row: int) -> bytes:
 @functools.lru_cache(maxsize=MIXED_BLOCKS + 1)
 def _column(path: str, modified: int, block: int, column: str) -> Any:
     """The image column of a row group, as bytes."""
+    import pyarrow
+
     table = _pyarrow().ParquetFile(path).read_row_group(block, columns=[column])
     values = table.column(0).combine_chunks()
-    return values.field("bytes") if "." in column else values
+    return values.field("bytes") if isinstance(values, pyarrow.StructArray) else values
 
 
 def _image_column(schema: Any) -> str:

@@ -162,7 +162,7 @@ def split(pictures: Pictures) -> tuple[list[int], list[int]]:
         if not any(True for _ in _readable(pictures, held_out)):
             reasons = "; ".join(f"{printable(name)} ({reason})" for name, reason in pictures.skipped[:8])
             raise DataError(f"none of the {len(names)} pictures can be read: {reasons}.")
-        return sorted(held_out), []  # the only readable ones: better to train on them than not at all
+        return list(range(len(names))), []  # the only readable ones are held out: better to train on them than not at all
     return train, sorted(held_out)
 
 

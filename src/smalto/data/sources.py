@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,12 @@ class Source:
     files: list[PictureFile]
     skipped: list[Skipped]
     held_out: tuple[str, ...] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the names and sizes of all files: by it a run knows its pictures again where they have moved."""
+        lines = "\n".join(f"{file.name}\t{file.size}" for file in self.files)
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_source(source: str | Path) -> Source:

@@ -20,6 +20,7 @@ _CONVOLUTIONS = (
 _WIDTHS = (64, 128, 256, 512, 512)
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
+MIN_SIDE = 16  # halved four times, a pixel is left
 
 
 class LPIPS(PerceptualNetwork):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 CODECS = ("JPEG", "WEBP")
 _SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}}
+_LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _BEST = 95
 
 
@@ -22,8 +23,13 @@ class Coded(NamedTuple):
     size: int
 
 
-def code(picture: Tensor, codec: str, size: float) -> Coded:
-    """A picture uint8 [3, H, W] at the highest quality whose file has at most ``size`` bytes; at the lowest where none is so small."""
+def code(picture: Tensor, codec: str, size: float) -> Coded | None:
+    """A picture uint8 [3, H, W] at the highest quality whose file has at most ``size`` bytes; at the lowest where none is so small.
+
+    None where the codec takes no picture of these sides.
+    """
+    if max(picture.shape[1:]) > _LONGEST_SIDE[codec]:
+        return None
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     low, high = 1, _BEST
     best = _encode(image, codec, low)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +76,8 @@ def read_statistics(path: str | Path) -> Gaussian:
     try:
         with numpy.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(numpy.asarray(file[name], dtype=numpy.float64)) for name in ("mu", "sigma"))
+    except (zipfile.BadZipFile, zlib.error):
+        raise DataError(f"the reference statistics {path} are damaged.") from None
     except OSError as error:
         raise DataError(f"the reference statistics {path} cannot be read ({error.strerror or 'not an .npz file'}).") from None
     except (ValueError, KeyError, EOFError, TypeError):

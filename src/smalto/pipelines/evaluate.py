@@ -72,11 +72,13 @@ def _unseen(source: Source, tokenizer: Path) -> tuple[list[PictureFile], str]:
     Raises:
         DataError: it has trained on all of them.
     """
+    tokenizer = tokenizer.resolve()
     split = next((p / SPLIT_FILE for p in (tokenizer, tokenizer.parent.parent) if (p / SPLIT_FILE).is_file()), None)
     if split is None:
         return source.files, "all pictures"
     facts = read_split(split)
-    names = {file: _name_in(file, source, facts) for file in source.files}
+    digest = source.digest
+    names = {file: _name_in(file, source, digest, facts) for file in source.files}
     if not any(names.values()):
         return source.files, "pictures of another source than the training's"
     held_out = set(facts["held_out"])
@@ -88,10 +90,9 @@ def _unseen(source: Source, tokenizer: Path) -> tuple[list[PictureFile], str]:
     return unseen, "held-out pictures"
 
 
-def _name_in(file: PictureFile, source: Source, facts: dict[str, Any]) -> str | None:
+def _name_in(file: PictureFile, source: Source, digest: str, facts: dict[str, Any]) -> str | None:
     """The name of a file among the run's training pictures; None where it is not one of them."""
-    moved = len(source.files) == facts["num_pictures"] and set(facts["held_out"]) <= {f.name for f in source.files}
-    if source.name == facts["source"] or moved:
+    if source.name == facts["source"] or digest == facts.get("digest"):
         return file.name
     path, folder = Path(file.path).resolve(), Path(facts["source"])
     inside = f"/{file.member}" if file.member else ""

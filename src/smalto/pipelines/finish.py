@@ -82,9 +82,14 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("images/s", f"{speed:.2f} encoded and decoded, of {pixels / 1e6:.2f} megapixels" if speed else "too fast to tell"),
         ("parameters", f"{figures['parameters']:,}"),
         ("precision", figures["precision"]),
-        *([("indices changed", f"{figures['indices_changed']:.2%} by this fine-tuning")] if "indices_changed" in figures else []),
+        *([("indices changed", _changed(figures))] if "indices_changed" in figures else []),
         *[(f"weights of {name}", f"sha256 {digest}") for name, digest in figures["networks"].items()],
     ]
+
+
+def _changed(figures: dict[str, Any]) -> str:
+    tokens, images = figures["indices_changed_num_tokens"], figures["indices_changed_num_images"]
+    return f"{figures['indices_changed']:.2%} of {tokens:,} by this fine-tuning (N = {images:,})"
 
 
 def codec_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -189,7 +194,7 @@ def _table(figures: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
 
 def _notes(figures: dict[str, Any], evaluation: Evaluation) -> list[str]:
     notes = []
-    if figures["measured_on"] == "training pictures":
+    if figures["measured_on"].startswith("training pictures"):
         notes.append("These figures are on training pictures, because there were too few to hold any out: they flatter the model.")
     if figures["usage_window"] < 32 * figures["codebook_size"]:
         notes.append(f"There were only {figures['usage_window']:,} tokens to look for codes in; usage is usually stated at 32 per code.")

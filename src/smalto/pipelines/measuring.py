@@ -205,6 +205,8 @@ class Measurement:
         found = []
         for codec, values in self._codecs.items():
             coded = code(to_uint8(image), codec, size)
+            if coded is None:
+                continue
             measured = compare(to_unit_range(coded.picture)[None], image[None], self._networks)
             for name, value in measured.items():
                 values[name] += value

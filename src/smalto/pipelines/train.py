@@ -17,7 +17,7 @@ from smalto.config import parse_config
 from smalto.data.archives import Skipped
 from smalto.data.crops import CropStream
 from smalto.data.decoding import Decoder
-from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, summary
+from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, held_out_order, summary
 from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre_crop, split, split_by_name, to_unit_range
 from smalto.data.sources import open_source
 from smalto.device import resolve_device
@@ -58,6 +58,7 @@ class Material:
     training: list[int]
     held_out: list[int]
     unusable: list[Skipped]
+    digest: str
 
     @property
     def picture_files(self) -> bool:
@@ -71,7 +72,7 @@ class Material:
     def facts(self) -> dict[str, Any]:
         """What the run remembers."""
         names = [self.pictures.names[i] for i in self.held_out]
-        return {"source": self.source, "num_pictures": len(self.pictures), "held_out": names}
+        return {"source": self.source, "num_pictures": len(self.pictures), "digest": self.digest, "held_out": names}
 
     def crops(self, indices: list[int], recipe: Recipe, number: int, shift: int, shared: bool = False) -> Tensor:
         """At least ``number`` fixed crops [n, C, size, size], several of each picture; ``shared``: this process's part of them."""
@@ -181,7 +182,8 @@ def open_material(data: Data, recipe: Recipe, workers: int | None, facts: dict[s
             pictures = DatasetPictures(data)
         names = facts["held_out"] if facts else files.held_out if files else None
         training, held_out = split(pictures) if names is None else split_by_name(pictures, names)
-        yield Material(pictures, files.name if files else _DATASET, training, held_out, files.skipped if files else [])
+        name, skipped, digest = (files.name, files.skipped, files.digest) if files else (_DATASET, [], "")
+        yield Material(pictures, name, training, held_out, skipped, digest)
 
 
 def changed(run: RunFolder, settings: dict[str, Any]) -> Recipe:
@@ -189,6 +191,8 @@ def changed(run: RunFolder, settings: dict[str, Any]) -> Recipe:
     for key in settings:
         if key.startswith(("tokenizer.", "finetune.")) or key in ("data.source", "seed"):
             raise ConfigError(f"a resumed run keeps its {key}. Begin a new one with another --out to change it.")
+        if key in ("losses.adversarial.width", "losses.adversarial.layers") and run.recipe().losses.adversarial.weight:
+            raise ConfigError(f"a resumed run keeps its discriminator, and so its {key}. Begin a new one with another --out to change it.")
     return change_recipe(run.recipe(), settings)
 
 
@@ -207,7 +211,7 @@ def fit(
     begun = None
     if start is not None:
         begun = start if isinstance(start, ImageTokenizer) else _read_tokenizer(Path(start))
-        recipe = _for_finetuning(recipe, begun, "a tokenizer" if isinstance(start, ImageTokenizer) else str(start))
+        recipe = _for_finetuning(recipe, begun, "a tokenizer" if isinstance(start, ImageTokenizer) else str(Path(start).resolve()))
     if material.picture_files and recipe.tokenizer.autoencoder.in_channels != 3:
         raise ConfigError(
             f"picture files have 3 channels; tokenizer.autoencoder.in_channels is {recipe.tokenizer.autoencoder.in_channels}."
@@ -218,7 +222,7 @@ def fit(
     with seeded(recipe.seed, device):
         tokenizer = recipe.tokenizer.build()
         if begun is not None:
-            tokenizer.load_state_dict(begun.float().state_dict())
+            tokenizer.load_state_dict(begun.state_dict())  # copied, and so in float32
         task = _task(tokenizer.to(device), material, recipe, keep_codes=begun is not None)
         if begun is None:
             number = max(recipe.data.batch, task.num_start_images)
@@ -254,13 +258,14 @@ def refit(
         )
     if before["held_out"] and not material.held_out:
         progress.say(f"the {len(before['held_out'])} held-out pictures are not there any more, so figures are on training pictures")
-    task = _task(checkpoint.tokenizer.to(device), material, recipe, keep_codes=True)
+    if distributed.rank() == 0:
+        with run.locked():
+            run.continue_from(checkpoint, recipe, {**before, "source": material.source})
+    with seeded(recipe.seed, device):
+        task = _task(checkpoint.tokenizer.to(device), material, recipe, keep_codes=True)
     with seeded(recipe.seed + distributed.rank(), device), _threads(checkpoint.state["threads"], device, progress):
         trainer = Trainer(task, _stream_at(material, recipe), run.path, recipe, progress)
         trainer.load(checkpoint)
-        if distributed.rank() == 0:
-            with run.locked():
-                run.continue_from(step, recipe, {**before, "source": material.source})
         distributed.first_says("the run is ready", device)
         _announce(material, device, progress)
         progress.say(f"going on after step {step} of {recipe.steps}")
@@ -353,29 +358,39 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: ImageTokenizer, material:
     if not first:
         return Trained(run, tokenizer, {})
     runner = Runner.on(tokenizer, recipe.precision)
-    indices = (material.held_out or material.training)[: recipe.evaluate.pictures]
+    indices = _to_measure(material, recipe.evaluate.pictures)
     progress.begin("measuring", len(indices), "pictures")
     measurement = measure(runner, _whole(material, indices, runner.tokenizer.stride, progress), Networks.open(runner.device))
     progress.end()
     on = "held-out pictures" if material.held_out else "training pictures"
+    every = len(material.held_out or material.training)
+    if len(indices) < every:
+        on += f", drawn from {every:,}"
     transform = f"longer side at most {recipe.data.longer_side}, centre crop to a multiple of {runner.tokenizer.stride}"
     evaluation = measurement.result(runner.tokenizer, on, transform, recipe.precision, material.skipped)
     if (run.path / START_FOLDER).is_dir():
         start = Runner.on(load(run.path / START_FOLDER).to(runner.device), recipe.precision)
-        evaluation.figures["indices_changed"] = _changed_share(
-            start, runner, _whole(material, indices, runner.tokenizer.stride, Progress())
-        )
+        evaluation.figures.update(_changed_indices(start, runner, _whole(material, indices, runner.tokenizer.stride, Progress())))
     return Trained(run, tokenizer, finish_run(run, recipe, runner, evaluation))
 
 
-def _changed_share(before: Runner, after: Runner, pictures: Iterator[tuple[str, Tensor]]) -> float:
-    """The share of indices that a fine-tuning has changed."""
-    changed = total = 0
+def _to_measure(material: Material, most: int) -> list[int]:
+    """The pictures to measure at the end: all that were held out, or ``most`` of them by the hash of the name, whatever their folders."""
+    indices = material.held_out or material.training
+    if len(indices) <= most:
+        return indices
+    order = held_out_order([material.pictures.names[i] for i in indices])
+    return sorted(indices[place] for place in order[:most])
+
+
+def _changed_indices(before: Runner, after: Runner, pictures: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
+    """The share of indices that a fine-tuning has changed, and out of how many."""
+    changed = total = number = 0
     for _, picture in pictures:
         tokens = [runner.encode(to_unit_range(picture)[None]) for runner in (before, after)]
         changed += int((tokens[0] != tokens[1]).sum())
-        total += tokens[0].numel()
-    return changed / max(total, 1)
+        total, number = total + tokens[0].numel(), number + 1
+    return {"indices_changed": changed / max(total, 1), "indices_changed_num_tokens": total, "indices_changed_num_images": number}
 
 
 def _whole(material: Material, indices: list[int], stride: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:

@@ -201,23 +201,27 @@ class RunFolder:
         except (RunError, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{folder.name}: {error}") from None
 
-    def continue_from(self, step: int, recipe: Recipe, split: dict[str, Any]) -> None:
-        """Record that the run goes on from its checkpoint of ``step``."""
+    def continue_from(self, checkpoint: Checkpoint, recipe: Recipe, split: dict[str, Any]) -> None:
+        """Record that the run goes on from a checkpoint: from here on nothing in it is of a later step, or of an earlier end."""
+        step = checkpoint.step
         for folder in (self.path, self.path / "checkpoints"):
             remove_leftovers(folder)
         write_atomic(self.path / "recipe.toml", recipe_toml(recipe))
         write_atomic(self.path / SPLIT_FILE, json.dumps(split) + "\n")
         self.forget_after(step)
+        checkpoint.tokenizer.save(self.path)  # a kill between a checkpoint and this has left the one before
+        if step < recipe.steps:
+            (self.path / "metrics.json").unlink(missing_ok=True)
         self.event("resumed", step=step)
 
     def forget_after(self, step: int) -> None:
-        """Drop what was written past ``step``: log lines, one that was cut short, checkpoints."""
+        """Drop what was written past ``step``: checkpoints, log lines, one that was cut short."""
+        for later in reversed(self.steps()):
+            if later > step:
+                shutil.rmtree(self.checkpoint(later))
         for name in ("log.jsonl", "times.jsonl"):
             rows = [row for row in read_jsonl(self.path / name) if row.get("step", step + 1) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
-        for later in self.steps():
-            if later > step:
-                shutil.rmtree(self.checkpoint(later))
 
     def event(self, event: str, **facts: Any) -> None:
         """Add a line to events.jsonl."""

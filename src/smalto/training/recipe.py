@@ -13,6 +13,7 @@ from smalto.config import Config, dotted_keys, nearest_key, parse_config
 from smalto.data.images import LONGER_SIDE
 from smalto.device import Precision
 from smalto.errors import ConfigError
+from smalto.features.lpips import MIN_SIDE as MIN_LPIPS_SIDE
 from smalto.losses import LossesConfig
 from smalto.losses.adversarial import MIN_LAST_SIDE
 from smalto.quantizers import MultiScaleVQConfig, Revive
@@ -137,6 +138,8 @@ class Recipe(Config):
             )
         if adversarial.lead > adversarial.start:
             raise ValueError(f"losses.adversarial.lead is {adversarial.lead}, more than the {adversarial.start} steps before its start.")
+        if perceptual.weight and perceptual.network == "lpips-vgg" and self.data.size < MIN_LPIPS_SIDE:
+            raise ValueError(f"losses.perceptual.network lpips-vgg needs crops of {MIN_LPIPS_SIDE} pixels; data.size is {self.data.size}.")
         if perceptual.weight and self.tokenizer.autoencoder.in_channels != 3:
             raise ValueError("losses.perceptual looks at pictures of 3 channels; set losses.perceptual.weight to 0.")
         return self

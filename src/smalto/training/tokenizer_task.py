@@ -192,16 +192,16 @@ class TokenizerTask:
 
     def load(self, result: ImageTokenizer, state: dict[str, Any]) -> None:
         """Take over a checkpoint: the tokenizer saved and what ``state`` gave."""
-        self.tokenizer.load_state_dict(state.get("weights", result.state_dict()))
-        if self._average is not None:
+        if self._average is not None:  # before the weights, for the task may be built around the very tokenizer that was saved
             self._average.tokenizer.load_state_dict(result.state_dict())
             self._average.num_steps = state.get("averaged_steps", 0)
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.tokenizer.load_state_dict(state.get("weights", result.state_dict()))
+        _load_moments(self._optimizer, state["optimizer"])
         if self._updater is not None:
             self._updater.load_state_dict(state["updater"])
         if self._discriminator is not None and "discriminator" in state:
             self._discriminator.load_state_dict(state["discriminator"])
-            self._judge_optimizer.load_state_dict(state["discriminator_optimizer"])
+            _load_moments(self._judge_optimizer, state["discriminator_optimizer"])
         self._caution = state["caution"]
 
     def _set_up_networks(self) -> None:
@@ -240,6 +240,14 @@ def _fix(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
             if isinstance(module, Codebook):
                 module.requires_grad_(False)
     return []
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over an optimizer's state; its settings stay those of the recipe, which a resumed run may change."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def _last_layer(decoder: nn.Module) -> Tensor:

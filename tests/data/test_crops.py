@@ -81,7 +81,8 @@ def test_with_another_batch_it_goes_on_about_where_it_was() -> None:
     visited = sum(visit for _, visit, _ in before.position())
     after = stream(number=200, batch=6, position=before.position())
     assert abs(sum(visit for _, visit, _ in after.position()) - visited) < 6
-    next(after)
+    halves = [stream(number=200, batch=6, position=before.position(), rows=rows) for rows in (range(3), range(3, 6))]
+    assert torch.equal(next(after), torch.cat([next(half) for half in halves]))
 
 
 def test_pictures_that_lie_in_blocks_are_visited_a_few_blocks_at_a_time() -> None:

@@ -34,7 +34,7 @@ def write(path: Path, column: str = "image", number: int = 7, struct: bool = Tru
     return path
 
 
-@pytest.mark.parametrize(("column", "struct"), [("image", True), ("jpg", False), ("photo_of_it", True)])
+@pytest.mark.parametrize(("column", "struct"), [("image", True), ("jpg", False), ("photo_of_it", True), ("0.png", False)])
 def test_every_row_is_a_picture(tmp_path: Path, column: str, struct: bool) -> None:
     files, skipped = find_pictures(write(tmp_path / "train-00000.parquet", column, struct=struct))
     assert not skipped

@@ -17,6 +17,7 @@ def test_a_file_is_as_large_as_it_may_be_and_no_larger(codec: str) -> None:
     sizes, quality = [], []
     for size in (1200, 1800, 4000):
         coded = code(image, codec, size)
+        assert coded is not None
         assert coded.picture.shape == image.shape
         assert coded.picture.dtype == torch.uint8
         assert 0.6 * size < coded.size <= size
@@ -25,5 +26,6 @@ def test_a_file_is_as_large_as_it_may_be_and_no_larger(codec: str) -> None:
     assert sizes == sorted(sizes)
     assert quality == sorted(quality)
     smallest = code(image, codec, 10)
+    assert smallest is not None
     assert smallest.size > 10  # no file is so small: the smallest one
     assert smallest.size < sizes[0]

@@ -54,6 +54,10 @@ def test_statistics_are_read_from_files_and_other_files_refused(tmp_path: Path) 
     gaussian = moments(features(100, 8, 0))
     write_statistics(tmp_path / "stats.npz", gaussian)
     assert frechet_distance(read_statistics(tmp_path / "stats.npz"), gaussian) == pytest.approx(0, abs=1e-9)
+    whole = (tmp_path / "stats.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="damaged"):
+        read_statistics(tmp_path / "cut.npz")
     with pytest.raises(DataError, match="cannot be read"):
         read_statistics(tmp_path / "nowhere.npz")
     numpy.savez(tmp_path / "other.npz", mu=numpy.zeros(3))

@@ -108,3 +108,28 @@ def test_on_the_command_line(run: Path, weights: dict[str, Path]) -> None:
     done = smalto_command("evaluate", run.parent / "pictures", "--tokenizer", run, "--lpips-vgg", run / "config.json", check=False)
     assert done.returncode == 1
     assert "damaged or no checkpoint" in done.stderr
+
+
+def test_other_pictures_are_not_taken_for_the_runs_own(run: Path, tmp_path: Path) -> None:
+    """Numbered files have the same names everywhere."""
+    evaluate = smalto.evaluate
+    own = evaluate(run.parent / "pictures", run, device="cpu", workers=0).figures
+    assert own["measured_on"] == "held-out pictures"
+    other = write_pictures(tmp_path / "other", 6, 60, 60)
+    assert evaluate(other, run, device="cpu", workers=0).figures["measured_on"] == "pictures of another source than the training's"
+    (run.parent / "pictures").rename(tmp_path / "moved")
+    moved = evaluate(tmp_path / "moved", run, device="cpu", workers=0).figures
+    assert (moved["measured_on"], moved["psnr"]) == ("held-out pictures", own["psnr"])
+
+
+def test_a_checkpoint_named_from_inside_its_folder_knows_its_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "checkpoints")
+    figures = smalto.evaluate(run.parent / "pictures", "step-00000006", device="cpu", workers=0).figures
+    assert figures["measured_on"] == "held-out pictures"
+
+
+def test_a_picture_too_long_for_webp_is_measured_all_the_same(run: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "long", 1, 16, 16500)
+    figures = smalto.evaluate(tmp_path / "long", run, longer_side=None, device="cpu", workers=0).figures
+    assert [line["codec"] for line in figures["codecs"]] == ["JPEG"]
+    assert len(codec_rows(figures)) == 3

@@ -268,3 +268,59 @@ def test_every_quantizer_trains_tokenizes_and_decodes(kind: str, tmp_path: Path,
     assert smalto.info(tmp_path / "tokens")["tokens"] == side * 120 * 6
     resumed = smalto.resume(tmp_path / "run", settings={"steps": 8}, device="cpu", workers=0)
     assert resumed.metrics["psnr"] > 0
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_runs_own_model_is_mended(run: Path) -> None:
+    expected = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes((RunFolder(run).checkpoint(4) / "model.safetensors").read_bytes())
+    smalto.resume(run, device="cpu", workers=0)
+    assert (run / "model.safetensors").read_bytes() == expected
+
+
+def test_figures_of_an_earlier_end_go_when_a_run_goes_further(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert (run / "metrics.json").is_file()
+    monkeypatch.setattr("smalto.pipelines.train.measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        smalto.resume(run, settings={"steps": 8}, device="cpu", workers=0)
+    assert not (run / "metrics.json").exists()
+
+
+def test_a_resumed_run_follows_changed_settings_and_keeps_its_discriminator(pictures: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    adversarial = {"losses.adversarial.weight": 0.1, "losses.adversarial.layers": 2, "losses.adversarial.width": 4}
+    models = []
+    for name, settings in (("same", {}), ("other", {"optimizer.weight_decay": 0.9, "optimizer.betas": [0.5, 0.5]})):
+        smalto.train(pictures, change_recipe(tiny_recipe, adversarial), out=tmp_path / name, device="cpu", workers=0)
+        smalto.resume(tmp_path / name, settings={"steps": 12, **settings}, device="cpu", workers=0)
+        models.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert models[0] != models[1]
+    with pytest.raises(ConfigError, match="keeps its discriminator"):
+        smalto.resume(tmp_path / "same", settings={"losses.adversarial.width": 8})
+
+
+def test_where_only_held_out_pictures_can_be_read_resuming_is_exact_too(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    from smalto.data.images import held_out_order
+
+    names = [path.name for path in sorted(write_pictures(tmp_path / "pictures", 6).iterdir())]
+    for place in held_out_order(names)[1:]:
+        (tmp_path / "pictures" / names[place]).write_bytes(b"broken")
+    longer = change_recipe(tiny_recipe, {"optimizer.decay": False, "steps": 12})
+    smalto.train(tmp_path / "pictures", longer, out=tmp_path / "whole", device="cpu", workers=0)
+    smalto.train(tmp_path / "pictures", change_recipe(longer, {"steps": 5}), out=tmp_path / "part", device="cpu", workers=0)
+    smalto.resume(tmp_path / "part", settings={"steps": 12}, device="cpu", workers=0)
+    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_of_many_held_out_pictures_some_of_every_folder_are_measured(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    for folder in "abcdefgh":
+        write_pictures(tmp_path / "pictures" / folder, 12)
+    recipe = change_recipe(tiny_recipe, {"steps": 1, "evaluate.pictures": 5})
+    trained = smalto.train(tmp_path / "pictures", recipe, out=tmp_path / "run", device="cpu", workers=0)
+    held_out = trained.run.split()["held_out"]
+    assert len(held_out) > 6
+    assert trained.metrics["num_images"] == 5
+    assert trained.metrics["measured_on"] == f"held-out pictures, drawn from {len(held_out)}"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert any(name in page for name in held_out[5:])  # not just the first five by name

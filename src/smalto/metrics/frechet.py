@@ -74,7 +74,7 @@ def read_statistics(path: str | Path) -> Gaussian:
         DataError: not there, or something else. Nothing in the file is run.
     """
     try:
-        with numpy.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(numpy.asarray(file[name], dtype=numpy.float64)) for name in ("mu", "sigma"))
     except (zipfile.BadZipFile, zlib.error):
         raise DataError(f"the reference statistics {path} are damaged.") from None

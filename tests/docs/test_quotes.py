@@ -149,3 +149,60 @@ def test_what_was_claimed_of_speed_holds() -> None:
     assert min(bf16["encode_ratio"], bf16["decode_ratio"]) >= 5
     assert exact["equal"] == 1
     assert max(way["quantizer_share"] for way in (plain, exact, bf16)) <= 0.05
+
+
+TRAINING = [ROOT / "docs" / language / "training.md" for language in ("en", "zh")]
+on_training = pytest.mark.parametrize("page", TRAINING, ids=lambda page: page.parent.name)
+
+
+def train_row(name: str, row: dict[str, float]) -> str:
+    ratios = f"{row['times_plain']:.2f}", f"{row['times_peer']:.2f}"
+    return table_row(name, f"{1000 * row['seconds']:.0f} ms", f"{row['images_per_second']:.1f}", *ratios, f"{row['peak_mib']:,.0f} MiB")
+
+
+def codec_row(name: str, row: dict[str, float]) -> str:
+    return table_row(name, f"{row['bits_per_pixel']:.3f}", f"{row['psnr']:.2f} dB", f"{row['ssim']:.4f}", f"{row['lite0_distance']:.4f}")
+
+
+@on_training
+def test_training_speed_is_quoted(page: Path) -> None:
+    train, text = result("train"), page.read_text(encoding="utf-8")
+    for name, row in train["rows"].items():
+        assert train_row(name, row) in text
+    assert train["machine"]["processor"] in text
+    for name in ("with the cache", "without it"):
+        assert f"{train['waiting'][name]['share_waiting']:.1%}" in text
+
+
+def test_what_was_claimed_of_training_speed_holds() -> None:
+    train = result("train")
+    fastest = train["rows"][train["fastest"]]
+    assert fastest["times_plain"] >= 1.7
+    assert fastest["times_peer"] >= 2
+    assert train["waiting"]["with the cache"]["share_waiting"] < 0.05
+    assert train["waiting"]["without it"]["share_waiting"] < 0.05
+
+
+@on_training
+def test_the_discriminators_run_is_quoted(page: Path) -> None:
+    vqgan, text = result("vqgan"), page.read_text(encoding="utf-8")
+    held_out, adversarial = vqgan["held_out"], vqgan["adversarial"]
+    for name, row in (("tokens", held_out), *((line["codec"], line) for line in held_out["codecs"])):
+        assert codec_row({"WEBP": "WebP"}.get(name, name), row) in text
+    assert f"{held_out['training_seconds'] / 60:.0f} " in text
+    for key in ("psnr_before", "lowest_psnr_after", "mean_of_five_before", "lowest_mean_of_five_after", "last_psnr"):
+        assert f"{adversarial[key]:.2f}" in text, key
+    for key in ("lite0_distance_before", "last_lite0_distance", "gradient_share_in_the_last_quarter"):
+        assert f"{adversarial[key]:.3f}" in text, key
+    assert f"{held_out['usage']:.1%}" in text
+    assert f"{held_out['usage_window']:,}" in text
+
+
+def test_what_was_claimed_of_the_discriminator_holds() -> None:
+    vqgan = result("vqgan")
+    adversarial = vqgan["adversarial"]
+    assert adversarial["lowest_mean_of_five_after"] >= adversarial["mean_of_five_before"] - 0.5
+    assert adversarial["last_psnr"] >= adversarial["psnr_before"] - 0.5
+    assert adversarial["gradient_share_in_the_last_quarter"] >= 0.1
+    assert adversarial["last_lite0_distance"] < adversarial["lite0_distance_before"]
+    assert vqgan["held_out"]["training_seconds"] <= 60 * 60

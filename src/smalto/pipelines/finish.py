@@ -156,6 +156,7 @@ def _training_times(run: RunFolder) -> dict[str, Any]:
         "training_seconds": round(seconds, 1),
         "training_images_per_second": round(sum(row["images"] for row in rows) / seconds, 1) if seconds else None,
         "share_waiting_for_data": round(waiting / seconds, 4) if seconds else None,
+        "training_peak_memory_mb": max((row.get("memory_mb", 0) for row in rows), default=0),
     }
 
 
@@ -184,7 +185,10 @@ def _table(figures: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
             f"{figures['training_seconds']:.0f} s on {figures['device']}"
             + (f", {waiting:.1%} of it waiting for data" if waiting is not None else ""),
         ),
-        ("training speed", f"{figures['training_images_per_second']} crops/s"),
+        (
+            "training speed",
+            f"{figures['training_images_per_second']} crops/s, at most {figures['training_peak_memory_mb']:,} MiB of memory",
+        ),
         ("seed", str(recipe.seed)),
         ("versions", ", ".join(f"{name} {number}" for name, number in figures["versions"].items())),
         ("fingerprint", figures["fingerprint"]),

@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 import torch
 import torch.nn.functional as F
-from machine import store
+from machine import RESULTS, store
 from PIL import Image
 
 import smalto
@@ -181,7 +181,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["waiting"]:  # this part alone again
+        stored = json.loads((RESULTS / "train.json").read_text())
+        stored.pop("machine")
+        print("stored in", store("train", stored | {"waiting": waiting()}))
+    elif len(sys.argv) > 1:
         print(json.dumps(contend(sys.argv[1])))
     else:
         main()

@@ -242,3 +242,20 @@ def test_ranges_and_centre_crops() -> None:
     assert centre_crop(values, 6).shape == (1, 12, 12)
     assert centre_crop(values, 6)[0, 0, 0] == values[0, 2, 2]
     assert centre_crop(torch.zeros(3, 2, 9), 4).shape == (3, 4, 16)
+
+
+def test_a_picture_that_two_rows_wait_for_is_decoded_once(pictures: Path) -> None:
+    """Without room in the cache, what one row takes must not be lost to the other."""
+    files, _ = find_pictures(pictures)
+    decoded = []
+    with Decoder(0) as decoder:
+        submit = decoder.submit
+        decoder.submit = lambda file: decoded.append(file.name) or submit(file)  # type: ignore[method-assign, func-returns-value]
+        source = FilePictures(files, decoder, 0)
+        source.ask([0, 1, 0])
+        for index in (0, 0, 1):
+            assert source.get(index) is not None
+        assert decoded == [files[0].name, files[1].name]
+        assert not source._asked
+        source.get(0)
+        assert len(decoded) == 3

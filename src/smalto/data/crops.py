@@ -116,7 +116,6 @@ class CropStream:
         while True:
             visits = range(lane.visit, lane.visit + self._window(lane))
             visited = [self._visited(lane, visit) for visit in visits]
-            self._pictures.ask([index for _, index in visited])
             sources = [(epoch, index, self._pictures.get(index)) for epoch, index in visited]
             following = Lane(lane.row, visits.stop)
             self._pictures.ask([self._visited(lane, visits.stop + n)[1] for n in range(self._window(following))])

@@ -72,7 +72,7 @@ def read_picture(picture: str | PictureFile, longer_side: int | None = LONGER_SI
             file = picture if isinstance(picture, PictureFile) else PictureFile(picture, picture)
             with open_file(file) as stream, Image.open(stream, formats=FORMATS) as image:
                 if longer_side:
-                    image.draft("RGB", (longer_side, longer_side))
+                    image.draft("RGB", _reduced_size(image, longer_side))  # JPEG: a half, quarter or eighth at once, not below this
                 image.load()
                 return numpy.asarray(_reduce(_to_rgb(ImageOps.exif_transpose(image)), longer_side))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -195,6 +195,9 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 def _reduce(image: Image.Image, longer_side: int | None) -> Image.Image:
     if not longer_side or max(image.size) <= longer_side:
         return image
+    return image.resize(_reduced_size(image, longer_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def _reduced_size(image: Image.Image, longer_side: int) -> tuple[int, int]:
     scale = longer_side / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))

@@ -31,7 +31,7 @@ class Pictures(ABC):
         """Picture ``index`` as uint8 in [0, 255] or float in [-1, 1], [C, H, W]; None where it cannot be read."""
 
     def ask(self, indices: Sequence[int]) -> None:  # noqa: B027 (loading ahead is not for every kind)
-        """Begin to load these in the background."""
+        """Begin to load these in the background; each is to be got once for every time that it is asked for."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,27 +51,33 @@ class FilePictures(Pictures):
         self._decoder = decoder
         self._free = cache_bytes
         self._cache: dict[int, Tensor | None] = {}
-        self._asked: dict[int, Future[numpy.ndarray] | None] = {}
+        self._asked: dict[int, tuple[Future[numpy.ndarray] | None, int]] = {}  # and how often each is still to be got
 
     def ask(self, indices: Sequence[int]) -> None:
         for index in indices:
-            if index not in self._cache and index not in self._asked:
-                self._asked[index] = self._decoder.submit(self._files[index])
+            if index not in self._cache:
+                future, times = self._asked[index] if index in self._asked else (self._decoder.submit(self._files[index]), 0)
+                self._asked[index] = future, times + 1
 
     def get(self, index: int) -> Tensor | None:
         if index not in self._cache:
-            self.ask([index])
+            if index not in self._asked:
+                self.ask([index])
             picture = self._load(index)
             size = picture.numel() if picture is not None else 0
             if size > self._free:
                 return picture
             self._free -= size
             self._cache[index] = picture
+            self._asked.pop(index, None)
         return self._cache[index]
 
     def _load(self, index: int) -> Tensor | None:
+        future, times = self._asked.pop(index)
+        if times > 1:
+            self._asked[index] = future, times - 1
         try:
-            array = self._decoder.result(self._files[index], self._asked.pop(index))
+            array = self._decoder.result(self._files[index], future)
         except BadPicture as bad:
             self.skipped.append(Skipped(self.names[index], str(bad)))
             return None

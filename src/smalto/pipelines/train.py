@@ -394,8 +394,9 @@ def _changed_indices(before: Runner, after: Runner, pictures: Iterator[tuple[str
 
 
 def _whole(material: Material, indices: list[int], stride: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    material.pictures.ask(indices[:8])
     for place, index in enumerate(indices):
-        material.pictures.ask(indices[place : place + 8])
+        material.pictures.ask(indices[place + 8 : place + 9])
         picture = material.pictures.get(index)
         progress.advance()
         if picture is not None:

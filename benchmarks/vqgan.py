@@ -8,14 +8,22 @@ An interrupted run goes on where it was.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from machine import store
 from training import trained
 
+import smalto
+from smalto.data.bundled import HELD_OUT, bundled_photographs
+from smalto.data.pictures import to_unit_range
+from smalto.pipelines.running import PictureReader
+from smalto.progress import Progress
+from smalto.tokenizer import ImageTokenizer
 from smalto.training.checkpoint import read_jsonl
 from smalto.training.recipe import load_recipe
 
@@ -29,8 +37,23 @@ def main(folder: Path) -> None:
         "held_out": json.loads((run / "metrics.json").read_text()),
         "adversarial": adversarial(read_jsonl(run / "log.jsonl"), recipe.losses.adversarial.start),
     }
+    result["whole_and_in_tiles"] = whole_and_in_tiles(smalto.load(run), recipe.data.size)
     print(json.dumps(result, indent=2))
     print("stored in", store("vqgan", result))
+
+
+@torch.no_grad()
+def whole_and_in_tiles(tokenizer: ImageTokenizer, side: int) -> dict[str, float]:
+    """PSNR of the held-out photographs decoded whole, and decoded in tiles of a training crop's size: what the norms' surroundings do."""
+    files = [file for file in bundled_photographs() if file.name in HELD_OUT]
+    whole, tiled = [], []
+    for _, picture in PictureReader(files, side, Progress(), workers=0):
+        image = to_unit_range(picture)[None]
+        tiles = image.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, side, side)
+        for found, images in ((whole, image), (tiled, tiles)):
+            back = tokenizer.decode(tokenizer.encode(images), tokenizer.layout(*images.shape[2:]))
+            found.append(10 * math.log10(4 / float((back - images).square().mean())))
+    return {"whole": mean(whole), "tiles": mean(tiled)}
 
 
 def adversarial(log: list[dict[str, Any]], start: int) -> dict[str, Any]:

@@ -194,6 +194,8 @@ def test_the_discriminators_run_is_quoted(page: Path) -> None:
         assert f"{adversarial[key]:.2f}" in text, key
     for key in ("lite0_distance_before", "last_lite0_distance", "gradient_share_in_the_last_quarter"):
         assert f"{adversarial[key]:.3f}" in text, key
+    for value in vqgan["whole_and_in_tiles"].values():
+        assert f"{value:.2f} dB" in text
     assert f"{held_out['usage']:.1%}" in text
     assert f"{held_out['usage_window']:,}" in text
 

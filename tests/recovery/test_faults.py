@@ -131,7 +131,7 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_used(
 def test_a_process_that_dies_ends_the_job_and_it_goes_on_with_another_number(tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures", 6)
     sets = [*tiny_sets(), "--set", "checkpoint.every=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613", "-m", "smalto"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "smalto"]
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     with open(tmp_path / "messages", "w") as messages:
         job = subprocess.Popen(

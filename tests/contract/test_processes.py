@@ -50,7 +50,11 @@ def upkeep(
 
 def in_processes(world: int, job: Callable[..., object], tmp_path: Path, *arguments: object) -> list[object]:
     """Run ``job(rank, world, *arguments)`` in ``world`` processes joined by gloo; what each one returned."""
-    torch.multiprocessing.spawn(_process, (world, str(tmp_path), job, arguments), nprocs=world, join=True)
+    try:
+        torch.multiprocessing.spawn(_process, (world, str(tmp_path), job, arguments), nprocs=world, join=True)
+    except torch.multiprocessing.ProcessExitedException:  # now and then gloo's own threads abort after the last result is there
+        if not all((tmp_path / f"{rank}.pt").is_file() for rank in range(world)):
+            raise
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
 

@@ -29,6 +29,7 @@ from smalto.autoencoders import SimpleAutoencoderConfig
 from smalto.data.bundled import HELD_OUT, bundled_photographs
 from smalto.data.crops import CropStream
 from smalto.data.decoding import Decoder
+from smalto.data.images import read_picture
 from smalto.data.pictures import FilePictures
 from smalto.metrics import CodebookMeter, psnr
 from smalto.quantizers import ProductVQConfig, QuantizerConfig, ResidualVQConfig, VectorQuantizerConfig
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="contenders whose name holds this; nothing is stored")
     arguments = parser.parse_args()
     contenders = {name: make for name, make in CONTENDERS.items() if arguments.only in name}
-    with Decoder(0) as decoder:
+    with Decoder(0, read_picture) as decoder:
         pictures = FilePictures(bundled_photographs(), decoder, 2**30)
         held_out = [i for i, name in enumerate(pictures.names) if name in HELD_OUT]
         training = [i for i in range(len(pictures)) if i not in held_out]

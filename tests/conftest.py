@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from smalto.data.token_rows import StoreHeader, TokenRow
+from smalto.layout import TokenLayout
 from smalto.training.recipe import Recipe, change_recipe
 
 torch.set_num_threads(1)  # two test processes share two cores
@@ -71,3 +73,20 @@ def tiny_recipe() -> Recipe:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return write_pictures(tmp_path / "pictures", 6)
+
+
+def store_header(fixed: bool = True, codebook_size: int = 512) -> StoreHeader:
+    """Of a small token store: 2 x 3 tokens a row, or any number."""
+    grids = ((2, 3),) if fixed else None
+    return StoreHeader(fingerprint="f" * 64, kind="vector", codebook_size=codebook_size, grids=grids, transform="none", precision="float32")
+
+
+def token_rows(number: int, fixed: bool = True, codebook_size: int = 512, first: int = 0) -> list[TokenRow]:
+    """Rows for such a store, with labels a, b and none."""
+    rows = []
+    for i in range(first, first + number):
+        layout = TokenLayout.single(2, 3) if fixed else TokenLayout(((1, 1), (i % 3 + 1, 2)))
+        tokens = numpy.random.default_rng(i).integers(0, codebook_size, layout.num_tokens).tolist()
+        facts = (("", "a", "b")[i % 3], 40 + i, 50, (1, 2, 30, 40), 1000 + i, 7 * i, bytes([i % 256]) * 16)
+        rows.append(TokenRow(f"image{i:04d}.png", tokens, layout, *facts))
+    return rows

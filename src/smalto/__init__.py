@@ -9,13 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smalto.data.token_dataset import TokenDataset, TokenLoader
+    from smalto.data.token_rows import TokenRow
+    from smalto.data.token_store import TokenStore
     from smalto.errors import SmaltoError
     from smalto.layout import TokenLayout
     from smalto.pipelines.convert import convert
+    from smalto.pipelines.decode import decode
     from smalto.pipelines.demo import demo
     from smalto.pipelines.evaluate import evaluate
     from smalto.pipelines.info import info
-    from smalto.pipelines.tokenize import decode, reconstruct, tokenize
+    from smalto.pipelines.reconstruct import reconstruct
+    from smalto.pipelines.tokenize import tokenize
     from smalto.pipelines.train import resume, train
     from smalto.quantizers import CodebookUpdater, Revive, VectorQuantizer
     from smalto.tokenizer import ImageTokenizer, SimpleVQVAE, TokenizerConfig, default_tokenizer, load
@@ -30,18 +35,22 @@ _HOME = {
     "Revive": "smalto.quantizers",
     "SimpleVQVAE": "smalto.tokenizer",
     "SmaltoError": "smalto.errors",
+    "TokenDataset": "smalto.data.token_dataset",
     "TokenLayout": "smalto.layout",
+    "TokenLoader": "smalto.data.token_dataset",
+    "TokenRow": "smalto.data.token_rows",
+    "TokenStore": "smalto.data.token_store",
     "TokenizerConfig": "smalto.tokenizer",
     "VectorQuantizer": "smalto.quantizers",
     "convert": "smalto.pipelines.convert",
-    "decode": "smalto.pipelines.tokenize",
+    "decode": "smalto.pipelines.decode",
     "default_tokenizer": "smalto.tokenizer",
     "demo": "smalto.pipelines.demo",
     "evaluate": "smalto.pipelines.evaluate",
     "info": "smalto.pipelines.info",
     "load": "smalto.tokenizer",
     "load_recipe": "smalto.training.recipe",
-    "reconstruct": "smalto.pipelines.tokenize",
+    "reconstruct": "smalto.pipelines.reconstruct",
     "resume": "smalto.pipelines.train",
     "tokenize": "smalto.pipelines.tokenize",
     "train": "smalto.pipelines.train",
@@ -54,7 +63,11 @@ __all__ = [
     "Revive",
     "SimpleVQVAE",
     "SmaltoError",
+    "TokenDataset",
     "TokenLayout",
+    "TokenLoader",
+    "TokenRow",
+    "TokenStore",
     "TokenizerConfig",
     "VectorQuantizer",
     "convert",

@@ -12,7 +12,13 @@ from rich.progress import Progress as Bars
 from smalto.progress import Progress
 
 SECONDS_BETWEEN_LINES = 5.0
-_SHOWN = {"loss": "loss {:.4f}", "psnr": "PSNR {:.1f}", "usage": "codes {:.0%}", "held_out_psnr": "held-out {:.1f}"}
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "psnr": "PSNR {:.1f}",
+    "usage": "codes {:.0%}",
+    "held_out_psnr": "held-out {:.1f}",
+    "errors": "{:.0f} errors",
+}
 
 
 class ConsoleProgress(Progress):
@@ -44,6 +50,11 @@ class ConsoleProgress(Progress):
             self._task = self._bars.add_task(title, total=total, completed=done, figures="")
             self._bars.start()
 
+    def expect(self, total: int) -> None:
+        self._total = total
+        if self._bars is not None:
+            self._bars.update(self._task, total=total)
+
     def advance(self, number: int = 1, **figures: float) -> None:
         self._done += number
         self._images += int(figures.pop("images", number))
@@ -72,7 +83,7 @@ class ConsoleProgress(Progress):
 
     def _text(self) -> str:
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        parts = [f"{self._images / seconds:.1f} images/s"] + [
+        parts = [f"{self._images / seconds:.1f} {'rows' if self._unit == 'rows' else 'images'}/s"] + [
             form.format(self._figures[key]) for key, form in _SHOWN.items() if key in self._figures
         ]
         return "  ".join(parts)

@@ -9,6 +9,9 @@ class Progress:
     def begin(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         """A job of ``total`` units begins (None: unknown), ``done`` of them already made."""
 
+    def expect(self, total: int) -> None:
+        """How many units there are, where ``begin`` could not say."""
+
     def advance(self, number: int = 1, **figures: float) -> None:
         """``number`` more units are done; ``figures`` are the latest values to show beside the bar."""
 

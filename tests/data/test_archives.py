@@ -55,7 +55,7 @@ def test_an_archive_is_a_folder(kind: str, tmp_path: Path) -> None:
     assert sorted(reason for _, reason in skipped) == ["empty", "not an image"]
     assert numpy.array_equal(read_picture(files[2]), picture(1))
     for workers in (0, 2):
-        with Decoder(workers) as decoder:
+        with Decoder(workers, read_picture) as decoder:
             outcomes = {file.name: outcome for file, outcome in decoder.in_order(files)}
         assert numpy.array_equal(outcomes["b/3.png"], picture(3))
         assert "damaged" in str(outcomes["broken.png"]) or "not an image" in str(outcomes["broken.png"])

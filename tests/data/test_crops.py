@@ -13,7 +13,7 @@ from torch import Tensor
 from smalto.data import crops
 from smalto.data.crops import CropStream
 from smalto.data.decoding import Decoder
-from smalto.data.images import PictureFile, find_pictures
+from smalto.data.images import PictureFile, find_pictures, read_picture
 from smalto.data.pictures import DatasetPictures, FilePictures, centre_crop, enlarge, split, split_by_name, to_uint8, to_unit_range
 from smalto.errors import DataError, InputError
 from tests.conftest import write_pictures
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_crops_and_another_seed_others(pictures: Pa
     files, _ = find_pictures(pictures)
 
     def batches(seed: int, workers: int, cache_bytes: int) -> Tensor:
-        with Decoder(workers) as decoder:
+        with Decoder(workers, read_picture) as decoder:
             source = CropStream(FilePictures(files, decoder, cache_bytes), list(range(6)), size=16, batch=5, seed=seed)
             return torch.stack([next(source) for _ in range(12)])
 
@@ -163,12 +163,12 @@ def test_small_pictures_are_enlarged_and_counted() -> None:
 def test_broken_pictures_are_passed_over_and_none_left_is_an_error(pictures: Path) -> None:
     (pictures / "picture00.png").write_bytes(b"broken")
     files, _ = find_pictures(pictures)
-    with Decoder(0) as decoder:
+    with Decoder(0, read_picture) as decoder:
         source = FilePictures(files, decoder, 0)
         next(CropStream(source, list(range(6)), size=16, batch=40, seed=0))
         assert [s.name for s in source.skipped] == ["picture00.png"]
     only_bad = [PictureFile("x", str(pictures / "picture00.png"))]
-    with Decoder(0) as decoder, pytest.raises(DataError, match="none of the pictures can be read"):
+    with Decoder(0, read_picture) as decoder, pytest.raises(DataError, match="none of the pictures can be read"):
         next(CropStream(FilePictures(only_bad, decoder, 0), [0], size=16, batch=1, seed=0))
     with pytest.raises(DataError, match="no picture to take crops from"):
         stream(number=1).__class__(DatasetPictures(Numbered(1)), [], size=8, batch=1, seed=0)
@@ -176,7 +176,7 @@ def test_broken_pictures_are_passed_over_and_none_left_is_an_error(pictures: Pat
 
 def test_the_cache_holds_what_fits(pictures: Path) -> None:
     files, _ = find_pictures(pictures)
-    with Decoder(0) as decoder:
+    with Decoder(0, read_picture) as decoder:
         source = FilePictures(files, decoder, 2 * 40 * 48 * 3)
         first = [source.get(i) for i in range(6)]
         again = [source.get(i) for i in range(6)]
@@ -201,7 +201,7 @@ def test_datasets_of_floats_tuples_and_nonsense() -> None:
 
 def test_the_split_holds_out_at_least_one_readable_picture(tmp_path: Path) -> None:
     files, _ = find_pictures(write_pictures(tmp_path / "six", 6))
-    with Decoder(0) as decoder:
+    with Decoder(0, read_picture) as decoder:
         training, held_out = split(FilePictures(files, decoder, 0))
         assert len(held_out) == 1
         assert sorted(training + held_out) == list(range(6))
@@ -209,7 +209,7 @@ def test_the_split_holds_out_at_least_one_readable_picture(tmp_path: Path) -> No
         _, others = split(FilePictures(files, decoder, 0))
         assert len(set(others) - set(held_out)) == 1
     files, _ = find_pictures(write_pictures(tmp_path / "three", 3))
-    with Decoder(0) as decoder:
+    with Decoder(0, read_picture) as decoder:
         assert split(FilePictures(files, decoder, 0)) == ([0, 1, 2], [])
         for file in files:
             Path(file.path).write_bytes(b"broken")
@@ -221,19 +221,16 @@ def test_the_split_holds_out_at_least_one_readable_picture(tmp_path: Path) -> No
 def test_a_picture_that_kills_its_worker_is_bad_and_the_others_are_not(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     files, _ = find_pictures(pictures)
-    with Decoder(2) as decoder:
-        monkeypatch.setattr("smalto.data.decoding.read_picture", kill_on_the_third)
+    with Decoder(2, kill_on_the_third) as decoder:
         outcomes = dict(decoder.in_order(files))
     bad = [file.name for file, outcome in outcomes.items() if not isinstance(outcome, numpy.ndarray)]
     assert bad == ["picture02.png"]
 
 
-def kill_on_the_third(file: PictureFile, longer_side: int | None) -> numpy.ndarray:
-    from smalto.data.images import read_picture
-
+def kill_on_the_third(file: PictureFile) -> numpy.ndarray:
     if file.name == "picture02.png":
         os._exit(9)
-    return read_picture(file, longer_side)
+    return read_picture(file)
 
 
 def test_ranges_and_centre_crops() -> None:
@@ -248,7 +245,7 @@ def test_a_picture_that_two_rows_wait_for_is_decoded_once(pictures: Path) -> Non
     """Without room in the cache, what one row takes must not be lost to the other."""
     files, _ = find_pictures(pictures)
     decoded = []
-    with Decoder(0) as decoder:
+    with Decoder(0, read_picture) as decoder:
         submit = decoder.submit
         decoder.submit = lambda file: decoded.append(file.name) or submit(file)  # type: ignore[method-assign, func-returns-value]
         source = FilePictures(files, decoder, 0)

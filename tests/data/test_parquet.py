@@ -52,7 +52,7 @@ def test_shards_in_a_folder_beside_other_pictures_and_the_order_of_blocks(tmp_pa
     files, _ = find_pictures(tmp_path)
     assert len(files) == 10
     assert files[0].name == "a.parquet/00000000"
-    with Decoder(0) as decoder:
+    with Decoder(0, read_picture) as decoder:
         blocks = FilePictures(files, decoder, 0).blocks
     assert blocks is not None
     assert list(blocks) == [0, 0, 0, 1, 1, 1, 2, 3, 3, 4]

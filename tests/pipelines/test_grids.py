@@ -96,10 +96,10 @@ def test_a_run_with_scales_from_recipe_to_report(run: Path) -> None:
 def test_tokens_of_pictures_of_any_shape_go_to_disk_and_back(run: Path, tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "pictures", 2, 32, 64)
     write_pictures(tmp_path / "pictures" / "more", 2, 24, 24)
-    result = smalto.tokenize(source, run, tmp_path / "tokens.safetensors", workers=0)
+    result = smalto.tokenize(source, run, tmp_path / "tokens.lance", workers=0)
     layouts = [smalto.load(run).layout(*size) for size in ((32, 64), (24, 24))]
     assert result.num_tokens == 2 * sum(layout.num_tokens for layout in layouts)
-    paths = smalto.decode(tmp_path / "tokens.safetensors", tmp_path / "back", workers=0)
+    paths = smalto.decode(tmp_path / "tokens.lance", tmp_path / "back", workers=0)
     assert len(paths) == 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy
@@ -13,10 +14,9 @@ from PIL import Image
 import smalto
 from smalto.data.images import read_picture
 from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
-from smalto.data.token_file import TokenFile
-from smalto.errors import ConfigError, DataError, RunError
+from smalto.errors import DataError, RunError
 from smalto.layout import TokenLayout
-from smalto.pipelines.tokenize import picture_paths
+from smalto.pipelines.decode import picture_paths
 from smalto.training.recipe import Recipe
 from tests.conftest import write_pictures
 
@@ -31,109 +31,47 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_tokens_on_disk_decode_to_what_the_model_gives(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
     Image.fromarray(numpy.full((30, 21, 3), 90, numpy.uint8)).save(pictures / "other shape.jpg")
-    out = tmp_path / "tokens.safetensors"
+    out = tmp_path / "tokens.lance"
     result = smalto.tokenize(pictures, tokenizer, out, batch=4, device="cpu", workers=0)
-    assert (result.num_images, result.skipped) == (7, [])
-    file = TokenFile.load(out)
-    assert file.names == sorted(p.name for p in pictures.iterdir())
-    assert dict(zip(file.names, file.layouts, strict=True))["other shape.jpg"] == TokenLayout.single(7, 5)
+    assert (result.num_images, result.num_rows, result.skipped) == (7, 7, [])
+    rows = smalto.TokenStore.open(out).rows()
+    assert sorted(rows["id"]) == sorted(p.name for p in pictures.iterdir())
+    assert dict(zip(rows["id"], rows["layout"], strict=True))["other shape.jpg"] == TokenLayout.single(7, 5)
     model = smalto.load(tokenizer)
     paths = smalto.decode(out, tmp_path / "decoded", device="cpu")
-    for name, tokens, path in zip(file.names, file.tokens, paths, strict=True):
+    for name, tokens, path in zip(rows["id"], rows["tokens"], paths, strict=True):
         image = to_unit_range(centre_crop(to_tensor(read_picture(str(pictures / name))), 4))[None]
         assert torch.equal(model.encode(image)[0], tokens)
         expected = model.decode(tokens[None], model.layout(*image.shape[2:]))[0].detach()
         assert float((to_unit_range(to_tensor(read_picture(str(path)))) - expected).abs().max()) <= 0.0041  # rounding to 8 bits
 
 
-def test_a_square_size_cuts_and_enlarges(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
-    smalto.tokenize(pictures, tokenizer, tmp_path / "t", size=64, device="cpu", workers=0)
-    assert set(TokenFile.load(tmp_path / "t").layouts) == {TokenLayout.single(16, 16)}
-    with pytest.raises(ConfigError, match="multiple of the tokenizer's stride 4; got 30"):
-        smalto.tokenize(pictures, tokenizer, tmp_path / "u", size=30, device="cpu", workers=0)
-
-
-def test_the_wrong_or_a_lost_tokenizer_is_refused(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
-    out, other = tmp_path / "t", tmp_path / "other"
-    smalto.tokenize(pictures, tokenizer, out, device="cpu", workers=0)
-    with pytest.raises(RunError, match="exists already"):
-        smalto.tokenize(pictures, tokenizer, out)
+def test_the_wrong_or_a_lost_tokenizer_is_refused(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out, other, gone = tmp_path / "t", tmp_path / "other", tmp_path / "gone"
+    smalto.load(tokenizer).save(gone)
+    smalto.tokenize(pictures, gone, out, device="cpu", workers=0)
     smalto.default_tokenizer(64).save(other)
     with pytest.raises(RunError, match="is not the one that wrote"):
         smalto.decode(out, tmp_path / "decoded", other, device="cpu")
-    file = TokenFile.load(out)
-    TokenFile(**(vars(file) | {"tokenizer": "/gone"})).save(out)
+    with pytest.raises(RunError, match=r"holds other tokens \(tokenizer: [0-9a-f]{60}.* in the store, [0-9a-f]{60}.* now"):
+        smalto.tokenize(pictures, other, out, device="cpu", workers=0)
+    shutil.rmtree(gone)
     with pytest.raises(RunError, match=r"not there any more. Name it with --tokenizer"):
         smalto.decode(out, tmp_path / "decoded")
     assert len(smalto.decode(out, tmp_path / "decoded", tokenizer, device="cpu")) == 6
     with pytest.raises(RunError, match=r"picture00\.png and 5 others exist already"):  # perhaps the originals
         smalto.decode(out, tmp_path / "decoded", tokenizer, device="cpu")
     assert len(smalto.decode(out, tmp_path / "decoded", tokenizer, overwrite=True, device="cpu", workers=0)) == 6
-    with pytest.raises(RunError, match="is a folder"):
-        smalto.tokenize(pictures, tokenizer, tmp_path, overwrite=True)
     with pytest.raises(RunError, match="cannot be written"):
-        smalto.tokenize(pictures, tokenizer, out / "below a file")
-
-
-def test_damaged_token_files_are_named(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
-    out = tmp_path / "t"
-    smalto.tokenize(pictures, tokenizer, out, device="cpu", workers=0)
-    file = TokenFile.load(out)
-    for change in ({"names": file.names[1:]}, {"codebook_size": int(torch.cat(file.tokens).max())}, {"layouts": file.layouts[1:]}):
-        TokenFile(**(vars(file) | change)).save(tmp_path / "u")
-        with pytest.raises(DataError, match="contradicts itself"):
-            TokenFile.load(tmp_path / "u")
-    out.write_bytes(out.read_bytes()[:-10])
-    with pytest.raises(DataError, match="damaged"):
-        TokenFile.load(out)
-    smalto.load(tokenizer).save(tmp_path / "v")
-    with pytest.raises(DataError, match="not a token file"):
-        TokenFile.load(tmp_path / "v" / "model.safetensors")
-    with pytest.raises(DataError, match="does not exist"):
-        TokenFile.load(tmp_path / "nowhere")
-
-
-def test_token_files_with_wrong_headers_are_named(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
-    import safetensors.numpy
-
-    tensors = {"tokens": numpy.zeros(4, numpy.uint16), "grids": numpy.array([[[2, 2]]], numpy.int32)}
-    header = {
-        "format_version": 2,
-        "names": ["a"],
-        "codebook_size": 4,
-        "tokenizer": "t",
-        "fingerprint": "f",
-        "transform": "",
-        "precision": "float32",
-    }
-
-    def load(tensors: dict[str, numpy.ndarray], header: object) -> TokenFile:
-        (tmp_path / "t").write_bytes(safetensors.numpy.save(tensors, {"smalto": json.dumps(header)}))
-        return TokenFile.load(tmp_path / "t")
-
-    assert load(tensors, header).layouts == [TokenLayout.single(2, 2)]
-    for wrong in ({"names": [7]}, {"codebook_size": "many"}, {"tokenizer": None}, {"format_version": 1}, {"more": 1}):
-        with pytest.raises(DataError, match="damaged"):
-            load(tensors, header | wrong)
-    with pytest.raises(DataError, match="damaged"):
-        load(tensors, {k: v for k, v in header.items() if k != "names"})
-    for shape in ({"grids": numpy.array([2, 2], numpy.int32)}, {"tokens": numpy.zeros((2, 2), numpy.uint16)}, {"tokens": numpy.zeros(4)}):
-        with pytest.raises(DataError, match="contradicts itself"):
-            load(tensors | shape, header)
+        smalto.tokenize(pictures, tokenizer, pictures / "picture00.png" / "below a file", device="cpu")
 
 
 def test_pictures_smaller_than_a_token_are_enlarged(tokenizer: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "p", 1, 1, 1)
     Image.fromarray(numpy.zeros((1, 2000, 3), numpy.uint8)).save(tmp_path / "p" / "line.png")
     smalto.tokenize(tmp_path / "p", tokenizer, tmp_path / "t", device="cpu", workers=0)
-    assert TokenFile.load(tmp_path / "t").layouts == [TokenLayout.single(1, 768), TokenLayout.single(1, 1)]
-
-
-def test_token_files_are_small_and_deterministic(tokenizer: Path, pictures: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        smalto.tokenize(pictures, tokenizer, tmp_path / name, device="cpu", workers=0)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert (tmp_path / "a").stat().st_size < 2 * 6 * 120 + 1500
+    layouts = dict(zip(*(smalto.TokenStore.open(tmp_path / "t").rows()[key] for key in ("id", "layout")), strict=True))
+    assert layouts == {"line.png": TokenLayout.single(1, 768), "picture00.png": TokenLayout.single(1, 1)}
 
 
 def test_decoded_names_stay_inside_and_apart() -> None:
@@ -210,6 +148,7 @@ def test_info_knows_what_things_are(pictures: Path, tiny_recipe: Recipe, tokeniz
     smalto.tokenize(pictures, tokenizer, tmp_path / "t", device="cpu", workers=0)
     assert smalto.info(tmp_path / "run")["steps"] == "6 of 6"
     assert smalto.info(tokenizer)["kind"] == "tokenizer"
-    assert smalto.info(tmp_path / "t")["tokens"] == 720
-    with pytest.raises(RunError, match="no run, tokenizer or token file"):
+    facts = smalto.info(tmp_path / "t")
+    assert (facts["kind"], facts["rows"], facts["quantizer"]) == ("token store", 6, "vector")
+    with pytest.raises(RunError, match="no run, tokenizer or token store"):
         smalto.info(pictures)

@@ -16,6 +16,7 @@ from smalto.errors import MissingExtra
 
 ARCHIVES = (".zip", ".tar", ".parquet")
 LARGEST_MEMBER = 2**30  # bytes, unpacked: a picture is smaller, a bomb is not
+_LARGEST_LABEL = 1024
 
 
 class PictureFile(NamedTuple):
@@ -23,6 +24,7 @@ class PictureFile(NamedTuple):
 
     ``member`` is its name inside the archive ``path``, empty for a file of its own; in a tar its bytes are at ``offset``. ``size`` is in
     bytes, 0 where it is not known. In a parquet file ``member`` is the column, ``block`` the row group and ``offset`` the row in it.
+    ``modified`` is when the file, or the archive around it, was last written (ns); ``label`` the class that folder, shard or table says.
     """
 
     name: str
@@ -31,6 +33,8 @@ class PictureFile(NamedTuple):
     offset: int = 0
     size: int = 0
     block: int = -1
+    modified: int = 0
+    label: str = ""
 
 
 class Skipped(NamedTuple):
@@ -44,23 +48,34 @@ def is_archive(path: str) -> bool:
     return path.lower().endswith(ARCHIVES)
 
 
-def members(archive: PictureFile, skipped: list[Skipped]) -> Iterator[PictureFile]:
-    """The files inside an archive, under ``archive.name``; links, encrypted and hidden ones are left out, and nothing is unpacked."""
+def members(archive: PictureFile) -> Iterator[PictureFile | Skipped]:
+    """The files inside an archive, under ``archive.name``; links, encrypted and hidden ones are left out, and nothing is unpacked.
+
+    Of members with one name the last one counts, as in unpacking.
+    """
     prefix = f"{archive.name}/" if archive.name else ""
     try:
-        for member, reason in _MEMBERS[_suffix(archive.path)](archive):
+        found = {member.name or member.member: (member, reason) for member, reason in _MEMBERS[_suffix(archive.path)](archive)}
+        for member, reason in found.values():
             name = prefix + (member.name or member.member)
             parts = PurePosixPath(member.member).parts
             if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts):
                 continue
             if reason or member.size > LARGEST_MEMBER:
-                skipped.append(Skipped(name, reason or f"oversized: {member.size:,} bytes"))
+                yield Skipped(name, reason or f"oversized: {member.size:,} bytes")
             else:
-                yield member._replace(name=name)
+                label = member.label or folder_label(member.member) or folder_label(archive.name)
+                yield member._replace(name=name, label=label, modified=archive.modified)
     except MissingExtra:
         raise
     except (zipfile.BadZipFile, tarfile.TarError, OSError, ValueError, EOFError, NotImplementedError) as error:
-        skipped.append(Skipped(archive.name or archive.path, f"damaged archive: {error}"))
+        yield Skipped(archive.name or archive.path, f"damaged archive: {error}")  # zipfile raises NotImplementedError for odd compressions
+
+
+def folder_label(name: str) -> str:
+    """The class of a picture in folders by class: the folder that it lies in."""
+    parts = PurePosixPath(name).parts
+    return parts[-2] if len(parts) > 1 and parts[-2] not in ("/", "..") else ""
 
 
 def open_file(file: PictureFile) -> BinaryIO:
@@ -86,16 +101,30 @@ def _zip_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
 
 def _tar_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
     # Not compressed: its members are found by their place, as in the shards of WebDataset.
+    labels: dict[str, str] = {}
+    found = []
     with tarfile.open(archive.path, "r:") as tar:
         for info in tar:
-            if not info.isdir():
-                reason = "" if info.isreg() and not info.issparse() else "not a file"
-                yield PictureFile("", archive.path, info.name, info.offset_data, info.size), reason
+            if info.isdir():
+                continue
+            plain = info.isreg() and not info.issparse()
+            if plain and info.name.endswith(".cls") and info.size <= _LARGEST_LABEL:
+                inside = tar.extractfile(info)
+                labels[_key(info.name)] = inside.read().decode("utf-8", "replace").strip() if inside else ""
+            found.append((PictureFile("", archive.path, info.name, info.offset_data, info.size), "" if plain else "not a file"))
+    for member, reason in found:
+        yield member._replace(label=labels.get(_key(member.member), "")), reason
+
+
+def _key(name: str) -> str:
+    """What the files of one sample share in a shard of WebDataset: all before the first dot of the last part."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.split('.')[0]}"
 
 
 def _parquet_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
-    for block, row, number, column in parquet.cells(archive.path):
-        yield PictureFile(f"{number:08d}", archive.path, column, row, 0, block), ""
+    for block, row, number, column, label in parquet.cells(archive.path):
+        yield PictureFile(f"{number:08d}", archive.path, column, row, 0, block, label=label), ""
 
 
 def _suffix(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import signal
 from collections import deque
@@ -10,72 +11,76 @@ from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
-
-import numpy
+from typing import Any, Generic, TypeVar
 
 from smalto.data.archives import PictureFile
-from smalto.data.images import LONGER_SIDE, BadPicture, read_picture
+from smalto.data.images import BadPicture
 from smalto.errors import DataError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
-class Decoder:
-    """Decodes files in spawned worker processes, or on demand in this one with ``workers=0``.
+class Decoder(Generic[T]):
+    """Reads files in spawned worker processes, or on demand in this one with ``workers=0``.
 
     A picture that kills its worker counts as bad; the others go on in fresh workers. Use as a context manager.
 
     Args:
         workers: number of processes.
-        longer_side: see ``read_picture``.
+        read: what turns a file into a picture, such as ``read_picture`` or the ``prepare`` of a Transform; raises BadPicture.
     """
 
-    def __init__(self, workers: int, longer_side: int | None = LONGER_SIDE) -> None:
-        self.workers, self.longer_side = workers, longer_side
+    def __init__(self, workers: int, read: Callable[[PictureFile], T]) -> None:
+        self.workers, self._read = workers, read
         self._pool: ProcessPoolExecutor | None = None
 
-    def submit(self, file: PictureFile) -> Future[numpy.ndarray] | None:
+    def submit(self, file: PictureFile) -> Future[list[T | BadPicture]] | None:
         """Ask for one file; pass what comes back to ``result``."""
-        return self._submit(read_picture, file, self.longer_side) if self.workers else None
+        return self._submit(_read_each, self._read, [file]) if self.workers else None
 
-    def result(self, file: PictureFile, future: Future[numpy.ndarray] | None) -> numpy.ndarray:
-        """The picture asked for, uint8 [H, W, 3]. Raises BadPicture."""
-        if future is None:
-            return read_picture(file, self.longer_side)
-        try:
-            return future.result()
-        except (BrokenProcessPool, CancelledError):  # its worker died, or another picture's did and took the pool along
-            return self._retry_alone(file)
+    def result(self, file: PictureFile, future: Future[list[T | BadPicture]] | None) -> T:
+        """The picture asked for. Raises BadPicture."""
+        (picture,) = self._outcomes([file], future)
+        if isinstance(picture, BadPicture):
+            raise picture
+        return picture
 
-    def in_order(self, files: Iterable[PictureFile]) -> Iterator[tuple[PictureFile, numpy.ndarray | BadPicture]]:
-        """Every file with its picture, or with the reason why there is none; a few are decoded ahead."""
-        waiting: deque[tuple[PictureFile, Future[numpy.ndarray] | None]] = deque()
-        for file in files:
-            waiting.append((file, self.submit(file)))
+    def in_order(self, files: Iterable[PictureFile], together: int = 1) -> Iterator[tuple[PictureFile, T | BadPicture]]:
+        """Every file with its picture, or with the reason why there is none.
+
+        ``together`` files are one job of a worker; two jobs a worker are begun ahead.
+        """
+        waiting: deque[tuple[list[PictureFile], Future[list[T | BadPicture]] | None]] = deque()
+        files = iter(files)
+        while group := list(itertools.islice(files, together)):
+            waiting.append((group, self._submit(_read_each, self._read, group) if self.workers else None))
             if len(waiting) > 2 * self.workers:
-                yield self._outcome(*waiting.popleft())
-        while waiting:
-            yield self._outcome(*waiting.popleft())
+                group, future = waiting.popleft()
+                yield from zip(group, self._outcomes(group, future), strict=True)
+        for group, future in waiting:
+            yield from zip(group, self._outcomes(group, future), strict=True)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def __enter__(self) -> Decoder:
+    def __enter__(self) -> Decoder[T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _outcome(self, file: PictureFile, future: Future[numpy.ndarray] | None) -> tuple[PictureFile, numpy.ndarray | BadPicture]:
+    def _outcomes(self, files: list[PictureFile], future: Future[list[T | BadPicture]] | None) -> list[T | BadPicture]:
+        if future is None:
+            return _read_each(self._read, files)
         try:
-            return file, self.result(file, future)
-        except BadPicture as bad:
-            return file, bad
+            return future.result()
+        except (BrokenProcessPool, CancelledError):  # its worker died, or another job's did and took the pool along
+            return [self._retry_alone(file) for file in files]
 
-    def _submit(self, job: Callable[..., T], *arguments: Any) -> Future[T]:
+    def _submit(self, job: Callable[..., R], *arguments: Any) -> Future[R]:
         if self._pool is None:
             # Spawned, not forked: torch's threads do not survive a fork.
             self._pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
@@ -83,11 +88,11 @@ class Decoder:
             try:
                 return self._pool.submit(job, *arguments)
             except BrokenProcessPool:  # it broke since: this job, too, is done again alone
-                broken: Future[T] = Future()
+                broken: Future[R] = Future()
                 broken.set_exception(BrokenProcessPool())
                 return broken
 
-    def _retry_alone(self, file: PictureFile) -> numpy.ndarray:
+    def _retry_alone(self, file: PictureFile) -> T | BadPicture:
         self.close()
         try:
             self._submit(int).result()
@@ -98,10 +103,20 @@ class Decoder:
                 "because workers import the script; or pass workers=0."
             ) from None
         try:
-            return self._submit(read_picture, file, self.longer_side).result()
+            return self._submit(_read_each, self._read, [file]).result()[0]
         except BrokenProcessPool:
             self.close()
-            raise BadPicture("damaged: it crashed the decoder") from None
+            return BadPicture("damaged: it crashed the decoder")
+
+
+def _read_each(read: Callable[[PictureFile], T], files: list[PictureFile]) -> list[T | BadPicture]:
+    found: list[T | BadPicture] = []
+    for file in files:
+        try:
+            found.append(read(file))
+        except BadPicture as bad:
+            found.append(bad)
+    return found
 
 
 @contextmanager

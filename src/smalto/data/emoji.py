@@ -30,7 +30,7 @@ def emoji() -> tuple[list[PictureFile], tuple[str, ...]]:
         base = _base(path.stem)
         group = groups.get(base) or groups.get(base.split("-")[0]) or _OTHER  # newer sequences go with what they begin with
         name = f"{group}/{path.name}"
-        found.append(PictureFile(name, str(path)))
+        found.append(PictureFile(name, str(path), label=group))
         if is_held_out(base):
             held_out.append(name)
     return sorted(found), tuple(sorted(held_out))

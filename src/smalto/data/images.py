@@ -6,21 +6,25 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from smalto.data.archives import PictureFile, Skipped, is_archive, members, open_file
+from smalto.data.archives import PictureFile, Skipped, folder_label, is_archive, members, open_file
 from smalto.errors import DataError
 from smalto.files import name_hash
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LONGER_SIDE = 768
+NOT_AN_IMAGE = "not an image"  # the reason of files that nobody would take for a picture
 HELD_OUT_SHARE = 0.1
 MIN_PICTURES_TO_HOLD_OUT = 4
+_ORIENTATION = 0x0112  # of EXIF
 
 
 class BadPicture(Exception):
@@ -28,28 +32,43 @@ class BadPicture(Exception):
 
 
 def find_pictures(source: str | Path) -> tuple[list[PictureFile], list[Skipped]]:
-    """All files below a folder (or the one file named) that may be pictures, sorted by name, and those that cannot be.
-
-    Folders are followed through links, each once. Zip and tar archives count as folders, shards of WebDataset too; nothing is unpacked.
-    Files and folders whose names begin with a dot are passed over.
+    """All of ``walk_pictures``, sorted by name: what may be a picture, and what cannot be.
 
     Raises:
         DataError: there is no such file or folder, or nothing in it looks like a picture.
     """
-    source = Path(source)
-    if not source.exists():
-        raise DataError(f"{source} does not exist: name a folder of pictures, or a zip or tar of them.")
     found: list[PictureFile] = []
     skipped: list[Skipped] = []
-    for file in _files(source, skipped):
-        reason = _not_a_picture(file)
-        if reason:
-            skipped.append(Skipped(file.name, reason))
-        else:
-            found.append(file if file.member else file._replace(size=os.path.getsize(file.path)))
+    for thing in walk_pictures(source):
+        found.append(thing) if isinstance(thing, PictureFile) else skipped.append(thing)
     if not found:
         raise DataError(f"{source} holds no picture (PNG, JPEG, WebP, GIF, BMP or TIFF). {summary(skipped) or 'It is empty.'}")
     return sorted(found), sorted(skipped)
+
+
+def walk_pictures(source: str | Path) -> Iterator[PictureFile | Skipped]:
+    """All files below a folder (or the one file named) that may be pictures, and why others cannot be, one by one.
+
+    Folders are followed through links, each once. Zip and tar archives count as folders, shards of WebDataset too; nothing is unpacked.
+    Files and folders whose names begin with a dot are passed over. One folder's names are in memory at a time.
+
+    Raises:
+        DataError: there is no such file or folder.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise DataError(f"{source} does not exist: name a folder of pictures, or a zip or tar of them.")
+    if source.is_dir():
+        things: Iterable[PictureFile | Skipped] = _walk(source)
+    else:
+        file = PictureFile("" if is_archive(str(source)) else source.name, str(source))
+        things = [file]
+    for thing in things:
+        if isinstance(thing, PictureFile) and is_archive(thing.path) and os.path.isfile(thing.path):
+            inside = members(thing._replace(modified=os.stat(thing.path).st_mtime_ns))
+            yield from (_judged(member) if isinstance(member, PictureFile) else member for member in inside)
+        else:
+            yield _judged(thing) if isinstance(thing, PictureFile) else thing
 
 
 def read_picture(picture: str | PictureFile, longer_side: int | None = LONGER_SIDE) -> numpy.ndarray:
@@ -65,20 +84,46 @@ def read_picture(picture: str | PictureFile, longer_side: int | None = LONGER_SI
     Raises:
         BadPicture: not a picture, empty, truncated, corrupt, or over Pillow's limit of pixels.
     """
+    file = picture if isinstance(picture, PictureFile) else PictureFile(picture, picture)
+    with bad_pictures_named(), open_file(file) as stream:
+        return numpy.asarray(decode(stream, lambda width, height: reduced(width, height, longer_side))[0])
+
+
+def decode(stream: BinaryIO, wanted: Callable[[int, int], tuple[int, int]]) -> tuple[Image.Image, int, int]:
+    """Decode a file, upright and RGB, at a size that follows from its own.
+
+    Args:
+        stream: the file's bytes.
+        wanted: (width, height) of the whole picture -> (width, height) to bring it to. It must treat both sides alike, since JPEG files
+            are read at a half, quarter or eighth of their size where that suffices, before they are turned upright.
+
+    Returns:
+        The picture, and the width and height that it had.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(stream, formats=FORMATS) as image:
+            width, height = image.size
+            image.draft("RGB", wanted(width, height))  # JPEG: a half, quarter or eighth at once, not below this
+            image.load()
+            if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):  # lies on its side
+                width, height = height, width
+            colours, size = _to_rgb(ImageOps.exif_transpose(image)), wanted(width, height)
+    if colours.size != size:
+        colours = colours.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return colours, width, height
+
+
+@contextmanager
+def bad_pictures_named() -> Iterator[None]:
+    """Whatever goes wrong inside is a BadPicture with a reason."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = picture if isinstance(picture, PictureFile) else PictureFile(picture, picture)
-            with open_file(file) as stream, Image.open(stream, formats=FORMATS) as image:
-                if longer_side:
-                    image.draft("RGB", _reduced_size(image, longer_side))  # JPEG: a half, quarter or eighth at once, not below this
-                image.load()
-                return numpy.asarray(_reduce(_to_rgb(ImageOps.exif_transpose(image)), longer_side))
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadPicture(f"oversized: more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels") from None
     except UnidentifiedImageError:
-        raise BadPicture("not an image") from None
+        raise BadPicture(NOT_AN_IMAGE) from None
     except PermissionError:
         raise BadPicture("unreadable: permission denied") from None
     except MemoryError:
@@ -113,54 +158,52 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def _files(source: Path, skipped: list[Skipped]) -> Iterator[PictureFile]:
-    """The files below a folder or inside an archive, or the one file."""
-    if not source.is_dir():
-        file = PictureFile(source.name, str(source))
-        yield from members(file._replace(name=""), skipped) if is_archive(file.path) else [file]
-        return
-    for file in _walk(source, skipped):
-        yield from members(file, skipped) if is_archive(file.path) and os.path.isfile(file.path) else [file]
-
-
-def _walk(folder: Path, skipped: list[Skipped]) -> Iterator[PictureFile]:
+def _walk(folder: Path) -> Iterator[PictureFile | Skipped]:
     seen: set[tuple[int, int]] = set()
-
-    def unreadable(error: OSError) -> None:
-        skipped.append(Skipped(os.path.relpath(error.filename, folder), f"unreadable folder: {error.strerror}"))
-
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+    unreadable: list[OSError] = []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
+        yield from _unreadable(unreadable, folder)
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:  # a link back to a folder that was walked already
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in files:
+        for file in sorted(files):
             if not file.startswith("."):
                 path = os.path.join(parent, file)
-                yield PictureFile(os.path.relpath(path, folder).replace(os.sep, "/"), path)
+                name = os.path.relpath(path, folder).replace(os.sep, "/")
+                yield PictureFile(name, path, label=folder_label(name))
+    yield from _unreadable(unreadable, folder)
 
 
-def _not_a_picture(file: PictureFile) -> str:
-    """Why a file cannot be a picture, judged by its kind, size and suffix; empty where it may be one."""
+def _unreadable(errors: list[OSError], folder: Path) -> Iterator[Skipped]:
+    while errors:
+        error = errors.pop()
+        yield Skipped(os.path.relpath(error.filename, folder), f"unreadable folder: {error.strerror}")
+
+
+def _judged(file: PictureFile) -> PictureFile | Skipped:
+    """A file with its size and time, or why it cannot be a picture, judged by its kind, size and suffix."""
     if file.block >= 0:
-        return ""
+        return file
     if file.member:
         known = os.path.splitext(file.member)[1].lower() in SUFFIXES
-        return ("" if file.size else "empty") if known else "not an image"
+        return (file if file.size else Skipped(file.name, "empty")) if known else Skipped(file.name, NOT_AN_IMAGE)
     try:
         status = os.stat(file.path)
     except OSError as error:
-        return f"broken link: {error.strerror}" if os.path.islink(file.path) else f"unreadable: {error.strerror}"
+        return Skipped(file.name, f"{'broken link' if os.path.islink(file.path) else 'unreadable'}: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):
-        return "not a file"  # a pipe would block whoever opens it
+        return Skipped(file.name, "not a file")  # a pipe would block whoever opens it
     if not status.st_size:
-        return "empty"
+        return Skipped(file.name, "empty")
     suffix = os.path.splitext(file.path)[1].lower()
     if file.path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        return "compressed tar: unpack it, or write it as a plain .tar"
-    return "" if suffix in SUFFIXES or (not suffix and _has_magic(file.path)) else "not an image"
+        return Skipped(file.name, "compressed tar: unpack it, or write it as a plain .tar")
+    if suffix not in SUFFIXES and (suffix or not _has_magic(file.path)):
+        return Skipped(file.name, NOT_AN_IMAGE)
+    return file._replace(size=status.st_size, modified=status.st_mtime_ns)
 
 
 def _has_magic(path: str) -> bool:
@@ -192,12 +235,9 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(numpy.clip(numpy.rint(values * (255 / white)), 0, 255).astype(numpy.uint8)).convert("RGB")
 
 
-def _reduce(image: Image.Image, longer_side: int | None) -> Image.Image:
-    if not longer_side or max(image.size) <= longer_side:
-        return image
-    return image.resize(_reduced_size(image, longer_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
-
-
-def _reduced_size(image: Image.Image, longer_side: int) -> tuple[int, int]:
-    scale = longer_side / max(image.size)
-    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+def reduced(width: int, height: int, longer_side: int | None) -> tuple[int, int]:
+    """The size of a picture whose longer side is ``longer_side`` at most."""
+    if not longer_side or max(width, height) <= longer_side:
+        return width, height
+    scale = longer_side / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))

@@ -10,11 +10,14 @@ from typing import Any
 from smalto.errors import MissingExtra
 
 MIXED_BLOCKS = 4  # row groups whose pictures are mixed in training: a row group is read as a whole, so jumping about would read for ever
+_LABELS = ("label", "labels", "class", "cls", "category", "fine_label")
 _LIKELY = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")
 
 
-def cells(path: str) -> Iterator[tuple[int, int, int, str]]:
-    """(row group, row in it, row in the file, column) of every picture; the column is ``image`` or ``image.bytes``.
+def cells(path: str) -> Iterator[tuple[int, int, int, str, str]]:
+    """(row group, row in it, row in the file, column, label) of every picture; the column is ``image`` or ``image.bytes``.
+
+    Labels come from a column of that name, as text; without one they are empty.
 
     Raises:
         MissingExtra: pyarrow is not installed.
@@ -23,9 +26,12 @@ def cells(path: str) -> Iterator[tuple[int, int, int, str]]:
     parquet = _pyarrow()
     file = parquet.ParquetFile(path)
     column, number = _image_column(file.schema_arrow), 0
+    labelled = next((name for name in _LABELS if name in file.schema_arrow.names), None)
     for block in range(file.metadata.num_row_groups):
-        for row in range(file.metadata.row_group(block).num_rows):
-            yield block, row, number, column
+        rows = file.metadata.row_group(block).num_rows
+        values = file.read_row_group(block, columns=[labelled]).column(0).to_pylist() if labelled else [None] * rows
+        for row, value in enumerate(values):
+            yield block, row, number, column, "" if value is None else str(value)
             number += 1
 
 

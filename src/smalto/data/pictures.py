@@ -43,7 +43,7 @@ class FilePictures(Pictures):
     The cache keeps what came first: with passes over all pictures in changing order, that beats throwing out the oldest.
     """
 
-    def __init__(self, files: list[PictureFile], decoder: Decoder, cache_bytes: int) -> None:
+    def __init__(self, files: list[PictureFile], decoder: Decoder[numpy.ndarray], cache_bytes: int) -> None:
         self.names = [file.name for file in files]
         self.skipped: list[Skipped] = []
         self.blocks = _blocks(files)
@@ -51,7 +51,7 @@ class FilePictures(Pictures):
         self._decoder = decoder
         self._free = cache_bytes
         self._cache: dict[int, Tensor | None] = {}
-        self._asked: dict[int, tuple[Future[numpy.ndarray] | None, int]] = {}  # and how often each is still to be got
+        self._asked: dict[int, tuple[Future[list[numpy.ndarray | BadPicture]] | None, int]] = {}  # and how often each is still to be got
 
     def ask(self, indices: Sequence[int]) -> None:
         for index in indices:
@@ -185,3 +185,9 @@ def _readable(pictures: Pictures, indices: Sequence[int]) -> Iterator[Tensor]:
             picture = pictures.get(i)
             if picture is not None:
                 yield picture
+
+
+def views_of(views: numpy.ndarray, flip: bool) -> Tensor:
+    """Views uint8 [V, H, W, 3] -> [V, 3, H, W]; with ``flip`` the same mirrored after them."""
+    images = torch.from_numpy(views).permute(0, 3, 1, 2)
+    return torch.cat([images, images.flip(-1)]) if flip else images

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from smalto.data import emoji
 from smalto.data.archives import PictureFile, Skipped
 from smalto.data.bundled import HELD_OUT, SOURCE, bundled_photographs
-from smalto.data.images import find_pictures, printable
+from smalto.data.images import find_pictures, printable, walk_pictures
 from smalto.errors import DataError
 
 
@@ -27,6 +29,51 @@ class Source:
         """Of the names and sizes of all files: by it a run knows its pictures again where they have moved."""
         lines = "\n".join(f"{file.name}\t{file.size}" for file in self.files)
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def walk_source(source: str | Path | list[PictureFile]) -> Iterator[PictureFile | Skipped]:
+    """The files of a source one by one, with sizes and times, and why others are no pictures: for collections of any size.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    if isinstance(source, list):
+        files = source
+    elif str(source) == SOURCE:
+        files = bundled_photographs()
+    elif str(source) == emoji.SOURCE:
+        files, _ = emoji.emoji()
+    else:
+        yield from walk_pictures(source)
+        return
+    for file in files:
+        status = os.stat(file.path)
+        yield file._replace(size=file.size or status.st_size, modified=status.st_mtime_ns)
+
+
+def locate(source: str | Path, names: Collection[str]) -> Iterator[PictureFile]:
+    """Those files of a source that have these names; folders are looked into directly, archives are read through."""
+    wanted = set(names)
+    if Path(source).is_dir():
+        for name in sorted(wanted):
+            path = Path(source) / name
+            if path.is_file():
+                wanted.discard(name)
+                yield PictureFile(name, str(path))
+    if wanted:
+        for file in walk_source(source):
+            if isinstance(file, PictureFile) and file.name in wanted:
+                wanted.discard(file.name)
+                yield file
+                if not wanted:
+                    return
+
+
+def source_name(source: str | Path | list[PictureFile]) -> str:
+    """A source as a store or run remembers it."""
+    if isinstance(source, list):
+        return ""
+    return str(source) if str(source) in (SOURCE, emoji.SOURCE) else str(Path(source).resolve())
 
 
 def open_source(source: str | Path) -> Source:

@@ -9,13 +9,14 @@ from typing import Any
 from smalto.data.bundled import SOURCE, bundled_photographs
 from smalto.data.images import read_picture
 from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
-from smalto.data.token_file import TokenFile
+from smalto.data.token_store import TokenStore
 from smalto.device import resolve_device
 from smalto.memory import reused_memory
+from smalto.pipelines.decode import decode, picture_name
 from smalto.pipelines.finish import finish_run
 from smalto.pipelines.measuring import Measurement, Networks
 from smalto.pipelines.running import Runner
-from smalto.pipelines.tokenize import decode, tokenize
+from smalto.pipelines.tokenize import tokenize
 from smalto.pipelines.train import Trained, fit, open_material, refit
 from smalto.progress import Progress
 from smalto.training.checkpoint import RunFolder
@@ -58,7 +59,7 @@ def demo(
             run, recipe, tokenizer = fit(material, recipe, path, False, target, progress)
     runner = Runner.on(tokenizer, recipe.precision)
     held_out = [file for file in bundled_photographs() if file.name in set(run.split()["held_out"])]
-    tokens, longer_side = run.path / "tokens.safetensors", recipe.data.longer_side
+    tokens, longer_side = run.path / "tokens.lance", recipe.data.longer_side
     tokenize(
         held_out,
         run.path,
@@ -72,16 +73,18 @@ def demo(
     )
     pictures = decode(tokens, run.path / "decoded", overwrite=True, device=device, precision=recipe.precision, progress=progress)
     # From here on only files count: the originals on one side, the PNGs that were decoded from tokens on disk on the other.
-    stored = TokenFile.load(tokens)
-    measurement = Measurement(stored.codebook_size, Networks.open(runner.device))
+    stored = TokenStore.open(tokens)
+    measurement = Measurement(stored.header.codebook_size, Networks.open(runner.device))
     originals = {file.name: file.path for file in held_out}
-    for name, row, layout, png in zip(stored.names, stored.tokens, stored.layouts, pictures, strict=True):
+    rows = stored.rows()
+    for id, row, layout, png in zip(rows["id"], rows["tokens"], rows["layout"], pictures, strict=True):
+        name = picture_name(id)
         original = to_unit_range(centre_crop(to_tensor(read_picture(originals[name], longer_side)), runner.tokenizer.stride))
         decoded = to_unit_range(to_tensor(read_picture(str(png), None)))
         _, _, seconds = runner.roundtrip(original[None])
         measurement.add([name], original[None], decoded[None], row[None], layout, seconds)
     evaluation = measurement.result(
-        runner.tokenizer, "held-out pictures", stored.transform + ", decoded from tokens on disk", recipe.precision, material.skipped
+        runner.tokenizer, "held-out pictures", f"{stored.header.transform}, decoded from tokens on disk", recipe.precision, material.skipped
     )
     return Trained(run, tokenizer, finish_run(run, recipe, runner, evaluation))
 

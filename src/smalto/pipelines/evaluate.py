@@ -43,7 +43,7 @@ def evaluate(
         source: a folder, one picture, or ``"bundled"``.
         tokenizer: a tokenizer, or the folder of one.
         longer_side: larger pictures are reduced to this; None or 0 keeps their size.
-        size: cut a square of this side from the middle; None keeps the shape.
+        size: bring the shorter side to this and cut a square from the middle; None keeps the shape.
         reference_stats: an ``.npz`` file of ``mu`` and ``sigma`` that Fréchet distances are measured from; None: the pictures themselves.
         inception_weights: ``pt_inception-2015-12-05-6726825d.pth``, for rFID.
         lpips_vgg: the state of ``lpips.LPIPS(net="vgg")``, for LPIPS.
@@ -63,7 +63,7 @@ def evaluate(
     progress.begin("evaluating", len(files), "pictures")
     measurement = measure(runner, reader, networks)
     progress.end()
-    return measurement.result(runner.tokenizer, on, reader.transform, precision, reader.skipped)
+    return measurement.result(runner.tokenizer, on, str(reader.transform), precision, reader.skipped)
 
 
 def _unseen(source: Source, tokenizer: Path) -> tuple[list[PictureFile], str]:

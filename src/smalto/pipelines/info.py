@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smalto.data.token_file import TokenFile
 from smalto.errors import RunError
 from smalto.layout import TokenLayout
 from smalto.quantizers import MultiScaleVQ
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.checkpoint import RunFolder
 
+if TYPE_CHECKING:
+    from smalto.data.token_store import TokenStore
+
 
 def info(path: str | Path) -> dict[str, Any]:
-    """Describe a run, a tokenizer or a token file.
+    """Describe a run, a tokenizer or a token store.
 
     Returns:
-        Names to plain values; ``"kind"`` is "run", "tokenizer" or "token file".
+        Names to plain values; ``"kind"`` is "run", "tokenizer" or "token store".
 
     Raises:
         RunError: none of these.
     """
     path = Path(path)
-    if path.is_file():
-        tokens = TokenFile.load(path)
-        return {
-            "kind": "token file",
-            "images": len(tokens.names),
-            "tokens": sum(layout.num_tokens for layout in tokens.layouts),
-            "codebook size": tokens.codebook_size,
-            "tokenizer": tokens.tokenizer,
-            "fingerprint": tokens.fingerprint,
-            "transform": tokens.transform,
-            "precision": tokens.precision,
-        }
+    if (path / "head.json").is_file():
+        from smalto.data.token_store import TokenStore  # needs lance, which runs do without
+
+        return {"kind": "token store", **store_facts(TokenStore.open(path))}
     if not (path / "config.json").is_file():
-        raise RunError(f"{path} is no run, tokenizer or token file of smalto.")
+        raise RunError(f"{path} is no run, tokenizer or token store of smalto.")
     tokenizer = load(path)
     facts: dict[str, Any] = {
         "kind": "tokenizer",
@@ -65,6 +59,28 @@ def info(path: str | Path) -> dict[str, Any]:
                 facts["PSNR"] = "metrics.json is damaged; smalto train --resume writes it again"
             facts["report"] = str(path / "report.html")
     return facts
+
+
+def store_facts(store: TokenStore) -> dict[str, Any]:
+    """What a token store says of itself."""
+    header, size = store.header, sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    layout = header.layout
+    return {
+        "rows": len(store),
+        "layout": f"{layout}: {layout.num_tokens:,} tokens a row" if layout is not None else "varies: pictures keep their shape",
+        "codebook size": header.codebook_size,
+        "quantizer": header.kind,
+        "transform": str(header.transform) or "not said",
+        "precision": header.precision,
+        "tokenizer": header.tokenizer or "not said",
+        "fingerprint": header.fingerprint,
+        "source": header.source or "not said",
+        "bad pictures": len(store.errors()),
+        "labels": len(store.classes()),
+        "bytes on disk": f"{size:,}",
+        "version": store.version,
+        "small files": store.num_small_files,
+    }
 
 
 def _grids(tokenizer: ImageTokenizer) -> dict[str, Any]:

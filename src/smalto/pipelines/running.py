@@ -7,20 +7,25 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from smalto.config import parse_config
 from smalto.data.archives import PictureFile, Skipped
 from smalto.data.decoding import Decoder
 from smalto.data.images import LONGER_SIDE, BadPicture
-from smalto.data.pictures import centre_crop, enlarge, to_tensor
+from smalto.data.pictures import to_tensor
+from smalto.data.transform import Transform
 from smalto.device import Precision, memory_errors, resolve_device
 from smalto.distributed import local_world_size
 from smalto.errors import ConfigError, DataError
 from smalto.layout import TokenLayout
 from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer, load
+
+T = TypeVar("T")
 
 
 def default_workers(workers: int | None = None) -> int:
@@ -94,7 +99,7 @@ class PictureReader:
 
     Attributes:
         skipped: files that could not be used, and why; grows while reading.
-        transform: what is done to each picture, in words.
+        transform: what is done to each picture.
     """
 
     def __init__(
@@ -107,36 +112,36 @@ class PictureReader:
         size: int | None = None,
         workers: int | None = None,
     ) -> None:
-        if size is not None and (size < stride or size % stride):
-            raise ConfigError(f"size must be a multiple of the tokenizer's stride {stride}; got {size}.")
-        self._files, self._stride, self._progress = files, stride, progress
-        self._longer_side, self._size, self._workers = longer_side or None, size, default_workers(workers)
+        self.transform = transform_of(stride, size=size, longer_side=longer_side)
+        self._files, self._progress, self._workers = files, progress, default_workers(workers)
         self.skipped: list[Skipped] = []
-        reduced = f"longer side at most {self._longer_side}" if self._longer_side else "full size"
-        self.transform = f"{reduced}, centre crop to " + (f"{size} x {size}" if size else f"a multiple of {stride}")
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, uint8 [3, H, W]) of every picture that can be read."""
-        with Decoder(self._workers if len(self._files) > 1 else 0, self._longer_side) as decoder:
+        with Decoder(self._workers if len(self._files) > 1 else 0, self.transform.prepare) as decoder:
             for file, picture in decoder.in_order(self._files):
                 self._progress.advance()
                 if isinstance(picture, BadPicture):
                     self.skipped.append(Skipped(file.name, str(picture)))
                     continue
-                yield file.name, self._cut(to_tensor(picture))
-
-    def _cut(self, picture: Tensor) -> Tensor:
-        if self._size is None:
-            return centre_crop(picture, self._stride)
-        side = min(self._size, *picture.shape[1:])
-        top, left = (picture.shape[1] - side) // 2, (picture.shape[2] - side) // 2
-        square = picture[:, top : top + side, left : left + side]
-        return enlarge(square, self._size) if side < self._size else square
+                yield file.name, to_tensor(picture.views[0])
 
 
-def batches_of_one_shape(pictures: Iterable[tuple[str, Tensor]], batch: int) -> Iterator[tuple[list[str], Tensor]]:
+def transform_of(
+    stride: int, *, size: int | None = None, longer_side: int | None = LONGER_SIDE, crops: int = 1, flip: bool = False
+) -> Transform:
+    """The transform for a tokenizer of this stride; ``longer_side`` 0 keeps the size.
+
+    Raises:
+        ConfigError: the parts do not fit.
+    """
+    settings = {"stride": stride, "size": size, "longer_side": longer_side or None, "crops": crops, "flip": flip}
+    return parse_config(Transform, settings, "transform")
+
+
+def batches_of_one_shape(pictures: Iterable[tuple[T, Tensor]], batch: int) -> Iterator[tuple[list[T], Tensor]]:
     """Group pictures of equal shape into (names, [B, C, H, W]) of at most ``batch``; at most 4 batches' worth wait at a time."""
-    waiting: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    waiting: dict[tuple[int, ...], list[tuple[T, Tensor]]] = {}
     for name, picture in pictures:
         group = waiting.setdefault(tuple(picture.shape), [])
         group.append((name, picture))
@@ -147,5 +152,5 @@ def batches_of_one_shape(pictures: Iterable[tuple[str, Tensor]], batch: int) -> 
         yield _stack(group)
 
 
-def _stack(group: list[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
+def _stack(group: list[tuple[T, Tensor]]) -> tuple[list[T], Tensor]:
     return [name for name, _ in group], torch.stack([picture for _, picture in group])

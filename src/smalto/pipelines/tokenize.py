@@ -1,41 +1,59 @@
-"""Pictures to a token file, and back to pictures."""
+"""Pictures to a token store: lazily walked, decoded in workers, encoded here, committed in the background."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
-from PIL import Image
+import numpy
 from torch import Tensor
 
-from smalto.data.archives import PictureFile, Skipped
-from smalto.data.images import LONGER_SIDE, find_pictures, summary
-from smalto.data.pictures import to_uint8, to_unit_range
-from smalto.data.sources import open_source
-from smalto.data.token_file import TokenFile
+from smalto.data.archives import PictureFile, Skipped, open_file
+from smalto.data.decoding import Decoder
+from smalto.data.images import LONGER_SIDE, NOT_AN_IMAGE, BadPicture, summary
+from smalto.data.pictures import to_unit_range, views_of
+from smalto.data.sources import source_name, walk_source
+from smalto.data.store_writer import KEEP_REPLACED, ROWS_PER_COMMIT, SOME_SMALL_FILES, StoreWriter
+from smalto.data.token_rows import StoreHeader, TokenRow, row_id
+from smalto.data.token_store import TokenStore
+from smalto.data.transform import Prepared, Transform, content_digest
 from smalto.device import Precision
-from smalto.errors import DataError, RunError
-from smalto.files import aside, check_writable
-from smalto.layout import TokenLayout
+from smalto.errors import ConfigError, DataError, RunError
+from smalto.files import check_writable, name_hash
 from smalto.memory import reused_memory
-from smalto.metrics import psnr
-from smalto.pipelines.running import PictureReader, Runner, batches_of_one_shape, default_workers
+from smalto.pipelines.running import Runner, batches_of_one_shape, default_workers, transform_of
 from smalto.progress import Progress
-from smalto.tokenizer import ImageTokenizer
+
+LEAST_ERRORS, ERROR_SHARE = 100, 0.01  # so many bad pictures do not stop a job: the larger of the two
+_WALKED_AT_ONCE = 1024  # names that are looked up in the store together
+_DECODED_TOGETHER = 8
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tokenized:
-    """What ``tokenize`` wrote, and which files it left out."""
+    """What a job did.
+
+    Attributes:
+        num_images: pictures that were written now, ``num_tokens`` their tokens, views included.
+        num_known: pictures that were there already.
+        changed: names of pictures whose files have changed since they were tokenized (with ``update`` they were done again).
+        skipped: bad pictures, those known from before too; ``num_ignored``: files that are no pictures.
+        num_rows: of the whole store now.
+    """
 
     path: Path
-    num_images: int
-    num_tokens: int
-    skipped: list[Skipped]
+    num_images: int = 0
+    num_tokens: int = 0
+    num_known: int = 0
+    num_ignored: int = 0
+    num_rows: int = 0
+    changed: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 @reused_memory()
@@ -44,201 +62,254 @@ def tokenize(
     tokenizer: str | Path,
     out: str | Path,
     *,
-    longer_side: int | None = LONGER_SIDE,
     size: int | None = None,
+    longer_side: int | None = LONGER_SIDE,
+    crops: int = 1,
+    flip: bool = False,
+    shuffle: bool = False,
+    update: bool = False,
+    max_errors: int | None = None,
     overwrite: bool = False,
-    batch: int = 8,
+    batch: int = 32,
     device: str = "auto",
     precision: Precision = "float32",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenized:
-    """Write the tokens of pictures to one file.
+    """Write the tokens of a collection to a store, or go on with one: what is in the store is not done again.
 
     Args:
-        source: a folder, one picture, ``"bundled"``, or a list of files.
+        source: a folder (with zip, tar and parquet files in it), one picture, ``"bundled"``, ``"emoji"``, a list of files, or another
+            store of the same tokenizer, whose rows are copied.
         tokenizer: the folder of a tokenizer or run; its place and fingerprint are recorded.
-        out: the token file (safetensors).
-        longer_side: larger pictures are reduced to this; None or 0 keeps their size.
-        size: cut a square of this side from the middle; None keeps the shape.
+        out: the store, such as ``tokens.lance``.
+        size: bring the shorter side to this and cut a square; None keeps the shape, and rows have layouts of their own.
+        longer_side: where the shape is kept: larger pictures are reduced to this; None or 0 keeps their size.
+        crops: with ``size``: 1, or 5 for the corners too, each a row of its own.
+        flip: a mirrored view of each as a row of its own.
+        shuffle: go through the source in an order that is random and always the same; reads all names first.
+        update: do pictures again whose files have changed.
+        max_errors: stop after more bad pictures than this; None: 100, or 1 % of the pictures if that is more.
+        overwrite: replace the store.
+        workers: decoding processes; 0 decodes in this one.
 
     Raises:
-        DataError: nothing can be read.
-        RunError: ``out`` exists, or there is no tokenizer.
+        DataError: there are no pictures, or too many bad ones.
+        RunError: ``out`` holds tokens of another kind, or another process is writing to it.
     """
     progress, out = progress or Progress(), Path(out)
-    if out.exists() and not overwrite:
-        raise RunError(f"{out} exists already. Replace it with --overwrite, or name another --out.")
-    if out.is_dir():
-        raise RunError(f"{out} is a folder. Name a file for --out.")
-    check_writable(out)
+    if max_errors is not None and max_errors < 0:
+        raise ConfigError(f"max_errors is 0 or more; got {max_errors}.")
     runner = Runner.of(tokenizer, device, precision, batch, progress)
-    opened = None if isinstance(source, list) else open_source(source)
-    files = source if isinstance(source, list) else opened.files if opened else []
-    reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, size=size, workers=workers)
-    reader.skipped += opened.skipped if opened else []
-    progress.begin("tokenizing", len(files), "pictures")
-    found: dict[str, tuple[Tensor, TokenLayout]] = {}
-    for names, images in batches_of_one_shape(reader, batch):
-        tokens = runner.encode(to_unit_range(images))
-        layout = runner.tokenizer.layout(*images.shape[2:])
-        found |= {name: (row, layout) for name, row in zip(names, tokens, strict=True)}
-    progress.end()
-    if not found:
-        raise DataError(f"none of the {len(files)} pictures can be read. {summary(reader.skipped)}")
-    names = sorted(found)
-    TokenFile(
-        names=names,
-        tokens=[found[name][0] for name in names],
-        layouts=[found[name][1] for name in names],
-        codebook_size=runner.tokenizer.quantize.codebook_size,
-        tokenizer=str(Path(tokenizer).resolve()),
-        fingerprint=runner.fingerprint,
-        transform=reader.transform,
+    if not isinstance(source, list) and (Path(source) / "head.json").is_file():
+        return _copy(TokenStore.open(source), runner, out, overwrite, update, progress)
+    transform = transform_of(runner.tokenizer.stride, size=size, longer_side=longer_side, crops=crops, flip=flip)
+    layout = runner.tokenizer.layout(size, size) if size is not None else None
+    header = StoreHeader.of(
+        runner.tokenizer,
+        layout=layout,
+        transform=transform,
         precision=precision,
-    ).save(out)
-    return Tokenized(out, len(names), sum(len(tokens) for tokens, _ in found.values()), reader.skipped)
+        path=tokenizer,
+        source=source_name(source),
+        fingerprint=runner.fingerprint,
+    )
+    walk = walk_source(source)
+    walk = itertools.chain(list(itertools.islice(walk, 1)), walk)  # a source that is not there says so before a store is made
+    store = _opened(out, header, overwrite)
+    count = threading.Event()
+    with store.writing():
+        progress.begin("tokenizing", None, "pictures")
+        threading.Thread(target=_count, args=(source, progress, count), daemon=True).start()
+        try:
+            done = _Job(store, runner, transform, update, max_errors, progress).run(_shuffled(walk) if shuffle else walk, workers)
+        finally:
+            count.set()
+        if store.num_small_files > SOME_SMALL_FILES:
+            store.compact(KEEP_REPLACED, lazily=True)
+    progress.end()
+    done.num_rows = len(store)
+    if not len(store):
+        raise DataError(f"nothing in {source_name(source) or 'the list of files'} could be used. {summary(done.skipped)}".strip())
+    return done
 
 
-@reused_memory()
-def decode(
-    tokens: str | Path,
-    out: str | Path,
-    tokenizer: str | Path | None = None,
-    *,
-    overwrite: bool = False,
-    batch: int = 8,
-    device: str = "auto",
-    precision: Precision = "float32",
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> list[Path]:
-    """Turn a token file back into PNG pictures, under the names that the pictures had.
+class _Job:
+    """One pass over a source: what is missing goes through the model into the store."""
 
-    Args:
-        tokens: what ``tokenize`` wrote.
-        out: folder for the pictures.
-        tokenizer: the folder of the tokenizer; None takes the recorded one.
-        overwrite: replace pictures that are there.
-        workers: threads that write PNG files beside the model (0: none).
+    def __init__(
+        self, store: TokenStore, runner: Runner, transform: Transform, update: bool, max_errors: int | None, progress: Progress
+    ) -> None:
+        self._store, self._runner, self._transform = store, runner, transform
+        self._update, self._max_errors, self._progress = update, max_errors, progress
+        self._reader = TokenStore.open(store.path)  # the writer's thread uses the other
+        self._bad_before = self._reader.errors()
+        self._seen = 0
+        self._healed: list[str] = []  # were bad once, and are good now
+        self.done = Tokenized(store.path)
 
-    Returns:
-        The files, in the order of the token file.
+    def run(self, walk: Iterator[PictureFile | Skipped], workers: int | None) -> Tokenized:
+        views = len(self._transform.view_names())
+        with (
+            StoreWriter(self._store) as writer,
+            Decoder(default_workers(workers), self._transform.prepare) as decoder,
+        ):
+            self._writer = writer
+            decoded = self._good(decoder.in_order(self._missing(walk), _DECODED_TOGETHER))
+            for pictures, images in batches_of_one_shape(decoded, max(1, self._runner.batch // views)):
+                self._write(pictures, self._encode(images.flatten(0, 1)), images.shape)
+        if self._healed:
+            self._store.forget_errors(self._healed)
+        return self.done
 
-    Raises:
-        RunError: there is no such tokenizer, it is not the one that wrote these tokens, or a picture would be overwritten.
-    """
-    progress, file, folder = progress or Progress(), TokenFile.load(tokens), Path(out)
-    if tokenizer is None and not Path(file.tokenizer).exists():
-        raise RunError(f"{tokens} was written by the tokenizer {file.tokenizer}, which is not there any more. Name it with --tokenizer.")
-    runner = Runner.of(tokenizer or file.tokenizer, device, precision, batch, progress)
-    if runner.fingerprint != file.fingerprint:
+    def _missing(self, walk: Iterator[PictureFile | Skipped]) -> Iterator[PictureFile]:
+        """The pictures that are not in the store yet, or have changed."""
+        while group := list(itertools.islice(walk, _WALKED_AT_ONCE)):
+            for thing in group:
+                if isinstance(thing, Skipped):
+                    self._skip(thing, 0, 0)
+            files = [thing for thing in group if isinstance(thing, PictureFile)]
+            self._reader.refresh()
+            known = self._reader.known([row_id(file.name) for file in files])
+            for file in files:
+                self._seen += 1
+                if (facts := known.get(row_id(file.name))) is None:
+                    reason, *before = self._bad_before.get(file.name, ("", 0, 0))
+                    if reason and before == [file.size, file.modified]:
+                        self._bad(Skipped(file.name, reason))
+                        self._advance(1, images=0)
+                    else:
+                        yield file
+                elif _has_changed(file, *facts):
+                    self.done.changed.append(file.name)
+                    if self._update:
+                        yield file
+                    else:
+                        self._advance(1, images=0)
+                else:
+                    self.done.num_known += 1
+                    self._advance(1, images=0)
+                if facts is not None and file.name in self._bad_before:
+                    self._healed.append(file.name)
+
+    def _good(self, decoded: Iterator[tuple[PictureFile, Prepared | BadPicture]]) -> Iterator[tuple[tuple[PictureFile, Prepared], Tensor]]:
+        for file, prepared in decoded:
+            if isinstance(prepared, BadPicture):
+                self._skip(Skipped(file.name, str(prepared)), file.size, file.modified)
+                self._advance(1, images=0)
+            else:
+                yield (file, prepared._replace(views=_NO_VIEWS)), views_of(prepared.views, self._transform.flip)
+
+    def _encode(self, images: Tensor) -> list[Any]:
+        parts = [self._runner.encode(to_unit_range(part)) for part in images.split(self._runner.batch)]
+        return [row for part in parts for row in part.numpy()]
+
+    def _write(self, pictures: list[tuple[PictureFile, Prepared]], tokens: list[Any], shape: Any) -> None:
+        layout, names = self._runner.tokenizer.layout(*shape[-2:]), self._transform.view_names()
+        rows = []
+        for number, (file, prepared) in enumerate(pictures):
+            for view, name in enumerate(names):
+                crop = prepared.crops[view % len(prepared.crops)]
+                facts = (file.label, prepared.height, prepared.width, crop, file.size, file.modified, prepared.digest)
+                rows.append(TokenRow(row_id(file.name, name), tokens[number * len(names) + view], layout, *facts))
+        self._writer.put(rows, replace=self._update)
+        self._healed += [file.name for file, _ in pictures if file.name in self._bad_before]
+        self.done.num_images += len(pictures)
+        self.done.num_tokens += sum(len(row.tokens) for row in rows)
+        self._advance(len(pictures))
+
+    def _skip(self, skipped: Skipped, size: int, modified: int) -> None:
+        if skipped.reason == NOT_AN_IMAGE and not size:  # nobody took it for one
+            self.done.num_ignored += 1
+            return
+        if self._bad_before.get(skipped.name) != (skipped.reason, size, modified):
+            self._writer.put_error(skipped, size, modified)
+        self._bad(skipped)
+
+    def _bad(self, skipped: Skipped) -> None:
+        self.done.skipped.append(skipped)
+        limit = self._max_errors if self._max_errors is not None else max(LEAST_ERRORS, int(ERROR_SHARE * self._seen))
+        if len(self.done.skipped) > limit:
+            raise DataError(
+                f"stopped at {len(self.done.skipped)} bad pictures among the first {self._seen:,}: is this the right folder? "
+                f"{summary(self.done.skipped, 3)} What was tokenized is kept; go on with a larger --max-errors."
+            )
+
+    def _advance(self, number: int, **figures: float) -> None:
+        self._progress.advance(number, errors=len(self.done.skipped), **figures)
+
+
+_NO_VIEWS = numpy.zeros((0, 0, 0, 3), numpy.uint8)  # the pixels go another way
+
+
+def _has_changed(file: PictureFile, size: int, modified: int, digest: bytes) -> bool:
+    """Whether a picture is another one than that which was tokenized: by size and time, and only where those differ by its contents."""
+    if not size and not digest:
+        return False  # the store does not know the file: it was made by hand, or imported
+    if (file.size, file.modified) == (size, modified):
+        return False
+    if file.size != size:
+        return True
+    try:
+        with open_file(file) as stream:
+            return content_digest(stream) != digest
+    except (OSError, ValueError):
+        return True
+
+
+def _opened(out: Path, header: StoreHeader, overwrite: bool) -> TokenStore:
+    """The store to write to: the one that is there, if it holds such tokens, or a new one."""
+    if out.exists() and overwrite:
+        with TokenStore.open(out).writing():  # only a token store is replaced, and only one that nobody writes to
+            shutil.rmtree(out)
+    if out.exists():
+        store = TokenStore.open(out)
+        store.header.check_same(header, out)
+        return store
+    check_writable(out)
+    return TokenStore.create(out, header)
+
+
+def _shuffled(walk: Iterator[PictureFile | Skipped]) -> Iterator[PictureFile | Skipped]:
+    things = list(walk)
+    return iter(sorted(things, key=lambda thing: name_hash(thing.name, "shuffle")))
+
+
+def _count(source: str | Path | list[PictureFile], progress: Progress, over: threading.Event) -> None:
+    """Count the pictures beside the work, so that the time left can be told."""
+    number = 0
+    for thing in walk_source(source):
+        number += isinstance(thing, PictureFile)
+        if over.is_set():
+            return
+    progress.expect(number)
+
+
+def _copy(source: TokenStore, runner: Runner, out: Path, overwrite: bool, update: bool, progress: Progress) -> Tokenized:
+    """Copy the rows of another store of the same tokenizer; those that are there stay as they are."""
+    if source.header.fingerprint != runner.fingerprint:
         raise RunError(
-            f"the tokenizer {tokenizer or file.tokenizer} is not the one that wrote {tokens}: its fingerprint is "
-            f"{runner.fingerprint[:12]}, the file's {file.fingerprint[:12]}. Has it been trained further? "
-            "Checkpoints of a run are tokenizers too."
+            f"{source.path} was written by another tokenizer ({source.header.fingerprint[:12]}, this one is {runner.fingerprint[:12]}), "
+            "and pictures made of tokens are worse than pictures. Name the pictures themselves."
         )
-    paths = picture_paths(folder, file.names)
-    in_the_way = [path for path in paths if path.exists()]
-    if in_the_way and not overwrite:
-        others = f" and {len(in_the_way) - 1} others exist" if len(in_the_way) > 1 else " exists"
-        raise RunError(f"{in_the_way[0]}{others} already. Replace them with --overwrite, or name another --out.")
-    check_writable(paths[0])
-    progress.begin("decoding", len(file.names), "pictures")
-    number = default_workers(workers)
-    with ThreadPoolExecutor(max(1, number)) as writers:
-        writing: list[Future[None]] = []
-        for start, stop in _runs_of_one_layout(file.layouts, batch):
-            images = runner.decode(torch.stack(file.tokens[start:stop]), file.layouts[start])
-            _wait_for(writing)  # those of the batch before: no more than two batches are in memory
-            writing = [writers.submit(write_png, path, image) for path, image in zip(paths[start:stop], images, strict=True)]
-            if not number:
-                _wait_for(writing)
-            progress.advance(stop - start)
-        _wait_for(writing)
+    store = _opened(out, source.header, overwrite)
+    done = Tokenized(out)
+    progress.begin("copying", len(source), "rows")
+    with store.writing():
+        for start in range(0, len(source), ROWS_PER_COMMIT):
+            rows = source.token_rows(start, start + ROWS_PER_COMMIT)
+            known = store.known([row.id for row in rows])
+            changed = {row.id for row in rows if row.id in known and known[row.id] != (row.size, row.modified, row.digest)}
+            new = [row for row in rows if row.id not in known or (update and row.id in changed)]
+            if new:
+                store.append(new, replace=update)
+            done.changed += sorted(changed)
+            done.num_known += len(rows) - len(new) - (0 if update else len(changed))
+            done.num_images += len(new)
+            done.num_tokens += sum(len(row.tokens) for row in new)
+            progress.advance(len(rows))
+        if store.num_small_files > SOME_SMALL_FILES:
+            store.compact(KEEP_REPLACED, lazily=True)
     progress.end()
-    return paths
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """What came back of one picture."""
-
-    path: Path
-    psnr: float
-    num_tokens: int
-    bytes: int
-
-
-def reconstruct(
-    photo: str | Path,
-    tokenizer: ImageTokenizer | str | Path,
-    out: str | Path | None = None,
-    *,
-    overwrite: bool = False,
-    longer_side: int | None = LONGER_SIDE,
-    device: str = "auto",
-    precision: Precision = "float32",
-    progress: Progress | None = None,
-) -> Reconstructed:
-    """Encode one picture, decode it again and write what came back to ``out`` (default: ``NAME-reconstruction.png`` in this folder).
-
-    Raises:
-        DataError: the picture cannot be read.
-        RunError: ``out`` exists and ``overwrite`` is off.
-    """
-    path = Path(out) if out else Path(f"{Path(photo).stem}-reconstruction.png")
-    if path.exists() and not overwrite:
-        raise RunError(f"{path} exists already. Replace it with --overwrite, or name another --out.")
-    check_writable(path)
-    files, _ = find_pictures(photo)
-    if Path(photo).is_dir():
-        raise DataError(f"{photo} is a folder; name one picture, or use `smalto tokenize` and `smalto decode`.")
-    progress = progress or Progress()
-    runner = Runner.of(tokenizer, device, precision, 1, progress)
-    reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, workers=0)
-    progress.begin("reconstructing", 1, "pictures")
-    pictures = list(reader)
-    progress.end()
-    if not pictures:
-        raise DataError(f"{photo} cannot be read: {reader.skipped[0].reason}.")
-    images = to_unit_range(pictures[0][1])[None]
-    tokens = runner.encode(images)
-    image = runner.decode(tokens, runner.tokenizer.layout(*images.shape[2:]))
-    write_png(path, image[0])
-    bits = (runner.tokenizer.quantize.codebook_size - 1).bit_length()
-    return Reconstructed(path, float(psnr(image, images)), tokens.numel(), -(-tokens.numel() * bits // 8))
-
-
-def write_png(path: Path, image: Tensor) -> None:
-    """Write an image [3, H, W] in [-1, 1] as PNG, in one step."""
-    with aside(path) as temporary:
-        Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
-def picture_paths(folder: Path, names: list[str]) -> list[Path]:
-    """Where the decoded pictures go: below ``folder`` whatever the names say, as .png, and no two alike."""
-    relative = [PurePosixPath(*[part for part in PurePosixPath(name).parts if part not in ("/", "..")] or ["picture"]) for name in names]
-    taken = {str(parent).lower() for path in relative for parent in path.parents}  # a.jpg beside a folder a.png/
-    chosen = []
-    for path in relative:
-        stem = path.stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "surrogateescape")
-        # a.jpg becomes a.png; a second a.* keeps its suffix: a.webp.png. Case does not tell files apart everywhere.
-        endings = itertools.chain([".png"], (f"{path.suffix}{n or ''}.png" for n in itertools.count()))
-        free = next(c for c in (path.with_name(stem + ending) for ending in endings) if str(c).lower() not in taken)
-        taken.add(str(free).lower())
-        chosen.append(folder / free)
-    return chosen
-
-
-def _wait_for(jobs: list[Future[None]]) -> None:
-    for job in jobs:
-        job.result()
-
-
-def _runs_of_one_layout(layouts: list[TokenLayout], batch: int) -> Iterator[tuple[int, int]]:
-    start = 0
-    for stop in range(1, len(layouts) + 1):
-        if stop == len(layouts) or layouts[stop] != layouts[start] or stop - start == batch:
-            yield start, stop
-            start = stop
+    done.num_rows = len(store)
+    return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from smalto.config import parse_config
 from smalto.data.archives import Skipped
 from smalto.data.crops import CropStream
 from smalto.data.decoding import Decoder
-from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, held_out_order, summary
+from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, held_out_order, read_picture, summary
 from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre_crop, split, split_by_name, to_unit_range
 from smalto.data.sources import open_source
 from smalto.device import resolve_device
@@ -26,7 +27,7 @@ from smalto.interop.var import load_tokenizer as load_var
 from smalto.memory import reused_memory
 from smalto.pipelines.finish import finish_run
 from smalto.pipelines.measuring import Networks, measure
-from smalto.pipelines.running import Runner, default_workers
+from smalto.pipelines.running import Runner, default_workers, transform_of
 from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig, load
 from smalto.training.checkpoint import START_FOLDER, RunFolder
@@ -173,7 +174,7 @@ def _first_only(progress: Progress | None) -> Progress:
 def open_material(data: Data, recipe: Recipe, workers: int | None, facts: dict[str, Any] | None = None) -> Iterator[Material]:
     """Find and split the pictures; ``facts`` of an earlier run repeat its split."""
     files = open_source(data) if isinstance(data, (str, Path)) else None
-    with Decoder(default_workers(workers), recipe.data.longer_side) as decoder:
+    with Decoder(default_workers(workers), partial(read_picture, longer_side=recipe.data.longer_side)) as decoder:
         pictures: Pictures
         if files:
             pictures = FilePictures(files.files, decoder, recipe.data.cache_mb * 2**20)
@@ -366,7 +367,7 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: ImageTokenizer, material:
     every = len(material.held_out or material.training)
     if len(indices) < every:
         on += f", drawn from {every:,}"
-    transform = f"longer side at most {recipe.data.longer_side}, centre crop to a multiple of {runner.tokenizer.stride}"
+    transform = str(transform_of(runner.tokenizer.stride, longer_side=recipe.data.longer_side))
     evaluation = measurement.result(runner.tokenizer, on, transform, recipe.precision, material.skipped)
     if (run.path / START_FOLDER).is_dir():
         start = Runner.on(load(run.path / START_FOLDER).to(runner.device), recipe.precision)

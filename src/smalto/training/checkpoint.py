@@ -31,7 +31,7 @@ SPLIT_FILE = "split.json"  # where the pictures came from and the names of those
 
 OWN_NAMES = frozenset(
     {"recipe.toml", SPLIT_FILE, "config.json", "model.safetensors", "checkpoints", "metrics.json", "report.html"}
-    | {"tokens.safetensors", "decoded"}  # of a demo
+    | {"tokens.lance", "decoded"}  # of a demo
     | {LOCK_FILE, START_FOLDER, "tensorboard"}
     | set(LOGS)
 )

@@ -1,23 +1,30 @@
-"""The command line. Each verb checks nothing itself: it calls one function of the library and prints what that returns."""
+"""The verbs, but those of token stores."""
 
 from __future__ import annotations
 
-import errno
-import io
-import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from smalto.cli.shared import (
+    Batch,
+    Device,
+    LongerSide,
+    Overwrite,
+    Precision,
+    Size,
+    Tokenizer,
+    Workers,
+    checked_precision,
+    given,
+    print_figures,
+    print_rows,
+    print_trained,
+    progress_shown,
+)
+from smalto.cli.store import app as store
 from smalto.errors import SmaltoError
-
-if TYPE_CHECKING:
-    from smalto.console import ConsoleProgress
 
 app = typer.Typer(
     name="smalto",
@@ -28,17 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps; auto says what it took.")]
-Precision = Annotated[str, typer.Option(help="float32 or bf16 for encoder and decoder; the search for codes is always float32.")]
-Workers = Annotated[int | None, typer.Option(help="Decoding processes; 0 decodes in this one. Default: all cores but one.")]
-Batch = Annotated[int, typer.Option(help="Pictures at a time.")]
-LongerSide = Annotated[
-    int, typer.Option(min=0, help="Reduce larger pictures to this many pixels on their longer side; 0 keeps their size.")
-]
-Size = Annotated[int | None, typer.Option(help="Cut a square of this side from the middle; default: keep the shape.")]
-Tokenizer = Annotated[Path, typer.Option(help="Folder of a tokenizer or run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+app.add_typer(store, name="store")
 
 
 @app.command(epilog="Example: smalto demo")
@@ -53,9 +50,9 @@ def demo(
     """Train on bundled photographs, write held-out ones as tokens, read them back, and make a report."""
     from smalto.pipelines.demo import demo as run_demo
 
-    settings = _given({"steps": steps, "data.batch": batch, "precision": precision})
-    with _progress() as progress:
-        _print_trained(run_demo(out, settings=settings, device=device, workers=workers, progress=progress))
+    settings = given({"steps": steps, "data.batch": batch, "precision": precision})
+    with progress_shown() as progress:
+        print_trained(run_demo(out, settings=settings, device=device, workers=workers, progress=progress))
 
 
 @app.command(epilog="Examples: smalto train photos/ --out runs/mine --steps 4000;  smalto train --resume runs/mine")
@@ -96,7 +93,7 @@ def train(
         "precision": precision,
         "finetune.learn": learn,
     }
-    settings = dict(parse_setting(text) for text in set_ or []) | _given(short)
+    settings = dict(parse_setting(text) for text in set_ or []) | given(short)
     if folder is None and resume is None:
         raise SmaltoError("name a FOLDER of pictures to train on, or a run to go on with: --resume RUN.")
     if "data.source" in settings:
@@ -105,15 +102,15 @@ def train(
         raise SmaltoError("--resume goes on with a run as it is: leave out --recipe, --overwrite, --from and --learn.")
     if resume is not None and codebook_size is not None:
         raise SmaltoError("--resume goes on with the tokenizer as it is: leave out --codebook-size.")
-    with _progress(resume or out) as progress:
+    with progress_shown(resume or out) as progress:
         if resume is not None:
-            _print_trained(jobs.resume(resume, folder, settings=settings, device=device, workers=workers, progress=progress))
+            print_trained(jobs.resume(resume, folder, settings=settings, device=device, workers=workers, progress=progress))
         else:
             assert folder is not None
             chosen = load_recipe(recipe, settings)
             if codebook_size is not None:
                 chosen = change_recipe(chosen, {codebook_size_key(chosen): codebook_size})
-            _print_trained(
+            print_trained(
                 jobs.train(folder, chosen, out=out, overwrite=overwrite, start=start, device=device, workers=workers, progress=progress)
             )
 
@@ -142,7 +139,7 @@ def evaluate(
     from smalto.data.images import summary
     from smalto.pipelines import evaluate as jobs
 
-    with _progress() as progress:
+    with progress_shown() as progress:
         result = jobs.evaluate(
             folder,
             tokenizer,
@@ -151,7 +148,7 @@ def evaluate(
             size=size,
             batch=batch,
             device=device,
-            precision=_precision(precision),
+            precision=checked_precision(precision),
             workers=workers,
             reference_stats=reference_stats,
             inception_weights=inception_weights,
@@ -163,50 +160,75 @@ def evaluate(
     if json_:
         print(json.dumps(result.figures, indent=2))
     else:
-        _print_figures(result.figures)
+        print_figures(result.figures)
 
 
-@app.command(epilog="Example: smalto tokenize photos/ --tokenizer runs/mine --out tokens.safetensors")
+@app.command(epilog="Example: smalto tokenize photos/ --tokenizer runs/mine --out tokens.lance --size 256")
 def tokenize(
-    folder: Annotated[str, typer.Argument(help="Folder (or zip, tar) of pictures, or one picture.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder (or zip, tar, parquet) of pictures, one picture, emoji, bundled, or another store.")
+    ],
     tokenizer: Tokenizer,
-    out: Annotated[Path, typer.Option(help="The token file to write.")] = Path("tokens.safetensors"),
-    overwrite: Overwrite = False,
-    longer_side: LongerSide = 768,
-    size: Size = None,
-    batch: Batch = 8,
+    out: Annotated[Path, typer.Option(help="The token store to make, or to go on with.")] = Path("tokens.lance"),
+    size: Annotated[int | None, typer.Option(help="Bring the shorter side to this and cut a square from the middle.")] = None,
+    keep_shape: Annotated[bool, typer.Option("--keep-shape", help="Keep the shape of pictures: the default without --size.")] = False,
+    longer_side: Annotated[
+        int | None, typer.Option(min=0, help="With --keep-shape: reduce larger pictures to this; 0 keeps their size. Default: 768.")
+    ] = None,
+    crops: Annotated[int, typer.Option(help="With --size: 5 takes the corners too, each as a row of its own.")] = 1,
+    flip: Annotated[bool, typer.Option("--flip", help="Each picture mirrored too, as a row of its own.")] = False,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Take the pictures in random order. Reads all names first.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Do pictures again whose files have changed.")] = False,
+    max_errors: Annotated[
+        int | None, typer.Option(min=0, help="Stop after more bad pictures than this. Default: 100, or 1 % if that is more.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the store anew.")] = False,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = None,
 ) -> None:
-    """Write pictures as tokens to one file."""
-    from smalto.data.images import summary
+    """Write a collection as tokens. Run it again to go on: pictures that are in the store are not done again."""
+    from smalto.data.images import LONGER_SIDE, summary
     from smalto.pipelines import tokenize as jobs
 
-    with _progress() as progress:
-        result = jobs.tokenize(
-            folder,
+    if size is not None and (keep_shape or longer_side is not None):
+        raise SmaltoError("--size cuts squares: leave out --keep-shape and --longer-side, or --size.")
+    with progress_shown() as progress:
+        done = jobs.tokenize(
+            source,
             tokenizer,
             out,
-            longer_side=longer_side,
             size=size,
+            longer_side=LONGER_SIDE if longer_side is None else longer_side,
+            crops=crops,
+            flip=flip,
+            shuffle=shuffle,
+            update=update,
+            max_errors=max_errors,
             overwrite=overwrite,
             batch=batch,
             device=device,
-            precision=_precision(precision),
+            precision=checked_precision(precision),
             workers=workers,
             progress=progress,
         )
-        if result.skipped:
-            progress.say(summary(result.skipped))
-    print(f"{result.num_images:,} pictures, {result.num_tokens:,} tokens -> {result.path}")
+        if done.skipped:
+            progress.say(f"{summary(done.skipped)} They are noted in the store: smalto store info {out} --errors")
+        if done.num_ignored:
+            progress.say(f"{done.num_ignored:,} other files are no pictures")
+        if done.changed:
+            what = "were done again" if update else "are kept as they were; --update does them again"
+            progress.say(f"{len(done.changed):,} pictures have changed since they were tokenized, such as {done.changed[0]!r}: they {what}")
+    written = f"{done.num_images:,} pictures, {done.num_tokens:,} tokens written; {done.num_known:,} were there"
+    print(f"{written} -> {done.path}: {done.num_rows:,} rows")
 
 
-@app.command(epilog="Example: smalto decode tokens.safetensors --out pictures/")
+@app.command(epilog="Example: smalto decode tokens.lance --out pictures/")
 def decode(
-    tokens: Annotated[Path, typer.Argument(help="A token file.")],
+    tokens: Annotated[Path, typer.Argument(help="A token store.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("decoded"),
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; default: the one that the token file names.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; default: the one that the store names.")] = None,
     overwrite: Overwrite = False,
     batch: Batch = 8,
     device: Device = "auto",
@@ -214,9 +236,9 @@ def decode(
     workers: Annotated[int | None, typer.Option(help="Threads that write PNG files; 0: none. Default: all cores but one.")] = None,
 ) -> None:
     """Turn tokens back into PNG pictures."""
-    from smalto.pipelines import tokenize as jobs
+    from smalto.pipelines import decode as jobs
 
-    with _progress() as progress:
+    with progress_shown() as progress:
         paths = jobs.decode(
             tokens,
             out,
@@ -224,7 +246,7 @@ def decode(
             overwrite=overwrite,
             batch=batch,
             device=device,
-            precision=_precision(precision),
+            precision=checked_precision(precision),
             workers=workers,
             progress=progress,
         )
@@ -244,9 +266,9 @@ def reconstruct(
     workers: Annotated[int, typer.Option(help="Makes no difference to one picture.")] = 0,
 ) -> None:
     """Encode one picture, decode it again, and say how near it came."""
-    from smalto.pipelines import tokenize as jobs
+    from smalto.pipelines import reconstruct as jobs
 
-    with _progress() as progress:
+    with progress_shown() as progress:
         if batch != 1 or workers:
             progress.say("one picture is decoded and encoded at once: --batch and --workers make no difference")
         result = jobs.reconstruct(
@@ -256,7 +278,7 @@ def reconstruct(
             overwrite=overwrite,
             longer_side=longer_side,
             device=device,
-            precision=_precision(precision),
+            precision=checked_precision(precision),
             progress=progress,
         )
     print(f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> {result.path}")
@@ -285,103 +307,8 @@ def convert(
 
 
 @app.command(epilog="Example: smalto info runs/mine")
-def info(path: Annotated[Path, typer.Argument(help="A run, a tokenizer or a token file.")]) -> None:
+def info(path: Annotated[Path, typer.Argument(help="A run, a tokenizer or a token store.")]) -> None:
     """Say what a file or folder of smalto is."""
     from smalto.pipelines.info import info as describe
 
-    _print_rows([(name, str(value)) for name, value in describe(path).items()])
-
-
-def main() -> None:
-    """Entry point: a user's mistake ends in one line and exit code 1, Ctrl-C in 130."""
-    # Torch's threads wait by spinning; where another process of this kind wants the cores, a step can then take several times
-    # as long. It must be said before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # While torch is being imported Python may swallow a KeyboardInterrupt, and nothing is lost yet: leave at once.
-    signal.signal(signal.SIGINT, _leave_at_once)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may be no text
-    try:
-        app()
-    except SmaltoError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except OSError as error:
-        advice = ". What was saved is whole: free some space and resume." if error.errno == errno.ENOSPC else "."
-        _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{advice}", 1)
-    except (MemoryError, RuntimeError) as error:
-        from smalto.device import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        _fail("out of memory. Try a smaller --batch, --size or --codebook-size.", 1)
-
-
-def _leave_at_once(number: int, frame: Any) -> None:
-    os.write(2, b"smalto: interrupted\n")
-    os._exit(130)
-
-
-@contextmanager
-def _progress(run: Path | None = None) -> Iterator[ConsoleProgress]:
-    from smalto.console import ConsoleProgress
-    from smalto.training.trainer import Interrupted
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    progress = ConsoleProgress()
-    try:
-        yield progress
-    except Interrupted as stopped:
-        progress.close()
-        _fail(f"{stopped}; everything is saved. Go on with: {_again(run)}", 130)
-    except KeyboardInterrupt:
-        progress.close()
-        begun = run is not None and (run / "recipe.toml").is_file()
-        _fail(f"interrupted. Go on with: {_again(run)}" if begun else "interrupted", 130)
-    finally:
-        progress.close()
-
-
-def _again(run: Path | None) -> str:
-    return f"smalto train --resume {run}" if run else "the same command again"
-
-
-def _print_trained(trained: Any) -> None:
-    if not trained.metrics:  # of several processes only the first has measured
-        return
-    _print_figures(trained.metrics)
-    print(f"\nreport: {trained.run.path / 'report.html'}")
-
-
-def _print_figures(figures: dict[str, Any]) -> None:
-    from smalto.pipelines.finish import codec_rows, figure_rows, grid_rows
-
-    _print_rows(figure_rows(figures))
-    for lines in filter(None, (grid_rows(figures), codec_rows(figures))):
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        print()
-        for line in lines:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-
-
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if value is not None}
-
-
-def _precision(name: str) -> Any:
-    if name not in ("float32", "bf16"):
-        raise SmaltoError(f"--precision must be float32 or bf16; got {name!r}.")
-    return name
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"smalto: {message}", file=sys.stderr)
-    sys.exit(code)
+    print_rows([(name, str(value)) for name, value in describe(path).items()])

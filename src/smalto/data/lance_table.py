@@ -1,0 +1,259 @@
+"""A Lance dataset that says so when a part of it is lost. The only file that imports lance.
+
+Lance commits versions: a manifest lists the data files that count, and comes last. What it does not notice is a manifest that is gone
+or damaged: it then takes an older one, and rows would be missing in silence. ``head.json`` beside it names the newest version and its
+manifest's SHA-256. It is written after every commit, so a version that is newer than it is as good.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from smalto.errors import DataError, MissingExtra, SmaltoError
+from smalto.files import file_sha256, sync_folder, write_atomic
+
+try:
+    import lance
+    import pyarrow
+    from lance.fragment import write_fragments
+    from pyarrow import compute
+except ImportError:
+    raise MissingExtra("pylance", "store", "the token store") from None
+
+__all__ = ["ROWS_PER_FILE", "LanceTable", "compute", "pyarrow"]  # pyarrow comes with lance: one place says that both are missing
+
+STORAGE_VERSION: Literal["2.1"] = "2.1"  # of Lance's files, said explicitly: the default changes with its releases
+ROWS_PER_FILE = 2**20
+_CACHE_BYTES = 2**26
+_HEAD = "head.json"
+
+
+class LanceTable:
+    """Rows under a key ``id``; one process at a time may write (the caller sees to that), any number may read.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path, dataset: Any) -> None:
+        self.path, self._dataset = path, dataset
+
+    @classmethod
+    def create(cls, path: Path, schema: pyarrow.Schema) -> LanceTable:
+        """An empty table in a folder that does not exist yet."""
+        with _errors_named(path):
+            dataset = lance.write_dataset(schema.empty_table(), str(path), schema=schema, data_storage_version=STORAGE_VERSION)
+        table = cls(path, dataset)
+        table._write_head()
+        return table
+
+    @classmethod
+    def open(cls, path: Path) -> LanceTable:
+        """Open the newest version.
+
+        Raises:
+            DataError: a manifest is missing or damaged.
+        """
+        head = _read_head(path)  # first: whoever writes now makes the table newer, not older
+        with _errors_named(path):
+            dataset = lance.dataset(str(path), index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES)
+        manifest = _manifest(path, head["version"])
+        if dataset.version < head["version"] or (dataset.version == head["version"] and file_sha256(manifest) != head["manifest"]):
+            raise DataError(
+                f"{manifest} is missing or damaged, so {path} is not whole: version {head['version']} with {head['rows']:,} rows was "
+                f"committed, version {dataset.version} is what can be read. Restore that file from a copy; the data files are untouched."
+            )
+        return cls(path, dataset)
+
+    def refresh(self) -> None:
+        """See what others have committed."""
+        self._dataset = LanceTable.open(self.path)._dataset
+
+    @property
+    def version(self) -> int:
+        return int(self._dataset.version)
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        return self._dataset.schema
+
+    @property
+    def num_fragments(self) -> int:
+        return len(self._dataset.get_fragments())
+
+    def __len__(self) -> int:
+        return int(self._dataset.count_rows())
+
+    def append(self, rows: pyarrow.Table) -> None:
+        """Add rows in one commit: all of them or none."""
+        self.commit(self.write(rows))
+
+    def write(self, rows: pyarrow.Table) -> list[Any]:
+        """Write rows to files that do not count until ``commit``."""
+        with _errors_named(self.path):
+            fragments: list[Any] = write_fragments(
+                rows, str(self.path), max_rows_per_file=ROWS_PER_FILE, data_storage_version=STORAGE_VERSION
+            )
+        for fragment in fragments:
+            for file in fragment.files:
+                _sync_file(self.path / "data" / file.path)
+        return fragments
+
+    def commit(self, fragments: list[Any]) -> None:
+        """Let written rows count, all at once."""
+        with _errors_named(self.path):
+            operation = lance.LanceOperation.Append(fragments)
+            self._dataset = lance.LanceDataset.commit(self._dataset, operation, read_version=self._dataset.version)
+        self._write_head()
+
+    def upsert(self, rows: pyarrow.Table) -> None:
+        """Replace the rows of these ids and add new ones, in one commit."""
+        before = self._data_files()
+        with _errors_named(self.path):
+            self._dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+            self._dataset.checkout_latest()
+        self._sync_files_but(before)
+        self._write_head()
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove rows by id, in one commit."""
+        with _errors_named(self.path):
+            self._dataset.delete(_is_one_of(ids))
+            self._dataset.checkout_latest()
+        self._write_head()
+
+    def take(self, indices: Sequence[int], columns: list[str] | None = None) -> pyarrow.Table:
+        """Rows by number, in rising order."""
+        with _errors_named(self.path):
+            return self._dataset.take(indices, columns=columns)
+
+    def read(self, start: int, stop: int, columns: list[str] | None = None) -> pyarrow.Table:
+        """Rows [start, stop)."""
+        with _errors_named(self.path):
+            found = self._dataset.scanner(columns=columns, offset=start, limit=stop - start).to_table()
+        assert found.num_rows == stop - start, f"{self.path}: {found.num_rows} of {stop - start} rows"
+        return found
+
+    def find(self, ids: Sequence[str], columns: list[str]) -> pyarrow.Table:
+        """The rows of these ids, as many as there are, in no order. With an index this takes the time of those rows, not of all."""
+        with _errors_named(self.path):
+            return self._dataset.scanner(columns=columns, filter=_is_one_of(ids)).to_table()
+
+    def batches(self, columns: list[str] | None = None) -> Iterator[pyarrow.Table | DataError]:
+        """All rows a few thousand at a time; for a data file that cannot be read the error instead of its remaining rows."""
+        for fragment in self._dataset.get_fragments():
+            try:
+                with _errors_named(self.path):
+                    batches = fragment.to_batches(columns=columns, batch_size=4096)
+                while True:
+                    with _errors_named(self.path):
+                        batch = next(batches, None)
+                    if batch is None:
+                        break
+                    yield pyarrow.Table.from_batches([batch])
+            except DataError as error:
+                yield error
+
+    def compact(self, keep: timedelta = timedelta(0), lazily: bool = False) -> None:
+        """Join small data files, bring the index of ids up to date, and remove what no version of the last ``keep`` needs.
+
+        Files that were written and never committed go too. Rows keep their order. Does nothing where nothing is to be done.
+        """
+        before, version = self._data_files(), self.version
+        with _errors_named(self.path):
+            self._dataset.optimize.compact_files(target_rows_per_fragment=ROWS_PER_FILE, num_threads=1)
+            self._dataset.checkout_latest()
+            self._index(lazily)
+            self._dataset.checkout_latest()
+        if self.version != version:
+            self._sync_files_but(before)
+            self._write_head()
+        with _errors_named(self.path):
+            self._dataset.cleanup_old_versions(older_than=keep, delete_unverified=True)
+
+    def _index(self, lazily: bool) -> None:
+        """Index the ids. A whole index is merged anew each time, so for growing tables ``lazily``; rows outside it are read through."""
+        indices = self._dataset.describe_indices()
+        indexed = indices[0].num_rows_indexed if indices else 0
+        if len(self) - indexed < (max(ROWS_PER_FILE, indexed // 8) if lazily else 1):
+            return
+        if indices:
+            self._dataset.optimize.optimize_indices()
+        else:
+            self._dataset.create_scalar_index("id", "BTREE")
+
+    def _data_files(self) -> set[str]:
+        return {file.path for fragment in self._dataset.get_fragments() for file in fragment.data_files()}
+
+    def _sync_files_but(self, before: set[str]) -> None:
+        for name in self._data_files() - before:
+            _sync_file(self.path / "data" / name)
+
+    def _write_head(self) -> None:
+        manifest = _manifest(self.path, self.version)
+        _sync_file(manifest)
+        sync_folder(manifest.parent)
+        head = {"version": self.version, "rows": len(self), "manifest": file_sha256(manifest)}
+        write_atomic(self.path / _HEAD, json.dumps(head) + "\n")
+
+
+def _read_head(path: Path) -> dict[str, Any]:
+    try:
+        head = json.loads((path / _HEAD).read_text(encoding="utf-8"))
+        return {"version": int(head["version"]), "rows": int(head["rows"]), "manifest": str(head["manifest"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path / _HEAD} is missing or damaged ({type(error).__name__}), so nobody can say whether {path} is whole. "
+            "Restore the file from a copy. Nothing was changed."
+        ) from None
+
+
+def _manifest(path: Path, version: int) -> Path:
+    """Lance numbers manifests downwards, so that the newest comes first in a listing."""
+    return path / "_versions" / f"{2**64 - 1 - version:020d}.manifest"
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _is_one_of(ids: Sequence[str]) -> str:
+    quoted = ",".join("'" + name.replace("'", "''") + "'" for name in ids)
+    return f"id IN ({quoted})"
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """What Lance raises, in the words of this project."""
+    try:
+        yield
+    except SmaltoError:
+        raise
+    except Exception as error:
+        raise _explained(path, str(error)) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how a panic in Rust arrives; it is no Exception
+            raise
+        raise _explained(path, str(error)) from None
+
+
+def _explained(path: Path, text: str) -> Exception:
+    for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if f"(os error {number})" in text:
+            return OSError(number, os.strerror(number), str(path))
+    missing = re.search(r"[Nn]ot found: (.+?\.(?:lance|manifest|arrow|idx))", text)
+    if missing:
+        return DataError(
+            f"{missing[1]} is missing, so {path} is not whole. Rows in other files can be read; restore that one from a copy, or tokenize "
+            "its pictures again."
+        )
+    return DataError(f"{path} cannot be read: it is damaged, or no Lance table ({' '.join(text.split())[:300]}).")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
@@ -83,7 +85,7 @@ class Decoder(Generic[T]):
     def _submit(self, job: Callable[..., R], *arguments: Any) -> Future[R]:
         if self._pool is None:
             # Spawned, not forked: torch's threads do not survive a fork.
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
+            self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), initializer=_end_with_the_parent)
         with _interrupts_are_the_parents():  # submitting may start a worker
             try:
                 return self._pool.submit(job, *arguments)
@@ -107,6 +109,18 @@ class Decoder(Generic[T]):
         except BrokenProcessPool:
             self.close()
             return BadPicture("damaged: it crashed the decoder")
+
+
+def _end_with_the_parent() -> None:
+    """In a worker: end when the process that started it has ended, even by SIGKILL. Of itself a worker would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _read_each(read: Callable[[PictureFile], T], files: list[PictureFile]) -> list[T | BadPicture]:

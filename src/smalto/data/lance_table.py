@@ -24,6 +24,7 @@ try:
     import lance
     import pyarrow
     from lance.fragment import write_fragments
+    from lance.optimize import Compaction
     from pyarrow import compute
 except ImportError:
     raise MissingExtra("pylance", "store", "the token store") from None
@@ -102,9 +103,7 @@ class LanceTable:
             fragments: list[Any] = write_fragments(
                 rows, str(self.path), max_rows_per_file=ROWS_PER_FILE, data_storage_version=STORAGE_VERSION
             )
-        for fragment in fragments:
-            for file in fragment.files:
-                _sync_file(self.path / "data" / file.path)
+        self._check_whole(fragments)
         return fragments
 
     def commit(self, fragments: list[Any]) -> None:
@@ -116,11 +115,11 @@ class LanceTable:
 
     def upsert(self, rows: pyarrow.Table) -> None:
         """Replace the rows of these ids and add new ones, in one commit."""
-        before = self._data_files()
         with _errors_named(self.path):
-            self._dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
-            self._dataset.checkout_latest()
-        self._sync_files_but(before)
+            merge = self._dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            transaction, _ = merge.execute_uncommitted(rows)
+            self._check_whole(transaction.operation.new_fragments)
+            self._dataset = lance.LanceDataset.commit(self._dataset, transaction)
         self._write_head()
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -167,14 +166,18 @@ class LanceTable:
 
         Files that were written and never committed go too. Rows keep their order. Does nothing where nothing is to be done.
         """
-        before, version = self._data_files(), self.version
+        version = self.version
         with _errors_named(self.path):
-            self._dataset.optimize.compact_files(target_rows_per_fragment=ROWS_PER_FILE, num_threads=1)
-            self._dataset.checkout_latest()
+            plan = Compaction.plan(self._dataset, {"target_rows_per_fragment": ROWS_PER_FILE, "num_threads": 1})
+            done = [task.execute(self._dataset) for task in plan.tasks]
+            for result in done:
+                self._check_whole(result.new_fragments)
+            if done:
+                Compaction.commit(self._dataset, done)
+                self._dataset.checkout_latest()
             self._index(lazily)
             self._dataset.checkout_latest()
         if self.version != version:
-            self._sync_files_but(before)
             self._write_head()
         with _errors_named(self.path):
             self._dataset.cleanup_old_versions(older_than=keep, delete_unverified=True)
@@ -189,20 +192,44 @@ class LanceTable:
             self._dataset.optimize.optimize_indices()
         else:
             self._dataset.create_scalar_index("id", "BTREE")
+        self._dataset.checkout_latest()
+        (index,) = self._dataset.describe_indices()
+        files = [file for segment in index.segments for file in (self.path / "_indices" / str(segment.uuid)).iterdir()]
+        if sum(file.stat().st_size for file in files) != index.total_size_bytes:
+            self._dataset.drop_index(index.name)  # rows are found without it too
+            raise _cut_short(self.path / "_indices")
+        for file in files:
+            _sync_file(file)
 
-    def _data_files(self) -> set[str]:
-        return {file.path for fragment in self._dataset.get_fragments() for file in fragment.data_files()}
-
-    def _sync_files_but(self, before: set[str]) -> None:
-        for name in self._data_files() - before:
-            _sync_file(self.path / "data" / name)
+    def _check_whole(self, fragments: list[Any]) -> None:
+        """Flush new data files to disk, and see that they are as long as they should be: where a disk is full, Lance may cut the last
+        write short without a word."""
+        for fragment in fragments:
+            for file in fragment.files:
+                path = self.path / "data" / file.path
+                if path.stat().st_size != file.file_size_bytes:
+                    raise _cut_short(path)
+                _sync_file(path)
 
     def _write_head(self) -> None:
+        """Say that the version just committed is the newest, after a look whether it can be read."""
         manifest = _manifest(self.path, self.version)
+        try:
+            with _errors_named(self.path):
+                whole = lance.dataset(str(self.path)).count_rows() == len(self)
+        except DataError:
+            whole = False
+        if not whole:
+            manifest.unlink(missing_ok=True)  # the version before is what counts
+            raise _cut_short(manifest)
         _sync_file(manifest)
         sync_folder(manifest.parent)
         head = {"version": self.version, "rows": len(self), "manifest": file_sha256(manifest)}
         write_atomic(self.path / _HEAD, json.dumps(head) + "\n")
+
+
+def _cut_short(path: Path) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _read_head(path: Path) -> dict[str, Any]:

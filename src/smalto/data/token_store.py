@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,9 +81,14 @@ class TokenStore:
         header = tokenizer
         if not isinstance(header, StoreHeader):
             header = StoreHeader.of(tokenizer, layout=layout, transform=transform, precision=precision)
-        with aside(path) as folder:  # appears whole
-            LanceTable.create(folder, store_schema(header))
-            LanceTable.create(folder / _ERRORS, _ERROR_SCHEMA)
+        try:
+            with aside(path) as folder:  # appears whole
+                LanceTable.create(folder, store_schema(header))
+                LanceTable.create(folder / _ERRORS, _ERROR_SCHEMA)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise RunError(f"{path} exists already: another process has just made it.") from None
         return cls.open(path)
 
     @classmethod

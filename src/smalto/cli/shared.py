@@ -29,7 +29,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 
 @contextmanager
-def progress_shown(run: Path | None = None) -> Iterator[ConsoleProgress]:
+def progress_shown(run: Path | None = None, resumes: bool = False) -> Iterator[ConsoleProgress]:
     from smalto.console import ConsoleProgress
     from smalto.training.trainer import Interrupted
 
@@ -43,7 +43,7 @@ def progress_shown(run: Path | None = None) -> Iterator[ConsoleProgress]:
     except KeyboardInterrupt:
         progress.close()
         begun = run is not None and (run / "recipe.toml").is_file()
-        fail(f"interrupted. Go on with: {_again(run)}" if begun else "interrupted", 130)
+        fail(f"interrupted. What was written is kept; go on with: {_again(run)}" if begun or resumes else "interrupted", 130)
     finally:
         progress.close()
 

@@ -194,7 +194,7 @@ def tokenize(
 
     if size is not None and (keep_shape or longer_side is not None):
         raise SmaltoError("--size cuts squares: leave out --keep-shape and --longer-side, or --size.")
-    with progress_shown() as progress:
+    with progress_shown(resumes=True) as progress:
         done = jobs.tokenize(
             source,
             tokenizer,

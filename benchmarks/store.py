@@ -86,18 +86,15 @@ def build(folder: Path) -> dict[str, Any]:
     first = time.perf_counter()
     store.compact()
     tenth = len(appends) // 10
+    milliseconds = {
+        name: {"first tenth": 1000 * statistics.median(seconds[:tenth]), "last tenth": 1000 * statistics.median(seconds[-tenth:])}
+        for name, seconds in (("append_4096_rows_ms", appends), ("open_while_growing_ms", opens))
+    }
     return {
         "rows": len(store),
         "seconds_to_write": seconds,
         "seconds_joining_files": compacting + time.perf_counter() - first,
-        "append_4096_rows_ms": {
-            "first tenth": 1000 * statistics.median(appends[:tenth]),
-            "last tenth": 1000 * statistics.median(appends[-tenth:]),
-        },
-        "open_while_growing_ms": {
-            "first tenth": 1000 * statistics.median(opens[:tenth]),
-            "last tenth": 1000 * statistics.median(opens[-tenth:]),
-        },
+        **milliseconds,
         "bytes_per_token": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / (len(store) * LENGTH),
     }
 
@@ -188,7 +185,7 @@ def fragments(folder: Path) -> list[dict[str, Any]]:
     """Stores of many small files that nobody joins: rows in fragments of one row, 1,000 fragments a commit."""
     table = TokenStore.create(folder, header())._table
     batch, found = [rows(i, i + 1) for i in range(FRAGMENTS_PER_COMMIT)], []
-    written = [table.write(rows_to_table([row._replace(id=f"{row.id}") for row in one], header()))[0] for one in batch]
+    written = [table.write(rows_to_table(one, header()))[0] for one in batch]
     for number in range(FRAGMENTS // FRAGMENTS_PER_COMMIT):
         begun = time.perf_counter()
         table.commit(written)  # the same files again and again: what is measured is the manifest

@@ -256,12 +256,12 @@ def test_verify_finds_tokens_that_are_not_the_pictures(pictures: Path, tokenizer
 
 def test_an_interrupted_job_keeps_what_it_made_and_goes_on(tokenizer: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "p", 90, 400, 600)
-    command = [sys.executable, "-m", "smalto", "tokenize", "p", "--tokenizer", str(tokenizer), "--out", "t"]
-    command += ["--batch", "2", "--workers", "1"]
+    script = "from smalto.data import store_writer; store_writer.ROWS_PER_COMMIT = 4; from smalto.cli import main; main()"
+    command = [sys.executable, "-c", script, "tokenize", "p", "--tokenizer", str(tokenizer), "--out", "t", "--batch", "2", "--workers", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stderr is not None
-    process.stderr.readline()
-    time.sleep(1.2)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "t").exists() and len(TokenStore.open(tmp_path / "t"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130

@@ -45,20 +45,26 @@ def test_its_code_runs(page: Path, tmp_path: Path) -> None:
     (tmp_path / "photos" / "picture00.png").rename(tmp_path / "photos" / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "my.toml").write_text("\n".join(code for _, code in blocks(page, "toml")))
-    python = [code for _, code in blocks(page, "python")]
+    found = blocks(page, "python", "bash")
     if page.name == "concepts.md":
-        python = ["\n".join(python)]  # one program
-    for code in python:
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, code + done.stderr
-    for _, code in blocks(page, "bash"):
-        for line in code.strip().splitlines():
-            program, *arguments = shlex.split(line, comments=True)
-            if program == "smalto":
-                shorter = ["--steps", "4"] if arguments[0] in ("train", "demo") else []  # of two, the last one counts
-                smalto_command(*arguments, *shorter, cwd=tmp_path)
-            else:
-                assert program in ("make", "pip", "git"), line  # what these do is tried in a fresh clone, not here
+        found = [("python", "\n".join(code for _, code in found))]  # one program
+    for language, code in found:
+        (run_python if language == "python" else run_commands)(code, tmp_path)
+
+
+def run_python(code: str, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, code + done.stderr
+
+
+def run_commands(code: str, folder: Path) -> None:
+    for line in code.strip().splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "smalto":
+            shorter = ["--steps", "4"] if arguments[0] in ("train", "demo") else []  # of two, the last one counts
+            smalto_command(*arguments, *shorter, cwd=folder)
+        else:
+            assert program in ("make", "pip", "git"), line  # what these do is tried in a fresh clone, not here
 
 
 @pytest.mark.parametrize("page", [*ENGLISH, *CHINESE], ids=lambda page: str(page.relative_to(ROOT)))

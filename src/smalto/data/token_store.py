@@ -186,7 +186,10 @@ class TokenStore:
 
     def classes(self) -> list[str]:
         """All labels that occur, sorted."""
-        return sorted({label for label in self.labels() if label}) if len(self) else []
+        found: set[str | None] = set()
+        for table in self._table.batches(["label"]):
+            found |= set(compute.unique(_or_raise(table)["label"]).to_pylist())
+        return sorted(label for label in found if label)
 
     def known(self, ids: Sequence[str]) -> dict[str, tuple[int, int, bytes]]:
         """(size, modified, digest) of the files of those ids that are in the store."""

@@ -8,15 +8,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy
+import torch
 from torch import Tensor
 
 from smalto.data.archives import PictureFile, Skipped, open_file
 from smalto.data.decoding import Decoder
 from smalto.data.images import LONGER_SIDE, NOT_AN_IMAGE, BadPicture, summary
-from smalto.data.pictures import to_unit_range, views_of
+from smalto.data.pictures import views_of
 from smalto.data.sources import source_name, walk_source
 from smalto.data.store_writer import KEEP_REPLACED, ROWS_PER_COMMIT, SOME_SMALL_FILES, StoreWriter
 from smalto.data.token_rows import StoreHeader, TokenRow, row_id
@@ -26,6 +27,7 @@ from smalto.device import Precision
 from smalto.errors import ConfigError, DataError, RunError
 from smalto.files import check_writable, name_hash
 from smalto.memory import reused_memory
+from smalto.pipelines.encoding import Encoders
 from smalto.pipelines.running import Runner, batches_of_one_shape, default_workers, transform_of
 from smalto.progress import Progress
 
@@ -134,6 +136,13 @@ def tokenize(
     return done
 
 
+class _Batch(NamedTuple):
+    """Pictures that are encoded together: [pictures, views, 3, height, width]."""
+
+    pictures: list[tuple[PictureFile, Prepared]]
+    shape: torch.Size
+
+
 class _Job:
     """One pass over a source: what is missing goes through the model into the store."""
 
@@ -151,13 +160,15 @@ class _Job:
     def run(self, walk: Iterator[PictureFile | Skipped], workers: int | None) -> Tokenized:
         views = len(self._transform.view_names())
         with (
-            StoreWriter(self._store) as writer,
+            StoreWriter(self._store) as self._writer,
             Decoder(default_workers(workers), self._transform.prepare) as decoder,
+            Encoders(self._runner) as encoders,
         ):
-            self._writer = writer
             decoded = self._good(decoder.in_order(self._missing(walk), _DECODED_TOGETHER))
-            for pictures, images in batches_of_one_shape(decoded, max(1, self._runner.batch // views)):
-                self._write(pictures, self._encode(images.flatten(0, 1)), images.shape)
+            batches = batches_of_one_shape(decoded, max(1, self._runner.batch // views))
+            flat = ((_Batch(pictures, images.shape), images.flatten(0, 1)) for pictures, images in batches)
+            for batch, tokens in encoders.encode(flat):
+                self._write(batch, tokens)
         if self._healed:
             self._store.forget_errors(self._healed)
         return self.done
@@ -200,23 +211,19 @@ class _Job:
             else:
                 yield (file, prepared._replace(views=_NO_VIEWS)), views_of(prepared.views, self._transform.flip)
 
-    def _encode(self, images: Tensor) -> list[Any]:
-        parts = [self._runner.encode(to_unit_range(part)) for part in images.split(self._runner.batch)]
-        return [row for part in parts for row in part.numpy()]
-
-    def _write(self, pictures: list[tuple[PictureFile, Prepared]], tokens: list[Any], shape: Any) -> None:
-        layout, names = self._runner.tokenizer.layout(*shape[-2:]), self._transform.view_names()
+    def _write(self, batch: _Batch, tokens: Tensor) -> None:
+        layout, names = self._runner.tokenizer.layout(*batch.shape[-2:]), self._transform.view_names()
         rows = []
-        for number, (file, prepared) in enumerate(pictures):
+        for number, (file, prepared) in enumerate(batch.pictures):
             for view, name in enumerate(names):
                 crop = prepared.crops[view % len(prepared.crops)]
                 facts = (file.label, prepared.height, prepared.width, crop, file.size, file.modified, prepared.digest)
                 rows.append(TokenRow(row_id(file.name, name), tokens[number * len(names) + view], layout, *facts))
         self._writer.put(rows, replace=self._update)
-        self._healed += [file.name for file, _ in pictures if file.name in self._bad_before]
-        self.done.num_images += len(pictures)
+        self._healed += [file.name for file, _ in batch.pictures if file.name in self._bad_before]
+        self.done.num_images += len(batch.pictures)
         self.done.num_tokens += sum(len(row.tokens) for row in rows)
-        self._advance(len(pictures))
+        self._advance(len(batch.pictures))
 
     def _skip(self, skipped: Skipped, size: int, modified: int) -> None:
         if skipped.reason == NOT_AN_IMAGE and not size:  # nobody took it for one

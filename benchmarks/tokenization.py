@@ -1,0 +1,177 @@
+"""Claim: `smalto tokenize` works at 0.9 or more of what the parts allow: the model alone, and the cores of the machine divided by what
+decoding and the model take of them for one picture. And its memory does not grow with the collection: within 5 % from 3,000 to 30,000
+pictures.
+
+    python benchmarks/tokenization.py [FOLDER]
+
+(It is not called tokenize.py because Python has a module of that name, which all scripts of this folder would find here.)
+
+Pictures are made of the bundled photographs: JPEG files of 256 x 256 and of 500 x 375 (the usual size in ImageNet), no two alike. Every
+job is a process of its own; what it writes is checked by its number of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from machine import store
+from PIL import Image
+
+import smalto
+from smalto.data.bundled import bundled_photographs
+from smalto.data.images import find_pictures, read_picture
+from smalto.data.pictures import to_unit_range, views_of
+from smalto.data.transform import Transform
+from smalto.memory import reused_memory
+from smalto.pipelines.running import Runner
+from smalto.progress import Progress
+from smalto.training.recipe import load_recipe
+
+SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 6
+SHAPES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}
+RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
+PICTURES = {"SimpleVQVAE": 4000, "small CNN": 600}  # per job, so that each takes about half a minute
+MEMORY = (3000, 30_000)
+
+
+def write_pictures(folder: Path, number: int, width: int, height: int) -> None:
+    """Crops of photographs with a camera's noise, as JPEG files of quality 90, 1,000 in a folder."""
+    sources = [Image.fromarray(read_picture(file, None)) for file in bundled_photographs()]
+    for i in range(number):
+        random, source = numpy.random.default_rng(i), sources[i % len(sources)]
+        scale = max(width / source.width, height / source.height) * random.uniform(1, 1.5)
+        large = source.resize((round(source.width * scale) + 1, round(source.height * scale) + 1), Image.Resampling.BICUBIC)
+        left, top = int(random.integers(0, large.width - width + 1)), int(random.integers(0, large.height - height + 1))
+        pixels = numpy.asarray(large.crop((left, top, left + width, top + height)), numpy.int16)
+        noisy = numpy.clip(pixels + random.integers(-4, 5, pixels.shape, dtype=numpy.int16), 0, 255).astype(numpy.uint8)
+        path = folder / f"{i // 1000:03d}" / f"{i:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noisy).save(path, quality=90)
+
+
+def tokenizers(folder: Path) -> dict[str, Path]:
+    torch.manual_seed(0)
+    made = {"SimpleVQVAE": smalto.SimpleVQVAE(512), "small CNN": load_recipe(RECIPE).tokenizer.build()}
+    for name, model in made.items():
+        model.save(folder / name)
+    return {name: folder / name for name in made}
+
+
+@reused_memory()
+def model_alone(tokenizer: str, precision: Any) -> dict[str, float]:
+    """Images a second of the encoder on all cores, and the seconds of a core that one image takes."""
+    runner = Runner.of(tokenizer, "cpu", precision, BATCH, Progress())
+    images = torch.rand(BATCH, 3, SIDE, SIDE) * 2 - 1
+    runner.encode(images)
+    begun, used = time.perf_counter(), time.process_time()
+    done = 0
+    while time.perf_counter() - begun < SECONDS:
+        runner.encode(images)
+        done += BATCH
+    return {"images_per_second": done / (time.perf_counter() - begun), "core_seconds": (time.process_time() - used) / done}
+
+
+def decoding_alone(pictures: Path) -> float:
+    """Seconds of a core that reading, decoding and cutting one picture takes, and turning it into the model's input."""
+    files, _ = find_pictures(pictures)
+    transform = Transform(stride=4, size=SIDE)
+    used = time.process_time()
+    for file in files[:500]:
+        to_unit_range(views_of(transform.prepare(file).views, False))
+    return (time.process_time() - used) / min(500, len(files))
+
+
+JOB = f"""
+import json, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import smalto
+from machine import peak_mib
+from smalto.pipelines import tokenize
+pictures, tokenizer, out, precision = sys.argv[1:]
+begun = time.perf_counter()
+done = smalto.tokenize(pictures, tokenizer, out, size={SIDE}, batch={BATCH}, precision=precision, device="cpu")
+print(json.dumps(dict(rows=done.num_rows, seconds=time.perf_counter() - begun, peak_mib=peak_mib())))
+"""
+
+
+def in_a_process(*arguments: object) -> dict[str, float]:
+    """What a Python process prints last; its threads wait as those of the command line do."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_job(pictures: Path, tokenizer: Path, out: Path, precision: str) -> dict[str, float]:
+    shutil.rmtree(out, ignore_errors=True)
+    return in_a_process("-c", JOB, pictures, tokenizer, out, precision)
+
+
+def end_to_end(folder: Path, pictures: dict[str, Path], models: dict[str, Path]) -> list[dict[str, Any]]:
+    found = []
+    for name, tokenizer in models.items():
+        for precision in ("float32", "bf16"):
+            for shape, source in pictures.items():
+                part = folder / "part" / shape  # as many as this model does in about half a minute
+                shutil.rmtree(part, ignore_errors=True)
+                files, _ = find_pictures(source)
+                for file in files[: PICTURES[name]]:
+                    (part / file.name).parent.mkdir(parents=True, exist_ok=True)
+                    os.link(file.path, part / file.name)
+                rounds = []
+                for _ in range(ROUNDS):  # bounds and job in turn: the machine's speed changes
+                    alone, decoding = in_a_process(__file__, "--model", tokenizer, precision), decoding_alone(part)
+                    cores = (os.cpu_count() or 1) / (decoding + alone["core_seconds"])
+                    done = run_job(part, tokenizer, folder / "tokens.lance", precision)
+                    assert done["rows"] == min(PICTURES[name], len(files))
+                    speed, bound = done["rows"] / done["seconds"], min(alone["images_per_second"], cores)
+                    rounds.append((speed / bound, speed, alone["images_per_second"], cores, 1000 * decoding, done["peak_mib"]))
+                keys = ("share_of_bound", "images_per_second", "model_alone", "cores_bound", "decoding_ms", "peak_mib")
+                middle = {key: statistics.median(values) for key, values in zip(keys, zip(*rounds, strict=True), strict=True)}
+                found.append({"model": name, "precision": precision, "jpeg": shape, "pictures": PICTURES[name], **middle})
+                print(found[-1], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/bench-tokenize"), help="for pictures and stores; 1 GB; removed")
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True)
+    try:
+        pictures = {shape: folder / shape for shape in SHAPES}
+        for shape, (width, height) in SHAPES.items():
+            write_pictures(pictures[shape], max(PICTURES.values()), width, height)
+        models = tokenizers(folder)
+        result: dict[str, Any] = {"side": SIDE, "batch": BATCH, "rounds": ROUNDS, "rows": end_to_end(folder, pictures, models)}
+        write_pictures(folder / "many", MEMORY[1], 64, 64)
+        (folder / "few").mkdir()
+        for path in sorted((folder / "many").iterdir())[: MEMORY[0] // 1000]:
+            os.symlink(path.resolve(), folder / "few" / path.name)
+        peaks = {
+            number: run_job(folder / where, models["SimpleVQVAE"], folder / "tokens.lance", "bf16")["peak_mib"]
+            for number, where in zip(MEMORY, ("few", "many"), strict=True)
+        }
+        result["peak_mib"] = peaks
+        result["memory_ratio"] = peaks[MEMORY[1]] / peaks[MEMORY[0]]
+        print(peaks, result["memory_ratio"])
+    finally:
+        shutil.rmtree(folder)
+    print("stored in", store("tokenization", result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--model"]:
+        print(json.dumps(model_alone(*sys.argv[2:])))
+    else:
+        main()

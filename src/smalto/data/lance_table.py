@@ -34,6 +34,7 @@ __all__ = ["ROWS_PER_FILE", "LanceTable", "compute", "pyarrow"]  # pyarrow comes
 STORAGE_VERSION: Literal["2.1"] = "2.1"  # of Lance's files, said explicitly: the default changes with its releases
 ROWS_PER_FILE = 2**20
 _CACHE_BYTES = 2**26
+_FEW_ROWS = 2**17  # so many are read through without an index
 _HEAD = "head.json"
 
 
@@ -186,7 +187,7 @@ class LanceTable:
         """Index the ids. A whole index is merged anew each time, so for growing tables ``lazily``; rows outside it are read through."""
         indices = self._dataset.describe_indices()
         indexed = indices[0].num_rows_indexed if indices else 0
-        if len(self) - indexed < (max(ROWS_PER_FILE, indexed // 8) if lazily else 1):
+        if len(self) - indexed < (max(_FEW_ROWS, indexed // 8) if lazily else 1):
             return
         if indices:
             self._dataset.optimize.optimize_indices()

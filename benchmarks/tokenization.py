@@ -31,9 +31,9 @@ from PIL import Image
 import smalto
 from smalto.data.bundled import bundled_photographs
 from smalto.data.images import find_pictures, read_picture
-from smalto.data.pictures import to_unit_range, views_of
 from smalto.data.transform import Transform
 from smalto.memory import reused_memory
+from smalto.pipelines.encoding import Encoders
 from smalto.pipelines.running import Runner
 from smalto.progress import Progress
 from smalto.training.recipe import load_recipe
@@ -70,25 +70,29 @@ def tokenizers(folder: Path) -> dict[str, Path]:
 
 @reused_memory()
 def model_alone(tokenizer: str, precision: Any) -> dict[str, float]:
-    """Images a second of the encoder on all cores, and the seconds of a core that one image takes."""
+    """Images a second of the encoder on all cores, run as the job runs it, and the seconds of a core that one image takes."""
     runner = Runner.of(tokenizer, "cpu", precision, BATCH, Progress())
-    images = torch.rand(BATCH, 3, SIDE, SIDE) * 2 - 1
-    runner.encode(images)
-    begun, used = time.perf_counter(), time.process_time()
-    done = 0
-    while time.perf_counter() - begun < SECONDS:
-        runner.encode(images)
-        done += BATCH
-    return {"images_per_second": done / (time.perf_counter() - begun), "core_seconds": (time.process_time() - used) / done}
+    images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
+    with Encoders(runner) as encoders:
+        for _ in encoders.encode([(None, images)] * 2):
+            pass
+        begun, used = time.perf_counter(), time.process_time()
+        done = 0
+        until_then = ((None, images) for _ in iter(lambda: time.perf_counter() - begun < SECONDS, False))
+        for _ in encoders.encode(until_then):
+            done += BATCH
+        return {"images_per_second": done / (time.perf_counter() - begun), "core_seconds": (time.process_time() - used) / done}
 
 
-def decoding_alone(pictures: Path) -> float:
-    """Seconds of a core that reading, decoding and cutting one picture takes, and turning it into the model's input."""
+def decoding_alone(pictures: str) -> float:
+    """Seconds of a core that a worker of the job takes to read, decode and cut one picture."""
     files, _ = find_pictures(pictures)
     transform = Transform(stride=4, size=SIDE)
+    for file in files[:20]:
+        transform.prepare(file)
     used = time.process_time()
     for file in files[:500]:
-        to_unit_range(views_of(transform.prepare(file).views, False))
+        transform.prepare(file)
     return (time.process_time() - used) / min(500, len(files))
 
 
@@ -97,7 +101,6 @@ import json, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import smalto
 from machine import peak_mib
-from smalto.pipelines import tokenize
 pictures, tokenizer, out, precision = sys.argv[1:]
 begun = time.perf_counter()
 done = smalto.tokenize(pictures, tokenizer, out, size={SIDE}, batch={BATCH}, precision=precision, device="cpu")
@@ -105,7 +108,7 @@ print(json.dumps(dict(rows=done.num_rows, seconds=time.perf_counter() - begun, p
 """
 
 
-def in_a_process(*arguments: object) -> dict[str, float]:
+def in_a_process(*arguments: object) -> Any:
     """What a Python process prints last; its threads wait as those of the command line do."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
@@ -130,7 +133,7 @@ def end_to_end(folder: Path, pictures: dict[str, Path], models: dict[str, Path])
                     os.link(file.path, part / file.name)
                 rounds = []
                 for _ in range(ROUNDS):  # bounds and job in turn: the machine's speed changes
-                    alone, decoding = in_a_process(__file__, "--model", tokenizer, precision), decoding_alone(part)
+                    alone, decoding = in_a_process(__file__, "--model", tokenizer, precision), in_a_process(__file__, "--decoding", part)
                     cores = (os.cpu_count() or 1) / (decoding + alone["core_seconds"])
                     done = run_job(part, tokenizer, folder / "tokens.lance", precision)
                     assert done["rows"] == min(PICTURES[name], len(files))
@@ -173,5 +176,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--model"]:
         print(json.dumps(model_alone(*sys.argv[2:])))
+    elif sys.argv[1:2] == ["--decoding"]:
+        print(json.dumps(decoding_alone(*sys.argv[2:])))
     else:
         main()

@@ -15,7 +15,7 @@ from smalto.quantizers import CodebookUpdater, ProductVQConfig, QuantizerConfig,
 from smalto.quantizers.statistics import add_op
 from smalto.search import code_sums, tiled
 from smalto.search.code_sums import code_sums_op
-from smalto.search.nearest import nearest_op
+from smalto.search.nearest import nearest_op, search
 
 N, K, C = 4096, 2048, 4  # N·K is a thousand times what a step needs
 
@@ -28,7 +28,7 @@ class LargestTensor(TorchDispatchMode):
         self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        bodies = {op._opoverload: op._init_fn for op in (nearest_op, code_sums_op, add_op)}
+        bodies = {nearest_op: search} | {op._opoverload: op._init_fn for op in (code_sums_op, add_op)}
         if func in bodies:
             with self:
                 return bodies[func](*args, **(kwargs or {}))

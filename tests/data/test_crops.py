@@ -218,21 +218,6 @@ def test_the_split_holds_out_at_least_one_readable_picture(tmp_path: Path) -> No
         assert split_by_name(FilePictures(files, decoder, 0), ["picture01.png"]) == ([0, 2], [1])
 
 
-def test_a_picture_that_kills_its_worker_is_bad_and_the_others_are_not(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    files, _ = find_pictures(pictures)
-    with Decoder(2, kill_on_the_third) as decoder:
-        outcomes = dict(decoder.in_order(files))
-    bad = [file.name for file, outcome in outcomes.items() if not isinstance(outcome, numpy.ndarray)]
-    assert bad == ["picture02.png"]
-
-
-def kill_on_the_third(file: PictureFile) -> numpy.ndarray:
-    if file.name == "picture02.png":
-        os._exit(9)
-    return read_picture(file)
-
-
 def test_ranges_and_centre_crops() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
     assert torch.equal(to_uint8(to_unit_range(values)), values)

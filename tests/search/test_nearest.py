@@ -266,6 +266,12 @@ def test_the_operator_is_registered_as_torch_wants_it() -> None:
     torch.library.opcheck(code_sums_op, (torch.randn(9, 3), torch.randint(5, (9,)), 5))
 
 
+def test_searching_does_not_import_torchs_compiler() -> None:
+    """It takes seconds and 100 MB, which programs that only encode can do without."""
+    code = "import sys, torch; from smalto.search import nearest_codes; nearest_codes(torch.ones(4, 2), torch.ones(3, 2))"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True)
+
+
 @pytest.mark.parametrize(
     ("queries", "codebook", "metric", "says"),
     [

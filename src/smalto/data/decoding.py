@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from smalto.data.archives import PictureFile
 from smalto.data.images import BadPicture
+from smalto.data.slots import Packed, Slots, packed, use_slots
 from smalto.errors import DataError
 
 T = TypeVar("T")
@@ -35,7 +37,7 @@ class Decoder(Generic[T]):
 
     def __init__(self, workers: int, read: Callable[[PictureFile], T]) -> None:
         self.workers, self._read = workers, read
-        self._pool: ProcessPoolExecutor | None = None
+        self._running: _Workers | None = None
 
     def submit(self, file: PictureFile) -> Future[list[T | BadPicture]] | None:
         """Ask for one file; pass what comes back to ``result``."""
@@ -53,26 +55,38 @@ class Decoder(Generic[T]):
 
         ``together`` files are one job of a worker; two jobs a worker are begun ahead.
         """
-        waiting: deque[tuple[list[PictureFile], Future[list[T | BadPicture]] | None]] = deque()
+        waiting: deque[_Job] = deque()
         files = iter(files)
         while group := list(itertools.islice(files, together)):
-            waiting.append((group, self._submit(_read_each, self._read, group) if self.workers else None))
+            waiting.append(self._begin(group))
             if len(waiting) > 2 * self.workers:
-                group, future = waiting.popleft()
-                yield from zip(group, self._outcomes(group, future), strict=True)
-        for group, future in waiting:
-            yield from zip(group, self._outcomes(group, future), strict=True)
+                yield from self._finish(waiting.popleft())
+        for job in waiting:
+            yield from self._finish(job)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        if self._running is not None:
+            self._running.pool.shutdown(cancel_futures=True)
+            self._running = None
 
     def __enter__(self) -> Decoder[T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _begin(self, files: list[PictureFile]) -> _Job:
+        if not self.workers:
+            return _Job(files, None, None)
+        slots = self._start().slots
+        slot = slots.take()
+        return _Job(files, self._submit(packed, slot, _read_each, self._read, files), partial(slots.unpack, slot))
+
+    def _finish(self, job: _Job) -> Iterator[tuple[PictureFile, T | BadPicture]]:
+        outcomes = self._outcomes(job.files, job.future)
+        if job.unpack and isinstance(outcomes, Packed):  # else it was done again here
+            outcomes = job.unpack(outcomes)
+        yield from zip(job.files, outcomes, strict=True)
 
     def _outcomes(self, files: list[PictureFile], future: Future[list[T | BadPicture]] | None) -> list[T | BadPicture]:
         if future is None:
@@ -82,13 +96,19 @@ class Decoder(Generic[T]):
         except (BrokenProcessPool, CancelledError):  # its worker died, or another job's did and took the pool along
             return [self._retry_alone(file) for file in files]
 
+    def _start(self) -> _Workers:
+        if self._running is None:
+            context = multiprocessing.get_context("spawn")  # not forked: torch's threads do not survive a fork
+            slots = Slots(context, 2 * self.workers + 1)
+            pool = ProcessPoolExecutor(self.workers, context, initializer=_begin_worker, initargs=(slots.array,))
+            self._running = _Workers(pool, slots)
+        return self._running
+
     def _submit(self, job: Callable[..., R], *arguments: Any) -> Future[R]:
-        if self._pool is None:
-            # Spawned, not forked: torch's threads do not survive a fork.
-            self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), initializer=_end_with_the_parent)
+        pool = self._start().pool
         with _interrupts_are_the_parents():  # submitting may start a worker
             try:
-                return self._pool.submit(job, *arguments)
+                return pool.submit(job, *arguments)
             except BrokenProcessPool:  # it broke since: this job, too, is done again alone
                 broken: Future[R] = Future()
                 broken.set_exception(BrokenProcessPool())
@@ -109,6 +129,24 @@ class Decoder(Generic[T]):
         except BrokenProcessPool:
             self.close()
             return BadPicture("damaged: it crashed the decoder")
+
+
+class _Workers(NamedTuple):
+    pool: ProcessPoolExecutor
+    slots: Slots
+
+
+class _Job(NamedTuple):
+    """Files that a worker reads together."""
+
+    files: list[PictureFile]
+    future: Future[Any] | None
+    unpack: Callable[[Packed], Any] | None
+
+
+def _begin_worker(shared: Any) -> None:
+    use_slots(shared)
+    _end_with_the_parent()
 
 
 def _end_with_the_parent() -> None:

@@ -57,17 +57,26 @@ def nearest_codes(
     if backend == "faiss" and (exact or queries.device.type != "cpu"):
         raise InputError('backend="faiss" searches in float32 on the CPU; use backend=None for exact=True and for other devices.')
     with torch.no_grad():
-        return nearest_op(queries, codebook, metric == "cosine", backend or "", exact)
+        indices: Tensor = nearest_op(queries, codebook, metric == "cosine", backend or "", exact)
+        return indices
 
 
-@torch.library.custom_op("smalto::nearest_codes", mutates_args=())
-def nearest_op(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
+def search(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
     """``nearest_codes`` without the checks; an empty ``backend`` chooses."""
     if backend == "faiss" or (not backend and not exact and faiss_search.is_faster(queries, codebook)):
         return faiss_search.search(queries, codebook, cosine)
     return tiled.search(queries, codebook, cosine, exact)
 
 
-@nearest_op.register_fake
-def _(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
+# One operator, so that a compiled model has the search as one node. Not by torch.library.custom_op: its first call imports torch's
+# compiler, a second and a half and 100 MB for every program that only encodes.
+torch.library.define("smalto::nearest_codes", torch.library.infer_schema(search, mutates_args=()))
+torch.library.impl("smalto::nearest_codes", "default", search)
+nearest_op = torch.ops.smalto.nearest_codes.default
+
+
+def _fake(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
     return queries.new_empty(queries.shape[0], dtype=torch.int64)
+
+
+torch.library.register_fake("smalto::nearest_codes", _fake)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from smalto.search import nearest
 from smalto.training.recipe import Recipe, change_recipe
 from smalto.training.tokenizer_task import TokenizerTask
 from tests.conftest import TINY
@@ -47,12 +50,12 @@ def recipe(kind: str) -> Recipe:
     return change_recipe(Recipe(), settings | {"data.batch": 8, "steps": STEPS} | KINDS[kind])
 
 
-def trained(kind: str, rank: int, world: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def trained(kind: str, dtype: torch.dtype, seed: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """State after training on this process's rows of fixed batches, from the k-means start on."""
     chosen = recipe(kind)
     torch.manual_seed(0)
     tokenizer = chosen.tokenizer.build().to(dtype)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     batches = [torch.rand(8, 3, 16, 16, generator=generator, dtype=dtype) * 2 - 1 for _ in range(STEPS)]
     torch.manual_seed(rank)  # processes may differ in their own randomness: the discriminator's start is the first one's
     task = TokenizerTask(tokenizer, chosen, batches[0])
@@ -65,19 +68,51 @@ def trained(kind: str, rank: int, world: int, dtype: torch.dtype) -> dict[str, T
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def all_kinds(rank: int, world: int, meeting: str) -> dict[str, dict[str, Tensor]]:
+Cases = dict[tuple[str, torch.dtype], int]  # and the seed of the batches of each
+
+
+def all_cases(rank: int, world: int, meeting: str, cases: Cases) -> dict[tuple[str, torch.dtype], dict[str, Tensor]]:
     join(rank, world, meeting)
-    return {f"{kind} {dtype}": trained(kind, rank, world, dtype) for kind in KINDS for dtype in (torch.float32, torch.float64)}
+    return {(kind, dtype): trained(kind, dtype, seed, rank, world) for (kind, dtype), seed in cases.items()}
+
+
+@contextmanager
+def margins() -> Iterator[list[float]]:
+    """Of every search: by how much the best two codes differed at least, as a share of the vector's and the codes' length."""
+    search, found = nearest.nearest_op, []
+
+    def watched(queries: Tensor, codes: Tensor, *settings: Any) -> Tensor:
+        distances = torch.cdist(queries.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        nearest, second = distances.topk(2, largest=False).values.unbind(1)
+        found.append(float(((second - nearest) / (queries.norm(dim=1) + codes.norm(dim=1).max())).min()))
+        return search(queries, codes, *settings)
+
+    nearest.nearest_op = watched
+    try:
+        yield found
+    finally:
+        nearest.nearest_op = search
+
+
+def trained_clearly(kind: str, dtype: torch.dtype) -> tuple[int, dict[str, Tensor]]:
+    """The first seed with which no choice of a code hangs on the last digits, which follow the order of sums; and what is trained."""
+    for seed in range(100):
+        with margins() as found:
+            state = trained(kind, dtype, seed)
+        if min(found) > 1e-5:
+            return seed, state
+    raise AssertionError(f"{kind}: every seed of 100 has a vector in the middle of two codes")
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    first, second = in_processes(2, all_kinds, tmp_path)
+    alone = {(kind, dtype): trained_clearly(kind, dtype) for kind in KINDS for dtype in (torch.float32, torch.float64)}
+    first, second = in_processes(2, all_cases, tmp_path, {case: seed for case, (seed, _) in alone.items()})
     assert isinstance(first, dict)
     assert isinstance(second, dict)
-    for kind in KINDS:
-        for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-6), (torch.float64, 1e-10, 1e-10)):
-            alone = trained(kind, 0, 1, dtype)
-            for name, tensor in first[f"{kind} {dtype}"].items():
-                where = f"{kind} {dtype} {name}"
-                assert torch.equal(tensor, second[f"{kind} {dtype}"][name]), where
-                torch.testing.assert_close(tensor, alone[name], rtol=rtol, atol=atol, msg=lambda text, where=where: f"{where}: {text}")
+    for case, (_, expected) in alone.items():
+        rtol, atol = (1e-4, 1e-6) if case[1] is torch.float32 else (1e-10, 1e-10)
+        assert expected
+        for name, tensor in expected.items():
+            where = f"{case} {name}"
+            assert torch.equal(first[case][name], second[case][name]), where
+            torch.testing.assert_close(first[case][name], tensor, rtol=rtol, atol=atol, msg=lambda text, where=where: f"{where}: {text}")

@@ -19,7 +19,10 @@ class Slots:
     """Memory shared with worker processes, in slots of 2 MiB; it is gone when the last process that has it ends, however it ends."""
 
     def __init__(self, context: SpawnContext, number: int) -> None:
-        self.array = context.RawArray(ctypes.c_byte, number * BYTES)
+        try:
+            self.array = context.RawArray(ctypes.c_byte, number * BYTES)
+        except OSError:  # no room for it: everything goes through the pipe
+            number, self.array = 0, context.RawArray(ctypes.c_byte, 1)
         self._memory = memoryview(self.array).cast("B")
         self._free = deque(range(number))
 

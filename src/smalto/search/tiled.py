@@ -115,6 +115,13 @@ class _Codes:
         torch.sub(queries.to(torch.promote_types(queries.dtype, dtype)), self.shift, out=out[:, :-1])
         return out
 
+    def similarity(self, queries: Tensor, numbers: Tensor) -> Tensor:
+        """Of pairs, in float64: minus the squared distance, or the product with the unit code. [n, D], [n] -> [n]."""
+        chosen = self._codebook[numbers].double()
+        if self._cosine:
+            return (queries.double() * unit(chosen)).sum(dim=1)
+        return (queries.double() - chosen).square().sum(dim=1).neg()
+
     def longest(self) -> float:
         """Length of the longest shifted code, for cosine 1."""
         if self._cosine:
@@ -173,18 +180,35 @@ def _position_exact(queries: Tensor, codes: _Codes, best: Tensor) -> Tensor:
     top = best.amax(dim=0)
     # Rounding of a product of D + 1 terms, in the worst case, on both of the scores that are compared.
     length = (queries.double() - codes.shift).norm(dim=1)
-    reach = (length + codes.longest()) * codes.longest()
-    margin = (queries.shape[1] + 8) * 2.0**-23 * reach
+    reach = (length + codes.longest()) * codes.longest() * (queries.shape[1] + 8)
     indices = torch.zeros_like(top, dtype=torch.int64)
     found = torch.full_like(top, -torch.inf, dtype=torch.float64)
     for group in codes.groups(torch.float64):
         for t, tile in enumerate(group.tiles, start=group.first_tile):
-            for part in (best[t] >= top - margin).nonzero().squeeze(1).split(QUERIES_PER_TILE):
-                score, position = torch.mm(codes.with_ones(queries[part], torch.float64), tile).max(dim=1)
+            for part in ((best[t] >= top - reach * 2.0**-23) & top.isfinite()).nonzero().squeeze(1).split(QUERIES_PER_TILE):
+                scores = torch.mm(codes.with_ones(queries[part], torch.float64), tile)
+                near = scores >= scores.amax(dim=1, keepdim=True) - reach[part].unsqueeze(1) * 2.0**-52
+                score, position = _nearest_of(near, queries[part], codes, t * codes.per_tile)
                 better = score > found[part]
-                indices[part] = torch.where(better, position + t * codes.per_tile, indices[part])
+                indices[part] = torch.where(better, position, indices[part])
                 found[part] = torch.where(better, score, found[part])
-    return torch.where(top.isfinite(), indices, 0)
+    return indices
+
+
+def _nearest_of(near: Tensor, queries: Tensor, codes: _Codes, first: int) -> tuple[Tensor, Tensor]:
+    """Of the codes that are ``near`` [n, k] each query, numbered from ``first``: the similarity of the nearest, and its number.
+
+    A product may round the columns at its edges in another way than the rest: equal codes would get different scores. Here each pair is
+    computed by itself, so that equal codes are equally near, and the lowest is taken.
+    """
+    row, number = near.nonzero().unbind(1)
+    number = number + first
+    pairs = max(1, BLOCK_FLOATS // 4 // queries.shape[1])
+    similar = torch.cat([codes.similarity(queries[r], n) for r, n in zip(row.split(pairs), number.split(pairs), strict=True)])
+    best = similar.new_full((len(near),), -torch.inf).scatter_reduce(0, row, similar, "amax")
+    ties = similar == best[row]
+    lowest = number.new_full((len(near),), first + near.shape[1]).scatter_reduce(0, row[ties], number[ties], "amin")
+    return best, lowest
 
 
 def mean_code(codebook: Tensor) -> Tensor:

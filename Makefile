@@ -25,12 +25,12 @@ check: .venv ## style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: .venv ## measure; results go to benchmarks/results (three hours; let nothing else run)
+bench: .venv ## measure; results go to benchmarks/results (four hours; let nothing else run)
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/encode.py
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench]" && $(BIN)/python benchmarks/train.py
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench]" && $(BIN)/python benchmarks/train.py && $(BIN)/python benchmarks/store.py && $(BIN)/python benchmarks/tokenization.py
 	rm -rf runs/bench-vqgan && $(BIN)/python benchmarks/vqgan.py runs/bench-vqgan && $(BIN)/python docs/make_vqgan.py runs/bench-vqgan/photos-vqgan-small
 	rm -rf runs/bench-var && $(BIN)/python benchmarks/var.py runs/bench-var && $(BIN)/python docs/make_var.py runs/bench-var/var-small
 	rm -rf runs/bench && $(BIN)/python benchmarks/demo.py runs/bench && $(BIN)/python docs/make_picture.py runs/bench/demo

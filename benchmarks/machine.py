@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{package: _version(package) for package in ("smalto", "faiss-cpu", "vector-quantize-pytorch", "diffusers")},
+        **{package: _version(package) for package in ("smalto", "faiss-cpu", "vector-quantize-pytorch", "diffusers", "pylance", "lmdb")},
     }
 
 

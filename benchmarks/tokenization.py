@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy
 import torch
-from machine import store
+from machine import RESULTS, store
 from PIL import Image
 
 import smalto
@@ -42,10 +42,10 @@ SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 6
 SHAPES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}
 RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
 PICTURES = {  # per job, so that each takes half a minute or more: starting takes two seconds
-    ("SimpleVQVAE", "float32"): 3000,
-    ("SimpleVQVAE", "bf16"): 7000,
-    ("small CNN", "float32"): 300,
-    ("small CNN", "bf16"): 900,
+    ("SimpleVQVAE", "float32"): 2000,
+    ("SimpleVQVAE", "bf16"): 4000,
+    ("small CNN", "float32"): 240,
+    ("small CNN", "bf16"): 500,
 }
 MEMORY = (3000, 30_000)
 
@@ -106,9 +106,9 @@ import json, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import smalto
 from machine import peak_mib
-pictures, tokenizer, out, precision, side = sys.argv[1:]
+pictures, tokenizer, out, precision = sys.argv[1:]
 begun = time.perf_counter()
-done = smalto.tokenize(pictures, tokenizer, out, size=int(side), batch={BATCH}, precision=precision, device="cpu")
+done = smalto.tokenize(pictures, tokenizer, out, size={SIDE}, batch={BATCH}, precision=precision, device="cpu")
 print(json.dumps(dict(rows=done.num_rows, seconds=time.perf_counter() - begun, peak_mib=peak_mib())))
 """
 
@@ -120,9 +120,9 @@ def in_a_process(*arguments: object) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_job(pictures: Path, tokenizer: Path, out: Path, precision: str, side: int) -> dict[str, float]:
+def run_job(pictures: Path, tokenizer: Path, out: Path, precision: str) -> dict[str, float]:
     shutil.rmtree(out, ignore_errors=True)
-    return in_a_process("-c", JOB, pictures, tokenizer, out, precision, side)
+    return in_a_process("-c", JOB, pictures, tokenizer, out, precision)
 
 
 def end_to_end(folder: Path, pictures: dict[str, Path], models: dict[str, Path]) -> list[dict[str, Any]]:
@@ -139,7 +139,7 @@ def end_to_end(folder: Path, pictures: dict[str, Path], models: dict[str, Path])
             for _ in range(ROUNDS):  # bounds and job in turn: the machine's speed changes
                 alone, decoding = in_a_process(__file__, "--model", tokenizer, precision), in_a_process(__file__, "--decoding", part)
                 cores = (os.cpu_count() or 1) / (decoding + alone["core_seconds"])
-                done = run_job(part, tokenizer, folder / "tokens.lance", precision, SIDE)
+                done = run_job(part, tokenizer, folder / "tokens.lance", precision)
                 assert done["rows"] == number
                 speed, bound = done["rows"] / done["seconds"], min(alone["images_per_second"], cores)
                 rounds.append((speed / bound, speed, alone["images_per_second"], cores, 1000 * decoding, done["peak_mib"]))
@@ -150,28 +150,37 @@ def end_to_end(folder: Path, pictures: dict[str, Path], models: dict[str, Path])
     return found
 
 
+def memory(folder: Path, tokenizer: Path) -> dict[str, Any]:
+    """The peak of jobs of 3,000 and 30,000 pictures; the short job before and after the long one."""
+    number, many = MEMORY
+    write_pictures(folder / "many", many, SIDE, SIDE)
+    (folder / "few").mkdir()
+    for path in sorted((folder / "many").iterdir())[: number // 1000]:
+        os.symlink(path.resolve(), folder / "few" / path.name)
+    peaks = [run_job(folder / where, tokenizer, folder / "tokens.lance", "bf16")["peak_mib"] for where in ("few", "many", "few")]
+    few = statistics.mean(peaks[::2])
+    return {"peak_mib": {number: few, many: peaks[1]}, "memory_ratio": peaks[1] / few}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/bench-tokenize"), help="for pictures and stores; 1 GB; removed")
-    folder: Path = parser.parse_args().folder
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/bench-tokenize"), help="for pictures and stores; 2 GB; removed")
+    parser.add_argument("--only-memory", action="store_true", help="this part alone again; the rest stays as stored")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     folder.mkdir(parents=True)
     try:
-        pictures = {shape: folder / shape for shape in SHAPES}
-        for shape, (width, height) in SHAPES.items():
-            write_pictures(pictures[shape], max(PICTURES.values()), width, height)
         models = tokenizers(folder)
-        result: dict[str, Any] = {"side": SIDE, "batch": BATCH, "rounds": ROUNDS, "rows": end_to_end(folder, pictures, models)}
-        write_pictures(folder / "many", MEMORY[1], 64, 64)
-        (folder / "few").mkdir()
-        for path in sorted((folder / "many").iterdir())[: MEMORY[0] // 1000]:
-            os.symlink(path.resolve(), folder / "few" / path.name)
-        peaks = {
-            number: run_job(folder / where, models["SimpleVQVAE"], folder / "tokens.lance", "bf16", 64)["peak_mib"]
-            for number, where in zip(MEMORY, ("few", "many"), strict=True)
-        }
-        result["peak_mib"] = peaks
-        result["memory_ratio"] = peaks[MEMORY[1]] / peaks[MEMORY[0]]
-        print(peaks, result["memory_ratio"])
+        if arguments.only_memory:
+            result = json.loads((RESULTS / "tokenization.json").read_text())
+            result.pop("machine")
+        else:
+            pictures = {shape: folder / shape for shape in SHAPES}
+            for shape, (width, height) in SHAPES.items():
+                write_pictures(pictures[shape], max(PICTURES.values()), width, height)
+            result = {"side": SIDE, "batch": BATCH, "rounds": ROUNDS, "rows": end_to_end(folder, pictures, models)}
+        result |= memory(folder, models["SimpleVQVAE"])
+        print(result["peak_mib"], result["memory_ratio"])
     finally:
         shutil.rmtree(folder)
     print("stored in", store("tokenization", result))

@@ -45,6 +45,38 @@ def test_pages_are_asked_for_once_and_given_back() -> None:
     assert given_back > 30  # MiB, of one tensor of 46
 
 
+_RETURNED = """
+from pathlib import Path
+import numpy
+from smalto.memory import returned_memory, reused_memory
+
+def resident():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) // 1024
+
+with reused_memory():
+    def held():
+        before = resident()
+        blocks = [numpy.ones(2**17, numpy.uint8) for _ in range(400)]  # 50 MiB; the last one keeps a heap from shrinking
+        last = blocks.pop()
+        del blocks
+        return resident() - before, last
+
+    with returned_memory():
+        returned, _ = held()
+    kept, _ = held()
+print(returned, kept)
+"""
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="no glibc, or somebody tuned it")
+def test_memory_is_returned_at_once_where_it_is_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", _RETURNED], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    returned, kept = map(int, done.stdout.split())
+    assert returned < 10
+    assert kept > 40
+
+
 def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX_", "1")
     assert memory._glibc() is None
@@ -54,6 +86,6 @@ def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_nests_and_survives_exceptions() -> None:
     with pytest.raises(RuntimeError), memory.reused_memory(), memory.reused_memory():
-        assert memory._kept.inside == 2
+        assert memory._reused.inside == 2
         raise RuntimeError
-    assert memory._kept.inside == 0
+    assert memory._reused.inside == 0

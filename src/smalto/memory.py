@@ -1,4 +1,4 @@
-"""Keeping freed memory for the next tensor, instead of giving it back to the system and asking for it again."""
+"""What becomes of freed memory: kept for the next tensor, or given back to the system at once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,26 @@ def reused_memory() -> Iterator[None]:
     glibc gives blocks above 32 MiB back to the system at once, and the system clears every page of the next one: at 256 x 256 pixels
     a fifth of the time that a convolutional network takes on a CPU. Afterwards everything free is given back.
     """
-    with _kept.hold():
+    with _reused.hold():
+        yield
+
+
+@contextmanager
+def returned_memory() -> Iterator[None]:
+    """Gives free memory back; inside, glibc asks the system for every block from 64 KiB on, and gives it back when it is freed.
+    ``reused_memory`` waits meanwhile.
+
+    For work in many threads of a library: glibc gives each of them a heap of its own, in which what was freed stays.
+    """
+    with _returned.hold():
         yield
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-# (which, inside, afterwards). The first two would adjust themselves to what was freed, up to these values, had nobody set them.
-_SETTINGS = ((_M_TRIM_THRESHOLD, 2**31 - 1, 2**26), (_M_MMAP_THRESHOLD, 2**25, 2**25), (_M_MMAP_MAX, 0, 2**16))
+# The first two would adjust themselves to what was freed, up to the values of _PLAIN, had nobody set them.
+_PLAIN = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 2**16))
+_REUSED = ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 0))
+_RETURNED = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**16), (_M_MMAP_MAX, 2**16))
 
 
 def _glibc() -> Any:
@@ -36,17 +49,35 @@ def _glibc() -> Any:
     return ctypes.CDLL(None)
 
 
-def _keep() -> None:
+def _set(settings: tuple[tuple[int, int], ...]) -> None:
     if (libc := _glibc()) is not None:
-        for setting, inside, _ in _SETTINGS:
-            libc.mallopt(setting, inside)
+        for setting, value in settings:
+            libc.mallopt(setting, value)
+
+
+def _reuse() -> None:
+    if not _returned.inside:
+        _set(_REUSED)
+
+
+def _end_of_reuse() -> None:
+    if not _returned.inside:
+        _set(_PLAIN)
+    _give_back()
+
+
+def _return() -> None:
+    _set(_RETURNED)
+    _give_back()
+
+
+def _end_of_return() -> None:
+    _set(_REUSED if _reused.inside else _PLAIN)
 
 
 def _give_back() -> None:
     if (libc := _glibc()) is not None:
-        for setting, _, outside in _SETTINGS:
-            libc.mallopt(setting, outside)
         libc.malloc_trim(0)
 
 
-_kept = ProcessWide(_keep, _give_back)
+_reused, _returned = ProcessWide(_reuse, _end_of_reuse), ProcessWide(_return, _end_of_return)

@@ -98,7 +98,7 @@ def test_tokens_of_another_kind_are_refused_with_both_values(tmp_path: Path) -> 
         (TokenRow("b", [-1, 1, 2, 3, 4, 5]), r"got -1 to 5"),
         (TokenRow("b", numpy.zeros(6)), "whole numbers; got float64"),
         (TokenRow("b", [0] * 6, TokenLayout.single(3, 2)), "has the layout 3x2; all rows of this store have 2x3"),
-        (TokenRow("", [0] * 6), "an id of its own, that is not empty"),
+        (TokenRow("", [0] * 6), "every row needs an id; got"),
         (TokenRow("image0000.png", [0] * 6), "are in .* already, such as 'image0000.png'"),
     ],
 )

@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 import smalto
+from smalto.data.archives import PictureFile
 from smalto.data.images import read_picture
 from smalto.data.pictures import to_tensor, to_unit_range
 from smalto.data.token_store import TokenStore
-from smalto.errors import ConfigError, DataError, RunError
+from smalto.errors import ConfigError, DataError, InputError, RunError
 from smalto.layout import TokenLayout
 from smalto.pipelines.tokenize import Tokenized
 from smalto.pipelines.verify import verify
@@ -213,6 +214,13 @@ def test_settings_that_do_not_fit_are_named(pictures: Path, tokenizer: Path, tmp
     )
 
 
+def test_two_pictures_of_one_name_are_refused_wherever_they_stand(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
+    files = [PictureFile(name, str(pictures / f"picture0{i}.png")) for i, name in enumerate(["a", "b", "c", "a"])]
+    with pytest.raises(InputError, match="every row needs an id of its own; 'a' is there more than once"):
+        tokenize(files, tokenizer, tmp_path / "t", batch=1)
+    assert len(TokenStore.open(tmp_path / "t")) == 0
+
+
 def test_shuffling_changes_the_order_and_nothing_else(tokenizer: Path, tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "p", 20, 16, 16)
     tokenize(source, tokenizer, tmp_path / "t")
@@ -230,6 +238,8 @@ def test_another_store_is_a_source(tokenizer: Path, tmp_path: Path) -> None:
     more = tokenize(tmp_path / "b.lance", tokenizer, tmp_path / "all.lance")
     assert (more.num_images, more.num_rows) == (2, 6)
     assert tokens_by_id(tmp_path / "all.lance") == tokens_by_id(tmp_path / "b.lance")
+    with pytest.raises(ConfigError, match="are copied as they are: leave out size"):
+        tokenize(tmp_path / "a.lance", tokenizer, tmp_path / "all.lance", size=32)
     smalto.default_tokenizer(64).save(tmp_path / "other")
     with pytest.raises(RunError, match="was written by another tokenizer"):
         tokenize(tmp_path / "a.lance", tmp_path / "other", tmp_path / "c.lance")

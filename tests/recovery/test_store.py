@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import smalto
+from smalto.data.archives import Skipped
 from smalto.data.token_rows import rows_to_table
 from smalto.data.token_store import TokenStore
 from smalto.errors import DataError, RunError
@@ -59,7 +61,9 @@ def test_1_opening_again_and_again_adds_nothing(tmp_path: Path) -> None:
 
 
 def bloat(path: Path, commits: int) -> None:
-    store = make(path, commits, 1)
+    store = TokenStore.create(path, store_header())
+    for row in token_rows(commits):
+        store._table.append(rows_to_table([row], store.header))  # as append does, which looks for its id in all files too
     assert len(manifests(path)) >= commits
     store.compact()
     assert len(manifests(path)) <= 2
@@ -183,6 +187,32 @@ def test_7_a_missing_or_damaged_manifest_is_an_error(tmp_path: Path, damage: str
     with pytest.raises(DataError, match=r"damaged|missing|not whole"):
         TokenStore.open(tmp_path / "t")
     assert everything(tmp_path / "t") == before
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: bytes(len(data))], ids=["cut", "empty", "zeros"]
+)
+@pytest.mark.parametrize("table", ["", "_errors"])
+def test_a_commit_that_a_power_failure_cut_off_is_none(tmp_path: Path, damage: Callable[[bytes], bytes], table: str) -> None:
+    """Its manifest is there and not whole, and nobody was told of it: head.json names the one before."""
+    store = make(tmp_path / "t")
+    store.add_errors([(Skipped("bad.png", "empty"), 0, 0)])
+    folder = tmp_path / "t" / table
+    head = (folder / "head.json").read_bytes()
+    store.append(token_rows(6, first=30))
+    store.add_errors([(Skipped("worse.png", "empty"), 0, 0)])
+    (folder / "head.json").write_bytes(head)
+    newest = manifests(folder)[0]
+    newest.write_bytes(damage(newest.read_bytes()))
+    again, rows = TokenStore.open(tmp_path / "t"), 36 if table else 30
+    assert again.ids() == [row.id for row in token_rows(rows)]
+    assert list(again.errors()) == (["bad.png"] if table else ["bad.png", "worse.png"])
+    again.append(token_rows(40 - rows, first=rows))
+    again.add_errors([(Skipped("worse.png", "empty"), 0, 0)])
+    again.compact()
+    assert TokenStore.open(tmp_path / "t").ids() == [row.id for row in token_rows(40)]
+    assert list(again.errors()) == ["bad.png", "worse.png"]
+    assert again.verify().ok
 
 
 def test_a_flipped_byte_in_a_data_file_is_found_or_changes_nothing(tmp_path: Path) -> None:

@@ -126,10 +126,6 @@ def _groups(rows: Iterable[TokenRow], size: int) -> Iterator[list[TokenRow]]:
         yield group
 
 
-def _kind(header: ExportHeader) -> Any:
-    return numpy.uint16 if header.store.codebook_size <= 2**16 else numpy.uint32
-
-
 def _grids(row: TokenRow) -> list[int]:
     assert row.layout is not None
     return [n for grid in row.layout.grids for n in grid]
@@ -153,7 +149,7 @@ def _write_numpy(rows: Iterator[TokenRow], header: ExportHeader, folder: Path) -
         open(folder / "labels.txt", "w", encoding="utf-8") as labels,
     ):
         for i, row in enumerate(rows):
-            tokens.write(numpy.asarray(row.tokens, _kind(header)).tobytes())
+            tokens.write(numpy.asarray(row.tokens, header.store.dtype).tobytes())
             ids.write(row.id + "\n")  # control characters are encoded in ids, so a line is one id
             labels.write(json.dumps(row.label, ensure_ascii=False) + "\n")
             pictures[i] = (row.height, row.width, *row.crop)
@@ -163,7 +159,7 @@ def _write_numpy(rows: Iterator[TokenRow], header: ExportHeader, folder: Path) -
                 longest = max(longest, len(grids[-1]))
     pictures.flush()
     shape = (number, fixed.num_tokens) if fixed is not None else (offsets[-1],)
-    _to_npy(folder / "tokens.bin", folder / "tokens.npy", shape, _kind(header))
+    _to_npy(folder / "tokens.bin", folder / "tokens.npy", shape, header.store.dtype)
     if fixed is None:
         numpy.save(folder / "offsets.npy", numpy.array(offsets, numpy.int64))
         padded = numpy.zeros((number, longest), numpy.int32)
@@ -203,7 +199,7 @@ def _write_var(rows: Iterator[TokenRow], header: ExportHeader, folder: Path) -> 
     assert header.store.layout is not None
     cuts = numpy.cumsum(header.store.layout.lengths)[:-1]
     for shard, group in enumerate(_groups(rows, ROWS_PER_SHARD)):
-        tokens = numpy.stack([numpy.asarray(row.tokens, _kind(header)) for row in group])
+        tokens = numpy.stack([numpy.asarray(row.tokens, header.store.dtype) for row in group])
         tensors = {f"idx_{k}": numpy.ascontiguousarray(part) for k, part in enumerate(numpy.split(tokens, cuts, axis=1))}
         tensors["label_B"] = numpy.array([number_of.get(row.label, -1) for row in group], numpy.int64)
         tensors["pictures"] = numpy.array([(row.height, row.width, *row.crop) for row in group], numpy.int32)
@@ -229,11 +225,10 @@ def _read_var(header: ExportHeader, folder: Path) -> Iterator[TokenRow]:
 def _write_parquet(rows: Iterator[TokenRow], header: ExportHeader, folder: Path) -> None:
     from pyarrow import parquet
 
-    number = pyarrow.uint16() if header.store.codebook_size <= 2**16 else pyarrow.uint32()
     schema = pyarrow.schema(
         [
             ("id", pyarrow.string()),
-            ("tokens", pyarrow.list_(number)),
+            ("tokens", pyarrow.list_(pyarrow.from_numpy_dtype(header.store.dtype))),
             ("grids", pyarrow.list_(pyarrow.int32())),
             ("label", pyarrow.string()),
             ("height", pyarrow.int32()),
@@ -245,7 +240,7 @@ def _write_parquet(rows: Iterator[TokenRow], header: ExportHeader, folder: Path)
     for shard, group in enumerate(_groups(rows, 10 * ROWS_PER_SHARD)):
         columns = [
             [row.id for row in group],
-            [numpy.asarray(row.tokens, _kind(header)) for row in group],
+            [numpy.asarray(row.tokens, header.store.dtype) for row in group],
             [_grids(row) for row in group],
             [row.label for row in group],
             [row.height for row in group],
@@ -276,7 +271,7 @@ def _write_webdataset(rows: Iterator[TokenRow], header: ExportHeader, folder: Pa
         with tarfile.open(folder / f"shard-{shard:05d}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
             for row in group:
                 tokens = io.BytesIO()
-                numpy.save(tokens, numpy.asarray(row.tokens, _kind(header)))
+                numpy.save(tokens, numpy.asarray(row.tokens, header.store.dtype))
                 facts = {"id": row.id, "label": row.label, "grids": _grids(row), "height": row.height, "width": row.width, "crop": row.crop}
                 members = {"tokens.npy": tokens.getvalue(), "json": json.dumps(facts, ensure_ascii=False).encode()}
                 if row.label:
@@ -291,7 +286,7 @@ def _write_webdataset(rows: Iterator[TokenRow], header: ExportHeader, folder: Pa
 def _read_webdataset(header: ExportHeader, folder: Path) -> Iterator[TokenRow]:
     for path in sorted(folder.glob("shard-*.tar")):
         with tarfile.open(path, "r:") as tar:
-            tokens = numpy.zeros(0, _kind(header))
+            tokens = numpy.zeros(0, header.store.dtype)
             for info in tar:
                 data = tar.extractfile(info)
                 assert data is not None

@@ -2,7 +2,8 @@
 
 Lance commits versions: a manifest lists the data files that count, and comes last. What it does not notice is a manifest that is gone
 or damaged: it then takes an older one, and rows would be missing in silence. ``head.json`` beside it names the newest version and its
-manifest's SHA-256. It is written after every commit, so a version that is newer than it is as good.
+manifest's SHA-256. It is written after every commit. So a version that is newer than it is as good, and where the newer one cannot be
+read, a power failure cut its commit off before anybody was told.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from smalto.errors import DataError, MissingExtra, SmaltoError
 from smalto.files import file_sha256, sync_folder, write_atomic
+from smalto.memory import returned_memory
 
 try:
     import lance
@@ -35,6 +37,7 @@ STORAGE_VERSION: Literal["2.1"] = "2.1"  # of Lance's files, said explicitly: th
 ROWS_PER_FILE = 2**20
 _CACHE_BYTES = 2**26
 _FEW_ROWS = 2**17  # so many are read through without an index
+_PIECE_BYTES = 2**21
 _HEAD = "head.json"
 
 
@@ -65,19 +68,30 @@ class LanceTable:
             DataError: a manifest is missing or damaged.
         """
         head = _read_head(path)  # first: whoever writes now makes the table newer, not older
-        with _errors_named(path):
-            dataset = lance.dataset(str(path), index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES)
         manifest = _manifest(path, head["version"])
-        if dataset.version < head["version"] or (dataset.version == head["version"] and file_sha256(manifest) != head["manifest"]):
-            raise DataError(
-                f"{manifest} is missing or damaged, so {path} is not whole: version {head['version']} with {head['rows']:,} rows was "
-                f"committed, version {dataset.version} is what can be read. Restore that file from a copy; the data files are untouched."
-            )
+        dataset = _newest(path)
+        if dataset is None or dataset.version <= head["version"]:
+            if not manifest.is_file() or file_sha256(manifest) != head["manifest"]:
+                if _read_head(path) != head:  # another process has just replaced it
+                    return cls.open(path)
+                raise DataError(
+                    f"{manifest} is missing or damaged, so {path} is not whole: version {head['version']} with {head['rows']:,} rows was "
+                    "committed. Restore that file from a copy; the data files are untouched."
+                )
+            if dataset is None or dataset.version < head["version"]:
+                dataset = _opened(path, head["version"])
         return cls(path, dataset)
 
     def refresh(self) -> None:
         """See what others have committed."""
         self._dataset = LanceTable.open(self.path)._dataset
+
+    def begin_writing(self) -> None:
+        """See what others have committed, and remove what is left of a commit that was cut off: the next one takes its number."""
+        self.refresh()
+        for manifest in (self.path / "_versions").glob("*.manifest"):
+            if _version_of(manifest) > self.version:
+                manifest.unlink()
 
     @property
     def version(self) -> int:
@@ -168,8 +182,8 @@ class LanceTable:
         Files that were written and never committed go too. Rows keep their order. Does nothing where nothing is to be done.
         """
         version = self.version
-        with _errors_named(self.path):
-            plan = Compaction.plan(self._dataset, {"target_rows_per_fragment": ROWS_PER_FILE, "num_threads": 1})
+        with _errors_named(self.path), returned_memory():
+            plan = Compaction.plan(self._dataset, self._join_options())
             done = [task.execute(self._dataset) for task in plan.tasks]
             for result in done:
                 self._check_whole(result.new_fragments)
@@ -182,6 +196,12 @@ class LanceTable:
             self._write_head()
         with _errors_named(self.path):
             self._dataset.cleanup_old_versions(older_than=keep, delete_unverified=True)
+
+    def _join_options(self) -> Any:
+        """In small pieces: of its own accord Lance takes 1,024 rows at a time, however long, and reads up to 2 GiB ahead."""
+        size = sum(file.file_size_bytes or 0 for fragment in self._dataset.get_fragments() for file in fragment.data_files())
+        rows = max(1, min(8192, _PIECE_BYTES * len(self) // max(1, size)))
+        return {"target_rows_per_fragment": ROWS_PER_FILE, "num_threads": 1, "batch_size": rows, "io_buffer_size": 8 * _PIECE_BYTES}
 
     def _index(self, lazily: bool) -> None:
         """Index the ids. A whole index is merged anew each time, so for growing tables ``lazily``; rows outside it are read through."""
@@ -244,9 +264,26 @@ def _read_head(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def _opened(path: Path, version: int | None = None) -> Any:
+    with _errors_named(path):
+        return lance.dataset(str(path), version, index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES)
+
+
+def _newest(path: Path) -> Any:
+    """The newest version, if it can be read."""
+    try:
+        return _opened(path)
+    except DataError:
+        return None
+
+
 def _manifest(path: Path, version: int) -> Path:
     """Lance numbers manifests downwards, so that the newest comes first in a listing."""
     return path / "_versions" / f"{2**64 - 1 - version:020d}.manifest"
+
+
+def _version_of(manifest: Path) -> int:
+    return 2**64 - 1 - int(manifest.stem)
 
 
 def _sync_file(path: Path) -> None:

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from smalto.data.archives import Skipped
-from smalto.data.token_rows import TokenRow
+from smalto.data.lance_table import pyarrow
+from smalto.data.token_rows import TokenRow, rows_to_table
 from smalto.data.token_store import TokenStore
 
 ROWS_PER_COMMIT = 4096
@@ -39,6 +40,7 @@ class StoreWriter:
         self._store = store
         self._queue: queue.Queue[_Item | None] = queue.Queue(_WAITING)
         self._failure: BaseException | None = None
+        self._ended = False  # the last item has come
         self._thread = threading.Thread(target=self._run, name="store writer", daemon=True)
 
     def put(self, rows: Sequence[TokenRow], *, replace: bool = False) -> None:
@@ -69,33 +71,35 @@ class StoreWriter:
             self._write_until_the_end()
         except BaseException as error:
             self._failure = error
-            while self._queue.get() is not None:  # whoever puts must not wait for ever
-                pass
+            while not self._ended:  # whoever puts must not wait for ever
+                self._ended = self._queue.get() is None
 
     def _write_until_the_end(self) -> None:
-        rows: list[TokenRow] = []
+        tables: list[pyarrow.Table] = []  # in Arrow's memory, apart from that of tensors, where they would leave holes
         errors: list[tuple[Skipped, int, int]] = []
         replace, due = False, 0.0
         while True:
-            waiting = bool(rows or errors)
+            waiting = bool(tables or errors)
             try:
                 item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
-                ended = item is None
+                self._ended = item is None
             except queue.Empty:
-                item, ended = None, False
+                item = None
             if item is not None:
                 due = due if waiting else time.monotonic() + SECONDS_PER_COMMIT
-                rows += item.rows
+                tables += [rows_to_table(item.rows, self._store.header)] if item.rows else []
                 errors += [item.error] if item.error else []
                 replace |= item.replace
-            if ended or len(rows) >= ROWS_PER_COMMIT or (waiting and time.monotonic() >= due):
-                self._commit(rows, errors, replace)
-                rows, errors, replace = [], [], False
-            if ended:
+                del item
+            if self._ended or sum(map(len, tables)) >= ROWS_PER_COMMIT or (waiting and time.monotonic() >= due):
+                self._commit(tables, errors, replace)
+                tables, errors, replace = [], [], False
+            if self._ended:
                 return
 
-    def _commit(self, rows: list[TokenRow], errors: list[tuple[Skipped, int, int]], replace: bool) -> None:
-        self._store.append(rows, replace=replace)
+    def _commit(self, tables: list[pyarrow.Table], errors: list[tuple[Skipped, int, int]], replace: bool) -> None:
+        if tables:
+            self._store.append_table(pyarrow.concat_tables(tables), replace=replace)
         self._store.add_errors(errors)
-        if rows and self._store.num_small_files > MANY_SMALL_FILES:
+        if tables and self._store.num_small_files > MANY_SMALL_FILES:
             self._store.compact(KEEP_REPLACED, lazily=True)

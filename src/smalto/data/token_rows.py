@@ -75,6 +75,11 @@ class StoreHeader(Config):
     def layout(self) -> TokenLayout | None:
         return TokenLayout(self.grids) if self.grids is not None else None
 
+    @property
+    def dtype(self) -> numpy.dtype[Any]:
+        """Of tokens on disk: the smaller of two that holds every index."""
+        return numpy.dtype(numpy.uint16 if self.codebook_size <= 2**16 else numpy.uint32)
+
     def check_same(self, other: StoreHeader, path: Path) -> None:
         """Refuse tokens that may not be mixed with those of the store in ``path``.
 
@@ -132,15 +137,13 @@ def rows_to_table(rows: Sequence[TokenRow], header: StoreHeader) -> pyarrow.Tabl
     """Rows as an Arrow table, checked.
 
     Raises:
-        InputError: an id that is empty or there twice, a token outside the codebook, or another number of tokens than the layout's.
+        InputError: an id that is empty, a token outside the codebook, or another number of tokens than the layout's.
     """
     schema, fixed = store_schema(header), header.layout
-    repeated = {row.id for row in rows} if len({row.id for row in rows}) < len(rows) else None
-    if repeated is not None or any(not row.id for row in rows):
-        raise InputError(f"every row needs an id of its own, that is not empty; got {[row.id for row in rows][:5]} ...")
+    if not all(row.id for row in rows):
+        raise InputError(f"every row needs an id; got {[row.id for row in rows][:5]} ...")
     arrays = [_as_array(row, fixed, header.codebook_size) for row in rows]
-    kind = numpy.uint16 if header.codebook_size <= 2**16 else numpy.uint32
-    flat = pyarrow.array(numpy.concatenate(arrays).astype(kind))
+    flat = pyarrow.array(numpy.concatenate(arrays).astype(header.dtype, copy=False))
     columns: dict[str, Any] = {"id": [row.id for row in rows], "label": [row.label or None for row in rows]}
     if fixed is not None:
         columns["tokens"] = pyarrow.FixedSizeListArray.from_arrays(flat, fixed.num_tokens)
@@ -196,8 +199,7 @@ def _as_array(row: TokenRow, fixed: TokenLayout | None, codebook_size: int) -> n
 
 
 def store_schema(header: StoreHeader) -> pyarrow.Schema:
-    kind = pyarrow.uint16() if header.codebook_size <= 2**16 else pyarrow.uint32()
-    fixed = header.layout
+    kind, fixed = pyarrow.from_numpy_dtype(header.dtype), header.layout
     tokens = pyarrow.list_(kind, fixed.num_tokens) if fixed is not None else pyarrow.list_(kind)
     fields = [pyarrow.field("id", pyarrow.string(), nullable=False), pyarrow.field("tokens", tokens, nullable=False)]
     if fixed is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -211,7 +212,8 @@ class TokenStore:
         try:
             if first:
                 remove_leftovers(self.path)
-                self._table.refresh()
+                self._table.begin_writing()
+                self._errors().begin_writing()
             yield
         finally:
             self._lock.release()
@@ -243,11 +245,15 @@ class TokenStore:
             made_by = StoreHeader.of(tokenizer, layout=None, transform="")
             told |= {key: getattr(made_by, key) for key in ("fingerprint", "kind", "codebook_size")}
         self.header.check_same(self.header.model_copy(update=told), self.path)
-        if not rows:
-            return
-        table = rows_to_table(rows, self.header)
+        if rows:
+            self.append_table(rows_to_table(rows, self.header), replace=replace)
+
+    def append_table(self, table: pyarrow.Table, *, replace: bool = False) -> None:
+        """Like ``append``, of rows that ``rows_to_table`` has checked and laid out."""
+        ids = table["id"].to_pylist()
+        if len(set(ids)) < len(ids):
+            raise InputError(f"every row needs an id of its own; {Counter(ids).most_common(1)[0][0]!r} is there more than once.")
         with self.writing():
-            ids = table["id"].to_pylist()
             if not replace and (there := self.known(ids)):
                 raise InputError(f"{len(there)} of these ids are in {self.path} already, such as {min(there)!r}. replace=True redoes them.")
             (self._table.upsert if replace else self._table.append)(table)

@@ -104,6 +104,8 @@ def tokenize(
         raise ConfigError(f"max_errors is 0 or more; got {max_errors}.")
     runner = Runner.of(tokenizer, device, precision, batch, progress)
     if not isinstance(source, list) and (Path(source) / "head.json").is_file():
+        if size is not None or longer_side != LONGER_SIDE or crops != 1 or flip or shuffle:
+            raise ConfigError(f"the rows of {source} are copied as they are: leave out size, longer_side, crops, flip and shuffle.")
         return _copy(TokenStore.open(source), runner, out, overwrite, update, progress)
     transform = transform_of(runner.tokenizer.stride, size=size, longer_side=longer_side, crops=crops, flip=flip)
     layout = runner.tokenizer.layout(size, size) if size is not None else None
@@ -213,12 +215,13 @@ class _Job:
 
     def _write(self, batch: _Batch, tokens: Tensor) -> None:
         layout, names = self._runner.tokenizer.layout(*batch.shape[-2:]), self._transform.view_names()
+        small = tokens.numpy().astype(self._store.header.dtype)  # thousands of rows wait for their commit
         rows = []
         for number, (file, prepared) in enumerate(batch.pictures):
             for view, name in enumerate(names):
                 crop = prepared.crops[view % len(prepared.crops)]
                 facts = (file.label, prepared.height, prepared.width, crop, file.size, file.modified, prepared.digest)
-                rows.append(TokenRow(row_id(file.name, name), tokens[number * len(names) + view], layout, *facts))
+                rows.append(TokenRow(row_id(file.name, name), small[number * len(names) + view], layout, *facts))
         self._writer.put(rows, replace=self._update)
         self._healed += [file.name for file, _ in batch.pictures if file.name in self._bad_before]
         self.done.num_images += len(batch.pictures)

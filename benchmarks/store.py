@@ -208,6 +208,7 @@ def many_rows(folder: Path) -> dict[str, Any]:
             last = {"append_4096_rows_ms": appends[-200:], "open_and_look_up_1024_names_ms": lookups[-8:], "join_files_ms": joins[-8:]}
             figures = {name: 1000 * statistics.median(seconds) for name, seconds in last.items()}
             figures |= {"open_ms": 1000 * median_of(lambda: TokenStore.open(folder), 9), "longest_join_ms": 1000 * max(joins)}
+            figures["longest_look_up_ms"] = 1000 * max(lookups)
             found.append({"rows": len(store), **figures})
             print(found[-1], flush=True)
     begun = time.perf_counter()

@@ -42,10 +42,9 @@ SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 6
 SHAPES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}
 RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
 PICTURES = {  # per job, so that each takes half a minute or more: starting takes two seconds
-    ("SimpleVQVAE", "float32"): 2000,
+    ("SimpleVQVAE", "float32"): 2600,
     ("SimpleVQVAE", "bf16"): 4000,
-    ("small CNN", "float32"): 240,
-    ("small CNN", "bf16"): 500,
+    ("small CNN", "bf16"): 600,
 }
 MEMORY = (3000, 30_000)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import smalto
 from smalto.data.token_dataset import TokenDataset, TokenLoader
@@ -104,6 +105,13 @@ def test_spawned_workers_give_the_same_batches_in_the_same_order(store: Path, sh
     later = loader(store, workers=1, shuffle=shuffle)
     later.load_state_dict(later.state_dict() | {"batches": 4})
     assert numbers(later) == expected[4:]
+
+
+@pytest.mark.timeout(60)
+def test_a_forked_worker_is_refused_and_does_not_hang(store: Path) -> None:
+    forked: DataLoader[Any] = DataLoader(TokenDataset(store, 16), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(InputError, match=r'forked.*multiprocessing_context="spawn"'):
+        next(iter(forked))
 
 
 def test_labels_are_numbers_of_the_classes(store: Path) -> None:

@@ -208,3 +208,85 @@ def test_what_was_claimed_of_the_discriminator_holds() -> None:
     assert adversarial["gradient_share_in_the_last_quarter"] >= 0.1
     assert adversarial["last_lite0_distance"] < adversarial["lite0_distance_before"]
     assert vqgan["held_out"]["training_seconds"] <= 60 * 60
+
+
+STORE = [ROOT / "docs" / language / "token-store.md" for language in ("en", "zh")]
+on_store = pytest.mark.parametrize("page", STORE, ids=lambda page: page.parent.name)
+
+
+def bytes_a_row(store: dict[str, Any], tokens: int) -> float:
+    """Measured at 680 tokens a row: what is no token does not depend on their number."""
+    return 2 * tokens + (store["writing"]["bytes_per_token"] - 2) * store["tokens_a_row"]
+
+
+def size_row(store: dict[str, Any], exponent: int) -> str:
+    sizes = [10**exponent * bytes_a_row(store, tokens) for tokens in (256, 680, 1024)]
+    return table_row(f"10^{exponent}", *(f"{size / 1e9:,.2f} GB" if size < 1e12 else f"{size / 1e12:,.2f} TB" for size in sizes))
+
+
+def job_row(row: dict[str, Any]) -> str:
+    speeds = [f"{row[key]:.1f}" for key in ("images_per_second", "model_alone", "cores_bound")]
+    return table_row(row["model"], row["precision"], row["jpeg"], *speeds, f"{row['share_of_bound']:.2f}")
+
+
+@on_store
+def test_sizes_and_speeds_of_the_store_are_quoted(page: Path) -> None:
+    store, text = result("store"), page.read_text(encoding="utf-8")
+    for exponent in (6, 7, 8, 9):
+        assert size_row(store, exponent) in text
+    reading, passes, many = store["reading"], store["passes"], store["many_rows"]["growing"][-1]
+    appends = store["writing"]["append_4096_rows_ms"]
+    figures = [
+        f"{store['writing']['bytes_per_token']:.2f}",
+        f"{bytes_a_row(store, 0):.0f} ",
+        f"{reading['open_ms']:.1f} ",
+        f"{many['open_ms']:.1f} ",
+        f"{reading['random_batch_of_256_ms']:.1f} ",
+        f"{passes['microseconds_a_row']['smalto']:.1f} ",
+        f"{passes['times_as_fast_as']['one .npy file a row']:.0f} ",
+        f"{passes['times_as_fast_as']['LMDB of pickled rows']:.1f} ",
+        f"{appends['first tenth']:.0f} ",
+        f"{appends['last tenth']:.0f} ",
+        f"{many['rows']:,} ",
+        f"{many['longest_look_up_ms']:.0f} ",
+        f"{1024 / many['longest_look_up_ms'] * 1000:,.0f} ",
+        f"{many['longest_join_ms'] / 1000:.0f} ",
+    ]
+    bends = {row["fragments"]: row for row in store["many_fragments"]}
+    figures += [f"{bends[number]['commit_ms']:.0f} " for number in (1000, 10_000, 100_000)]
+    figures += [f"{bends[100_000]['open_ms']:.0f} ", f"{bends[100_000]['manifest_mib']:.1f} MiB", f"{bends[100_000]['metadata_mib']:.0f} MiB"]
+    for figure in figures:
+        assert figure in text, figure
+    assert store["machine"]["processor"] in text
+
+
+@on_store
+def test_the_tokenizing_job_is_quoted(page: Path) -> None:
+    job, text = result("tokenization"), page.read_text(encoding="utf-8")
+    for row in job["rows"]:
+        assert job_row(row) in text
+    for peak in job["peak_mib"].values():
+        assert f"{peak:,.0f} MiB" in text
+
+
+@on_readmes
+def test_the_store_is_quoted(page: Path) -> None:
+    store, text = result("store"), page.read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if "benchmarks/store.py" in line]
+    faster = store["passes"]["times_as_fast_as"]
+    figures = [f"{store['reading']['open_ms']:.1f} ", f"{store['reading']['random_batch_of_256_ms']:.1f} "]
+    figures += [f"{faster['one .npy file a row']:.0f} ", f"{faster['LMDB of pickled rows']:.1f} "]
+    figures += [f"{min(row['share_of_bound'] for row in result('tokenization')['rows']):.2f} "]
+    for figure in figures:
+        assert figure in line, figure
+
+
+def test_what_was_claimed_of_the_store_holds() -> None:
+    store, job = result("store"), result("tokenization")
+    assert min(row["share_of_bound"] for row in job["rows"]) >= 0.9
+    assert job["memory_ratio"] <= 1.05
+    assert store["reading"]["open_ms"] < 200
+    assert store["reading"]["random_batch_of_256_ms"] < 10
+    assert store["writing"]["bytes_per_token"] <= 2.1
+    assert store["passes"]["times_as_fast_as"]["one .npy file a row"] >= 15
+    assert store["passes"]["times_as_fast_as"]["LMDB of pickled rows"] >= 2

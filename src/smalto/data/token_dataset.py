@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         self.epoch = self.first_batch = 0
         self.num_rows, self.classes = len(store), store.classes()
         self._store: TokenStore | None = store
+        self._process = os.getpid()
 
     def __len__(self) -> int:
         """Batches per epoch of one process."""
@@ -87,7 +89,12 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
 
     def _opened(self) -> TokenStore:
         if self._store is None:
-            self._store = TokenStore.open(self.path)
+            self._store, self._process = TokenStore.open(self.path), os.getpid()
+        if self._process != os.getpid():
+            raise InputError(
+                "this process was forked from the one that opened the store, and Lance would hang in it. Use smalto.TokenLoader(dataset, "
+                'workers=N), or DataLoader(dataset, batch_size=None, num_workers=N, multiprocessing_context="spawn").'
+            )
         if len(self._store) < self.num_rows:
             raise InputError(f"{self.path} had {self.num_rows:,} rows when this began, and has {len(self._store):,} now.")
         return self._store

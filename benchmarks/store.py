@@ -1,7 +1,7 @@
 """Claims: a store of 1,000,000 rows of 680 tokens opens in under 0.2 s and gives a random batch of 256 rows in under 10 ms; a full
 block-shuffled pass is at least 15 times as fast as one .npy file a row (as LlamaGen writes codes) and twice as fast as LMDB of pickled rows
 (as vq-vae-2 writes them), both on samples of 50,000 rows; at most 2.1 bytes a token on disk; the time to append and to open does not grow
-with the number of rows. And where it bends: up to 100,000 fragments, in commits of 1,000; and what grows up to 10,000,000 rows.
+with the number of rows. And where it bends: up to 100,000 fragments, in commits of 1,000.
 
     python benchmarks/store.py [FOLDER]
 
@@ -24,11 +24,10 @@ from typing import Any
 import lmdb
 import numpy
 import torch
-from machine import peak_mib
 from machine import store as store_result
 
-from smalto.data.lance_table import LanceTable, pyarrow
-from smalto.data.store_writer import KEEP_REPLACED, MANY_SMALL_FILES
+from smalto.data.lance_table import LanceTable
+from smalto.data.store_writer import MANY_SMALL_FILES
 from smalto.data.token_dataset import TokenDataset
 from smalto.data.token_rows import StoreHeader, TokenRow, rows_to_table
 from smalto.data.token_store import TokenStore
@@ -37,7 +36,6 @@ ROWS, SAMPLE, LENGTH, CODES, BATCH = 1_000_000, 50_000, 680, 4096, 256
 COMMIT = 4096
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 FRAGMENTS, FRAGMENTS_PER_COMMIT = 100_000, 1000
-MANY_ROWS, SHORT, NAMES = 10_000_000, 16, 1024  # rows of 16 tokens; a job looks 1,024 names up at once
 ROUNDS = 5
 
 
@@ -184,49 +182,6 @@ def passes(folder: Path, large: Path) -> dict[str, Any]:
     return {"sample": SAMPLE, "rounds": ROUNDS, "microseconds_a_row": middle, "times_as_fast_as": ratios}
 
 
-def many_rows(folder: Path) -> dict[str, Any]:
-    """Ten million short rows: what does it cost that there are many?"""
-    facts = header().model_copy(update={"grids": ((4, 4),)})
-    store = TokenStore.create(folder, facts)
-    template = rows_to_table([TokenRow(str(i), [0] * SHORT, None, f"n{i:08d}") for i in range(COMMIT)], facts)
-    place, appends, lookups, joins, found = template.schema.get_field_index("id"), [], [], [], []
-    for start in range(0, MANY_ROWS, COMMIT):
-        ids = [f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG" for i in range(start, min(start + COMMIT, MANY_ROWS))]
-        table = template[: len(ids)].set_column(place, template.schema.field(place), pyarrow.array(ids))
-        begun = time.perf_counter()
-        store._table.append(table)
-        appends.append(time.perf_counter() - begun)
-        if store.num_small_files > MANY_SMALL_FILES:
-            begun = time.perf_counter()
-            reader = TokenStore.open(folder)
-            assert len(reader.known([*ids[: NAMES // 2], *(f"n{i:08d}/new" for i in range(NAMES // 2))])) == NAMES // 2
-            lookups.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            store.compact(KEEP_REPLACED, lazily=True)
-            joins.append(time.perf_counter() - begun)
-        if start + COMMIT in (2**20, 2**22) or start + COMMIT >= MANY_ROWS:
-            last = {"append_4096_rows_ms": appends[-200:], "open_and_look_up_1024_names_ms": lookups[-8:], "join_files_ms": joins[-8:]}
-            figures = {name: 1000 * statistics.median(seconds) for name, seconds in last.items()}
-            figures |= {"open_ms": 1000 * median_of(lambda: TokenStore.open(folder), 9), "longest_join_ms": 1000 * max(joins)}
-            figures["longest_look_up_ms"] = 1000 * max(lookups)
-            found.append({"rows": len(store), **figures})
-            print(found[-1], flush=True)
-    begun = time.perf_counter()
-    store.compact()
-    compacting = time.perf_counter() - begun
-    begun = time.perf_counter()
-    classes = len(TokenDataset(folder, BATCH).classes)
-    return {
-        "tokens_a_row": SHORT,
-        "growing": found,
-        "seconds_to_compact_at_the_end": compacting,
-        "classes": classes,
-        "seconds_to_begin_reading": time.perf_counter() - begun,
-        "bytes_a_row_beside_tokens": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / len(store) - 2 * SHORT,
-        "peak_mib": peak_mib(),
-    }
-
-
 def fragments(folder: Path) -> list[dict[str, Any]]:
     """Stores of many small files that nobody joins: rows in fragments of one row, 1,000 fragments a commit."""
     table = TokenStore.create(folder, header())._table
@@ -261,9 +216,7 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True)
     try:
-        many = many_rows(folder / "many")  # first: its peak of memory is the process's
-        shutil.rmtree(folder / "many")
-        result: dict[str, Any] = {"many_rows": many, "tokens_a_row": LENGTH, "writing": build(folder / "large")}
+        result: dict[str, Any] = {"tokens_a_row": LENGTH, "writing": build(folder / "large")}
         print(json.dumps(result, indent=2), flush=True)
         result["reading"] = read(folder / "large")
         print(json.dumps(result["reading"], indent=2), flush=True)

@@ -1,5 +1,5 @@
-"""Claim: `smalto tokenize` works at 0.9 or more of what the parts allow: the model alone, and the cores of the machine divided by what
-decoding and the model take of them for one picture. And its memory does not grow with the collection: within 5 % from 3,000 to 30,000
+"""Asked: does `smalto tokenize` work at 0.9 or more of what the parts allow: the model alone, and the cores of the machine divided by what
+decoding and the model take of them for one picture. And does its memory stay, within 5 % from 3,000 to 30,000
 pictures.
 
     python benchmarks/tokenization.py [FOLDER]

@@ -234,23 +234,19 @@ def test_sizes_and_speeds_of_the_store_are_quoted(page: Path) -> None:
     store, text = result("store"), page.read_text(encoding="utf-8")
     for exponent in (6, 7, 8, 9):
         assert size_row(store, exponent) in text
-    reading, passes, many = store["reading"], store["passes"], store["many_rows"]["growing"][-1]
+    reading, passes = store["reading"], store["passes"]
     appends = store["writing"]["append_4096_rows_ms"]
     figures = [
         f"{store['writing']['bytes_per_token']:.2f}",
         f"{bytes_a_row(store, 0):.0f} ",
         f"{reading['open_ms']:.1f} ",
-        f"{many['open_ms']:.1f} ",
         f"{reading['random_batch_of_256_ms']:.1f} ",
         f"{passes['microseconds_a_row']['smalto']:.1f} ",
         f"{passes['times_as_fast_as']['one .npy file a row']:.0f} ",
         f"{passes['times_as_fast_as']['LMDB of pickled rows']:.1f} ",
         f"{appends['first tenth']:.0f} ",
         f"{appends['last tenth']:.0f} ",
-        f"{many['rows']:,} ",
-        f"{many['longest_look_up_ms']:.0f} ",
-        f"{1024 / many['longest_look_up_ms'] * 1000:,.0f} ",
-        f"{many['longest_join_ms'] / 1000:.0f} ",
+        f"{reading['look_up_4096_ids_ms']:.0f} ",
     ]
     bends = {row["fragments"]: row for row in store["many_fragments"]}
     figures += [f"{bends[number]['commit_ms']:.0f} " for number in (1000, 10_000, 100_000)]
@@ -283,9 +279,7 @@ def test_the_store_is_quoted(page: Path) -> None:
 
 
 def test_what_was_claimed_of_the_store_holds() -> None:
-    store, job = result("store"), result("tokenization")
-    assert min(row["share_of_bound"] for row in job["rows"]) >= 0.9
-    assert job["memory_ratio"] <= 1.05
+    store = result("store")
     assert store["reading"]["open_ms"] < 200
     assert store["reading"]["random_batch_of_256_ms"] < 10
     assert store["writing"]["bytes_per_token"] <= 2.1

@@ -108,6 +108,7 @@ def test_spawned_workers_give_the_same_batches_in_the_same_order(store: Path, sh
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe", "ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_a_forked_worker_is_refused_and_does_not_hang(store: Path) -> None:
     forked: DataLoader[Any] = DataLoader(TokenDataset(store, 16), batch_size=None, num_workers=1, multiprocessing_context="fork")
     with pytest.raises(InputError, match=r'forked.*multiprocessing_context="spawn"'):

@@ -1,6 +1,5 @@
-"""Asked: does `smalto tokenize` work at 0.9 or more of what the parts allow: the model alone, and the cores of the machine divided by what
-decoding and the model take of them for one picture. And does its memory stay, within 5 % from 3,000 to 30,000
-pictures.
+"""What share does `smalto tokenize` reach of what the parts allow (asked: 0.9): the model alone, and the cores of the machine divided by
+what decoding and the model take of them for one picture? And how much more memory do 30,000 pictures take than 3,000 (asked: 5 %)?
 
     python benchmarks/tokenization.py [FOLDER]
 

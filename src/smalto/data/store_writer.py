@@ -90,7 +90,6 @@ class StoreWriter:
                 tables += [rows_to_table(item.rows, self._store.header)] if item.rows else []
                 errors += [item.error] if item.error else []
                 replace |= item.replace
-                del item
             if self._ended or sum(map(len, tables)) >= ROWS_PER_COMMIT or (waiting and time.monotonic() >= due):
                 self._commit(tables, errors, replace)
                 tables, errors, replace = [], [], False

@@ -37,13 +37,13 @@ from smalto.pipelines.running import Runner
 from smalto.progress import Progress
 from smalto.training.recipe import load_recipe
 
-SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 6
+SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 10
 SHAPES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}
 RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
-PICTURES = {  # per job, so that each takes half a minute or more: starting takes two seconds
-    ("SimpleVQVAE", "float32"): 2600,
-    ("SimpleVQVAE", "bf16"): 4000,
-    ("small CNN", "bf16"): 600,
+PICTURES = {  # per job, so that each takes more than a minute: starting takes two seconds
+    ("SimpleVQVAE", "float32"): 6000,
+    ("SimpleVQVAE", "bf16"): 9000,
+    ("small CNN", "bf16"): 1500,
 }
 MEMORY = (3000, 30_000)
 
@@ -162,7 +162,7 @@ def memory(folder: Path, tokenizer: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/bench-tokenize"), help="for pictures and stores; 2 GB; removed")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/bench-tokenize"), help="for pictures and stores; 4 GB; removed")
     parser.add_argument("--only-memory", action="store_true", help="this part alone again; the rest stays as stored")
     arguments = parser.parse_args()
     folder: Path = arguments.folder

@@ -34,6 +34,14 @@ def returned_memory() -> Iterator[None]:
         yield
 
 
+def settle_memory() -> None:
+    """Has glibc keep up to 64 MiB of what is freed from now on, as it does by itself once a process has freed a large block.
+
+    For processes whose blocks are of middle size: a process that decodes pictures of 500 x 375 pixels spent a fifth of its time on clearing pages.
+    """
+    _set(_PLAIN)
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 # The first two would adjust themselves to what was freed, up to the values of _PLAIN, had nobody set them.
 _PLAIN = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 2**16))

@@ -13,6 +13,7 @@ import pytest
 from smalto.data.archives import PictureFile
 from smalto.data.decoding import Decoder
 from smalto.data.slots import BYTES
+from smalto.memory import _glibc
 
 NUMBER = 60
 
@@ -45,6 +46,26 @@ def test_arrays_come_back_whole_and_are_the_receivers_own(together: int, monkeyp
         for one, other in zip(outcome, noise(file), strict=True):
             assert numpy.array_equal(one, other)
         assert outcome[0].flags.writeable
+
+
+def pages_cleared(file: PictureFile) -> int:
+    """Page faults of a worker that ten times takes and frees the memory of a picture on its way."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        steps = [numpy.ones(600_000, numpy.uint8) for _ in range(4)]
+        del steps
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(_glibc() is None, reason="no glibc, or somebody tuned it")
+def test_workers_keep_the_memory_of_a_picture_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    with Decoder(1, pages_cleared) as decoder:
+        *_, (_, last) = decoder.in_order(files(20))
+    assert isinstance(last, int)
+    assert last < 200  # they have 5,860 pages
 
 
 def test_the_death_of_a_worker_mixes_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

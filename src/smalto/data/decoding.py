@@ -20,6 +20,7 @@ from smalto.data.archives import PictureFile
 from smalto.data.images import BadPicture
 from smalto.data.slots import Packed, Slots, packed, use_slots
 from smalto.errors import DataError
+from smalto.memory import settle_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -146,6 +147,7 @@ class _Job(NamedTuple):
 
 def _begin_worker(shared: Any) -> None:
     use_slots(shared)
+    settle_memory()
     _end_with_the_parent()
 
 

@@ -285,3 +285,6 @@ def test_what_was_claimed_of_the_store_holds() -> None:
     assert store["writing"]["bytes_per_token"] <= 2.1
     assert store["passes"]["times_as_fast_as"]["one .npy file a row"] >= 15
     assert store["passes"]["times_as_fast_as"]["LMDB of pickled rows"] >= 2
+    job = result("tokenization")
+    assert min(row["share_of_bound"] for row in job["rows"]) >= 0.9
+    assert job["memory_ratio"] <= 1.05

@@ -187,6 +187,7 @@ def test_a_folder_of_bad_pictures_stops_the_job(tokenizer: Path, tmp_path: Path)
         tokenize(source, tokenizer, tmp_path / "t", max_errors=-1)
     with pytest.raises(DataError, match=r"nothing in .* could be used"):
         tokenize([], tokenizer, tmp_path / "u")
+    assert not (tmp_path / "u").exists()  # the next attempt may be of another kind
 
 
 def test_settings_that_do_not_fit_are_named(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -258,6 +259,11 @@ def test_verify_finds_tokens_that_are_not_the_pictures(pictures: Path, tokenizer
     done = smalto_command("store", "verify", tmp_path / "t", check=False)
     assert done.returncode == 1
     assert f"row {row.id!r}: 1 tokens differ when the picture is encoded again, the first at 5" in done.stdout
+    write_pictures(pictures, 1, 50, 50)
+    other, (first, *_) = verify(tmp_path / "t", 6), store.ids()
+    assert (other.changed, other.num_sampled, [id for id, *_ in other.differing]) == ([first], 5, [row.id])  # no damage
+    assert "1 have changed since they were tokenized" in smalto_command("store", "verify", tmp_path / "t", check=False).stdout
+    tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=True)
     (pictures / row.id).unlink()
     assert verify(tmp_path / "t", 6).not_found == [row.id]
     moved = shutil.move(pictures, tmp_path / "moved")

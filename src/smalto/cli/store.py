@@ -48,8 +48,9 @@ def verify(
     for id, number, first in found.differing:
         print(f"row {id!r}: {number:,} tokens differ when the picture is encoded again, the first at {first}")
     print(f"{found.num_checked:,} of {found.num_rows:,} rows checked, {found.num_problems:,} problems")
-    if found.num_sampled or found.not_found:
+    if found.num_sampled or found.not_found or found.changed:
         gone = f"; {len(found.not_found):,} pictures are not in the source any more" if found.not_found else ""
+        gone += f"; {len(found.changed):,} have changed since they were tokenized" if found.changed else ""
         print(f"{found.num_sampled:,} rows ({found.num_tokens_sampled:,} tokens) encoded again, {len(found.differing):,} differ{gone}")
     if not found.ok:
         fail(f"{path} is not as it was written", 1)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy
 import torch
 
-from smalto.data.archives import PictureFile
 from smalto.data.images import BadPicture
 from smalto.data.lance_table import pyarrow
 from smalto.data.pictures import to_unit_range, views_of
@@ -31,7 +30,8 @@ class Verification:
     Attributes:
         num_rows: rows that the store says it has; ``num_checked``: those that could be read.
         problems: what is wrong with the store, at most 1,000 lines; ``num_problems`` counts all.
-        num_sampled: pictures that were encoded again; ``not_found``: names of the sample that are not in the source any more.
+        num_sampled: rows that were encoded again; ``not_found``: names of the sample that are not in the source any more, or cannot be
+            read; ``changed``: those whose files are others than when they were tokenized.
         differing: (id, number of tokens that differ, position of the first) of pictures that gave other tokens.
     """
 
@@ -42,6 +42,7 @@ class Verification:
     num_sampled: int = 0
     num_tokens_sampled: int = 0
     not_found: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     differing: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
@@ -137,14 +138,21 @@ def _encode_again(
     runner = tokenizer.for_inference(header.precision)
     device = next(tokenizer.parameters()).device
     names = header.transform.view_names()
+    known = {id: digest for id, (_, _, digest) in store.known(batch["id"]).items()}
     progress.begin("encoding again", len(rows), "pictures")
     for file in locate(source, rows) if source else ():
         progress.advance()
-        images = _views(header.transform, file)
-        for id, view, tokens in rows.pop(file.name):
-            if images is None:
-                found.not_found.append(file.name)
-                continue
+        of_file = rows.pop(file.name)
+        try:
+            prepared = header.transform.prepare(file)
+        except BadPicture:
+            found.not_found.append(file.name)
+            continue
+        if any(known[id] not in (b"", prepared.digest) for id, _, _ in of_file):
+            found.changed.append(file.name)
+            continue
+        images = views_of(prepared.views, header.transform.flip)
+        for id, view, tokens in of_file:
             again = runner.encode(to_unit_range(images[names.index(view)][None]).to(device)).cpu()[0]
             found.num_sampled += 1
             found.num_tokens_sampled += len(tokens)
@@ -153,10 +161,3 @@ def _encode_again(
                 found.differing.append((id, len(different), int(different[0])))
     progress.end()
     found.not_found += sorted(rows)
-
-
-def _views(transform: Transform, file: PictureFile) -> torch.Tensor | None:
-    try:
-        return views_of(transform.prepare(file).views, transform.flip)
-    except BadPicture:
-        return None

@@ -120,6 +120,7 @@ def tokenize(
     )
     walk = walk_source(source)
     walk = itertools.chain(list(itertools.islice(walk, 1)), walk)  # a source that is not there says so before a store is made
+    new = overwrite or not out.exists()
     store = _opened(out, header, overwrite)
     count = threading.Event()
     with store.writing():
@@ -131,9 +132,11 @@ def tokenize(
             count.set()
         if store.num_small_files > SOME_SMALL_FILES:
             store.compact(KEEP_REPLACED, lazily=True)
+        done.num_rows = len(store)
+        if new and not done.num_rows:  # else the next attempt would have to be of the same kind
+            shutil.rmtree(out)
     progress.end()
-    done.num_rows = len(store)
-    if not len(store):
+    if not done.num_rows:
         raise DataError(f"nothing in {source_name(source) or 'the list of files'} could be used. {summary(done.skipped)}".strip())
     return done
 

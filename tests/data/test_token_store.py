@@ -70,6 +70,10 @@ def test_what_is_appended_is_read_back(tmp_path: Path, fixed: bool, codebook_siz
         store[30]
     with pytest.raises(InputError, match="rows are numbered 0 to 29"):
         store.batch([30])
+    for no_numbers in ([1.5], [True, False], ["a"]):  # a mask would give rows 0 and 1
+        with pytest.raises(InputError, match="whole numbers"):
+            store.batch(no_numbers)
+    assert store.batch([])["id"] == []
 
 
 def test_tokens_of_another_kind_are_refused_with_both_values(tmp_path: Path) -> None:

@@ -142,10 +142,13 @@ class TokenStore:
             list of TokenLayout. ``height``, ``width``: int64 [B]; ``crop``: int64 [B, 4].
 
         Raises:
-            InputError: a number out of range.
+            InputError: a number out of range, or no whole number.
             DataError: a data file is missing or damaged.
         """
-        asked = numpy.asarray(indices, dtype=numpy.int64).reshape(-1)
+        asked = numpy.asarray(indices).reshape(-1)
+        if asked.size and asked.dtype.kind not in "iu":
+            raise InputError(f"rows are asked for by whole numbers; got {asked.dtype}.")
+        asked = asked.astype(numpy.int64)
         if asked.size and (asked.min() < 0 or asked.max() >= len(self)):
             raise InputError(f"rows are numbered 0 to {len(self) - 1}; got {int(asked.min())} to {int(asked.max())}.")
         rising, places = numpy.unique(asked, return_inverse=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -81,15 +82,17 @@ def test_2_metadata_of_thousands_of_small_commits_is_compacted(tmp_path: Path) -
     bloat(tmp_path / "t", 3000)
 
 
-def test_3_a_missing_data_file_is_an_error_that_names_it(tmp_path: Path) -> None:
-    make(tmp_path / "t")
+@pytest.mark.parametrize("name", ["t", "data/_indices/t, tokens.lance"])
+def test_3_a_missing_data_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    make(path)
     (tmp_path / "moved").mkdir()
-    gone = data_files(tmp_path / "t")[2]
+    gone = data_files(path)[2]
     shutil.move(gone, tmp_path / "moved")
-    store = TokenStore.open(tmp_path / "t")
+    store = TokenStore.open(path)
     assert len(store) == 30  # not fewer
     for read in (lambda: store.batch([0, 13]), store.rows, lambda: store.tokens(0, 30, []), store.ids, lambda: store.token_rows(12, 18)):
-        with pytest.raises(DataError, match=f"{gone.name} is missing"):
+        with pytest.raises(DataError, match=f"^{re.escape(str(gone))} is missing, .* restore that one from a copy"):
             read()
     others = [*range(12), *range(18, 30)]
     assert store.batch(others)["id"] == [row.id for row in token_rows(30) if row.id not in {r.id for r in token_rows(6, first=12)}]
@@ -97,7 +100,21 @@ def test_3_a_missing_data_file_is_an_error_that_names_it(tmp_path: Path) -> None
     assert (found.ok, found.num_checked, found.num_problems) == (False, 24, 1)
     assert gone.name in found.problems[0]
     shutil.move(tmp_path / "moved" / gone.name, gone)
-    assert TokenStore.open(tmp_path / "t").verify().ok
+    assert TokenStore.open(path).verify().ok
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_3_a_missing_index_is_made_anew(tmp_path: Path, whole_folder: bool) -> None:
+    make(tmp_path / "t.lance")
+    TokenStore.open(tmp_path / "t.lance").compact()
+    (folder,) = (tmp_path / "t.lance" / "_indices").iterdir()
+    shutil.rmtree(folder) if whole_folder else (folder / "page_lookup.lance").unlink()
+    store = TokenStore.open(tmp_path / "t.lance")
+    assert store.verify().ok
+    with pytest.raises(DataError, match=rf"^{re.escape(str(folder))}.* is missing\. No row is lost: `smalto store compact .*t\.lance`"):
+        store.known([token_rows(1)[0].id])
+    store.compact()
+    assert set(TokenStore.open(tmp_path / "t.lance").known([row.id for row in token_rows(31)])) == {row.id for row in token_rows(30)}
 
 
 def test_4_appending_after_reopening_rewrites_nothing(tmp_path: Path) -> None:

@@ -206,6 +206,9 @@ class LanceTable:
     def _index(self, lazily: bool) -> None:
         """Index the ids. A whole index is merged anew each time, so for growing tables ``lazily``; rows outside it are read through."""
         indices = self._dataset.describe_indices()
+        if indices and not self._is_whole(indices[0]):
+            self._dataset.drop_index(indices[0].name)
+            indices, lazily = [], False
         indexed = indices[0].num_rows_indexed if indices else 0
         if len(self) - indexed < (max(_FEW_ROWS, indexed // 8) if lazily else 1):
             return
@@ -215,12 +218,17 @@ class LanceTable:
             self._dataset.create_scalar_index("id", "BTREE")
         self._dataset.checkout_latest()
         (index,) = self._dataset.describe_indices()
-        files = [file for segment in index.segments for file in (self.path / "_indices" / str(segment.uuid)).iterdir()]
-        if sum(file.stat().st_size for file in files) != index.total_size_bytes:
+        if not self._is_whole(index):
             self._dataset.drop_index(index.name)  # rows are found without it too
             raise _cut_short(self.path / "_indices")
-        for file in files:
+        for file in self._index_files(index):
             _sync_file(file)
+
+    def _is_whole(self, index: Any) -> bool:
+        return sum(file.stat().st_size for file in self._index_files(index)) == index.total_size_bytes
+
+    def _index_files(self, index: Any) -> list[Path]:
+        return [file for segment in index.segments for file in (self.path / "_indices" / str(segment.uuid)).glob("*")]
 
     def _check_whole(self, fragments: list[Any]) -> None:
         """Flush new data files to disk, and see that they are as long as they should be: where a disk is full, Lance may cut the last
@@ -315,10 +323,12 @@ def _explained(path: Path, text: str) -> Exception:
     for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
         if f"(os error {number})" in text:
             return OSError(number, os.strerror(number), str(path))
-    missing = re.search(r"[Nn]ot found: (.+?\.(?:lance|manifest|arrow|idx))", text)
+    missing = re.search(r"[Nn]ot found: .*/((data|_versions|_indices|_deletions|_transactions)(/[\w-]+)+\.\w+)", text)
+    if missing and missing[2] == "_indices":
+        return DataError(f"{path / missing[1]} is missing. No row is lost: `smalto store compact {path}` makes that index anew.")
     if missing:
         return DataError(
-            f"{missing[1]} is missing, so {path} is not whole. Rows in other files can be read; restore that one from a copy, or tokenize "
-            "its pictures again."
+            f"{path / missing[1]} is missing, so {path} is not whole. Rows in other files can be read; restore that one from a copy, or "
+            "tokenize its pictures again."
         )
     return DataError(f"{path} cannot be read: it is damaged, or no Lance table ({' '.join(text.split())[:300]}).")

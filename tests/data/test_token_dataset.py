@@ -156,6 +156,11 @@ def test_wrong_settings_and_positions_are_named(store: Path, tmp_path: Path) -> 
     state = loader(store).state_dict()
     with pytest.raises(InputError, match="saved with num_rows 7; it is 203 now"):
         loader(store).load_state_dict(state | {"num_rows": 7})
+    for key, other in (("seed", 5), ("batch_size", 3), ("block_rows", 7), ("shuffle", "rows")):
+        with pytest.raises(InputError, match=f"saved with {key} {other}"):
+            loader(store).load_state_dict(state | {key: other})
+    with pytest.raises(InputError, match="no position of a TokenLoader"):
+        loader(store).load_state_dict({})
     made = TokenStore.create(tmp_path / "t", store_header())
     assert list(TokenDataset(made.path, 4)) == []
 

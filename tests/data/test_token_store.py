@@ -70,6 +70,9 @@ def test_what_is_appended_is_read_back(tmp_path: Path, fixed: bool, codebook_siz
         store[30]
     with pytest.raises(InputError, match="rows are numbered 0 to 29"):
         store.batch([30])
+    for odd in ("a\nb", "\udcff"):
+        with pytest.raises(InputError, match=r"row_id\(name\) makes one"):
+            store.append([rows[0]._replace(id=odd)])
     for no_numbers in ([1.5], [True, False], ["a"]):  # a mask would give rows 0 and 1
         with pytest.raises(InputError, match="whole numbers"):
             store.batch(no_numbers)

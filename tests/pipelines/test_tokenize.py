@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,64 @@ def test_a_folder_of_bad_pictures_stops_the_job(tokenizer: Path, tmp_path: Path)
     assert tokenize(source, tokenizer, tmp_path / "t", max_errors=8).num_known == 3
     with pytest.raises(ConfigError, match="max_errors"):
         tokenize(source, tokenizer, tmp_path / "t", max_errors=-1)
-    with pytest.raises(DataError, match=r"nothing in .* could be used"):
-        tokenize([], tokenizer, tmp_path / "u")
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "x.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"nothing in .*q could be used"):
+        tokenize(tmp_path / "q", tokenizer, tmp_path / "u")
     assert not (tmp_path / "u").exists()  # the next attempt may be of another kind
+
+
+def test_a_store_is_replaced_only_by_what_there_is(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
+    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"there is nothing in .*empty"):
+        tokenize(tmp_path / "empty", tokenizer, tmp_path / "t", size=32, overwrite=True)
+    with pytest.raises(DataError, match="there is nothing in the list of files"):
+        tokenize([], tokenizer, tmp_path / "t", size=32, overwrite=True)
+    with pytest.raises(ConfigError, match="workers"):
+        tokenize(pictures, tokenizer, tmp_path / "t", size=32, overwrite=True, workers=-1)
+    (tmp_path / "link").symlink_to(tmp_path / "t")
+    for same in ("t", "link"):
+        with pytest.raises(ConfigError, match="cannot be its own source"):
+            tokenize(tmp_path / "t", tokenizer, tmp_path / same, overwrite=True)
+    assert len(TokenStore.open(tmp_path / "t")) == 6
+
+
+def test_odd_labels_times_and_archives_stop_nothing(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "p", 3)
+    shutil.copytree(source, tmp_path / "p" / os.fsdecode(b"z\xff"))
+    os.utime(source / "picture00.png", (13_569_465_600, 13_569_465_600))  # the year 2400
+    (source / "bad.png").write_bytes(b"no picture")
+    os.utime(source / "bad.png", (13_569_465_600, 13_569_465_600))
+    with zipfile.ZipFile(source / "z.zip", "w") as archive:
+        archive.write(source / "picture01.png", "a.png")
+    done = tokenize(source, tokenizer, tmp_path / "t", size=32)
+    assert (done.num_images, len(done.skipped)) == (7, 1)
+    assert TokenStore.open(tmp_path / "t").classes() == ["z%FF"]
+    version = TokenStore.open(tmp_path / "t").version
+    assert tokenize(source, tokenizer, tmp_path / "t", size=32).num_known == 7
+    assert TokenStore.open(tmp_path / "t").version == version
+    data = bytearray((source / "z.zip").read_bytes())
+    data[len(data) // 2] ^= 1
+    (source / "z.zip").write_bytes(data)
+    assert tokenize(source, tokenizer, tmp_path / "t", size=32).changed == ["z.zip/a.png"]
+    Image.new("RGB", (8000, 1)).save(source / "strip.png")  # would be 524 megapixels
+    skipped = dict(tokenize(source, tokenizer, tmp_path / "t", size=256, overwrite=True).skipped)
+    assert skipped["strip.png"].startswith("oversized")
+
+
+def test_a_picture_that_turned_bad_is_noted_once(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
+    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
+    (pictures / "picture01.png").write_bytes(b"no picture any more")
+    assert len(tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=True).skipped) == 1
+    version = TokenStore.open(tmp_path / "t")._errors().version
+    for update in (True, False, True):
+        assert len(tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=update).skipped) == 1
+    assert TokenStore.open(tmp_path / "t")._errors().version == version
+    assert set(TokenStore.open(tmp_path / "t").errors()) == {"picture01.png"}
+    write_pictures(pictures, 2, 50, 50)
+    tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=True)
+    assert not TokenStore.open(tmp_path / "t").errors()
 
 
 def test_settings_that_do_not_fit_are_named(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -239,6 +295,10 @@ def test_another_store_is_a_source(tokenizer: Path, tmp_path: Path) -> None:
     more = tokenize(tmp_path / "b.lance", tokenizer, tmp_path / "all.lance")
     assert (more.num_images, more.num_rows) == (2, 6)
     assert tokens_by_id(tmp_path / "all.lance") == tokens_by_id(tmp_path / "b.lance")
+    store = TokenStore.open(tmp_path / "all.lance")  # rows that know nothing of their files tell of no changes
+    store.append([row._replace(size=0, modified=0, digest=b"") for row in store.token_rows(0, 2)], replace=True)
+    again = tokenize(tmp_path / "b.lance", tokenizer, tmp_path / "all.lance", update=True)
+    assert (again.changed, again.num_images) == ([], 0)
     with pytest.raises(ConfigError, match="are copied as they are: leave out size"):
         tokenize(tmp_path / "a.lance", tokenizer, tmp_path / "all.lance", size=32)
     smalto.default_tokenizer(64).save(tmp_path / "other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import warnings
@@ -65,7 +66,7 @@ def walk_pictures(source: str | Path) -> Iterator[PictureFile | Skipped]:
         things = [file]
     for thing in things:
         if isinstance(thing, PictureFile) and is_archive(thing.path) and os.path.isfile(thing.path):
-            inside = members(thing._replace(modified=os.stat(thing.path).st_mtime_ns))
+            inside = members(thing._replace(modified=modified_ns(os.stat(thing.path))))
             yield from (_judged(member) if isinstance(member, PictureFile) else member for member in inside)
         else:
             yield _judged(thing) if isinstance(thing, PictureFile) else thing
@@ -110,6 +111,8 @@ def decode(stream: BinaryIO, wanted: Callable[[int, int], tuple[int, int]]) -> t
             if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):  # lies on its side
                 width, height = height, width
             colours, size = _to_rgb(ImageOps.exif_transpose(image)), wanted(width, height)
+    if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):  # a thin strip whose shorter side is brought to a size
+        raise Image.DecompressionBombError
     if colours.size != size:
         colours = colours.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     return colours, width, height
@@ -203,7 +206,12 @@ def _judged(file: PictureFile) -> PictureFile | Skipped:
         return Skipped(file.name, "compressed tar: unpack it, or write it as a plain .tar")
     if suffix not in SUFFIXES and (suffix or not _has_magic(file.path)):
         return Skipped(file.name, NOT_AN_IMAGE)
-    return file._replace(size=status.st_size, modified=status.st_mtime_ns)
+    return file._replace(size=status.st_size, modified=modified_ns(status))
+
+
+def modified_ns(status: os.stat_result) -> int:
+    """When a file was last written, in ns; what does not fit into 64 bits (after the year 2262) as what just does."""
+    return max(-(2**63), min(2**63 - 1, status.st_mtime_ns))
 
 
 def _has_magic(path: str) -> bool:

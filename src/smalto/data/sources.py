@@ -11,7 +11,7 @@ from pathlib import Path
 from smalto.data import emoji
 from smalto.data.archives import PictureFile, Skipped
 from smalto.data.bundled import HELD_OUT, SOURCE, bundled_photographs
-from smalto.data.images import find_pictures, printable, walk_pictures
+from smalto.data.images import find_pictures, modified_ns, printable, walk_pictures
 from smalto.errors import DataError
 
 
@@ -48,7 +48,7 @@ def walk_source(source: str | Path | list[PictureFile]) -> Iterator[PictureFile 
         return
     for file in files:
         status = os.stat(file.path)
-        yield file._replace(size=file.size or status.st_size, modified=status.st_mtime_ns)
+        yield file._replace(size=file.size or status.st_size, modified=modified_ns(status))
 
 
 def locate(source: str | Path, names: Collection[str]) -> Iterator[PictureFile]:

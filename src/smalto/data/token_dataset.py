@@ -17,6 +17,7 @@ from smalto.data.token_store import TokenStore
 from smalto.errors import ConfigError, InputError
 
 Shuffle = Literal["blocks", "rows", "none"]
+_DECIDE_THE_ORDER = ("num_rows", "world_size", "seed", "batch_size", "shuffle", "block_rows", "blocks_mixed", "drop_last")
 
 
 class TokenDataset(IterableDataset[dict[str, Any]]):
@@ -28,7 +29,8 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
 
     The batches of an epoch follow from seed, epoch, batch size and number of processes alone. Workers of a DataLoader
     (``batch_size=None``, spawned: Lance does not survive a fork) take turns, so any number of them gives the same batches in the same
-    order. Every process gets equally many rows; of n rows on p processes n % p are left out, others in each epoch.
+    order. Every process gets equally many rows; of n rows on p processes n % p are left out: with ``"rows"`` others in each epoch, else
+    rows at the end of a block.
 
     Args:
         path: the store.
@@ -203,17 +205,19 @@ class TokenLoader:
             yield batch
         self._epoch, self._batches = self._epoch + 1, 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the loader is: plain numbers."""
-        return {"epoch": self._epoch, "batches": self._batches, "num_rows": self.dataset.num_rows, "world_size": self.dataset.world_size}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is, and what decided the order so far: plain numbers and a word."""
+        return {"epoch": self._epoch, "batches": self._batches, **{name: getattr(self.dataset, name) for name in _DECIDE_THE_ORDER}}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there.
 
         Raises:
-            InputError: the store or the number of processes has changed since, so that the order is another.
+            InputError: the number of rows or of processes, or a setting of the dataset, has changed since, so that the order is another.
         """
-        for key, now in (("num_rows", self.dataset.num_rows), ("world_size", self.dataset.world_size)):
-            if state[key] != now:
+        if missing := {"epoch", "batches", *_DECIDE_THE_ORDER} - set(state):
+            raise InputError(f"this is no position of a TokenLoader: {', '.join(sorted(missing))} missing.")
+        for key in _DECIDE_THE_ORDER:
+            if state[key] != (now := getattr(self.dataset, key)):
                 raise InputError(f"the position was saved with {key} {state[key]}; it is {now} now, and the order of rows with it.")
         self._epoch, self._batches = state["epoch"], state["batches"]

@@ -142,9 +142,11 @@ def rows_to_table(rows: Sequence[TokenRow], header: StoreHeader) -> pyarrow.Tabl
     schema, fixed = store_schema(header), header.layout
     if not all(row.id for row in rows):
         raise InputError(f"every row needs an id; got {[row.id for row in rows][:5]} ...")
+    if odd := [row.id for row in rows if _NO_ID.search(row.id)]:
+        raise InputError(f"ids are texts without control characters; got {odd[0]!r}. row_id(name) makes one of any name.")
     arrays = [_as_array(row, fixed, header.codebook_size) for row in rows]
     flat = pyarrow.array(numpy.concatenate(arrays).astype(header.dtype, copy=False))
-    columns: dict[str, Any] = {"id": [row.id for row in rows], "label": [row.label or None for row in rows]}
+    columns: dict[str, Any] = {"id": [row.id for row in rows], "label": [_NO_UTF8.sub(_percent, row.label) or None for row in rows]}
     if fixed is not None:
         columns["tokens"] = pyarrow.FixedSizeListArray.from_arrays(flat, fixed.num_tokens)
     else:
@@ -175,6 +177,8 @@ def checksums(table: pyarrow.Table) -> list[int]:
     return found
 
 
+_NO_ID = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_NO_UTF8 = re.compile("[\ud800-\udfff]")
 _NEEDS_ENCODING = re.compile("[%?\x00-\x1f\x7f\ud800-\udfff]")
 
 

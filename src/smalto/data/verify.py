@@ -94,6 +94,10 @@ def _check_rows(store: TokenStore, found: Verification, progress: Progress) -> N
         found.num_checked += table.num_rows
         progress.advance(table.num_rows)
     progress.end()
+    try:
+        store.errors()
+    except DataError as error:
+        found.add(f"the table of bad pictures: {error}")
     every = numpy.concatenate(hashes) if hashes else numpy.zeros(0, numpy.uint64)
     if repeated := len(every) - len(numpy.unique(every)):
         found.add(f"{repeated} rows have an id that another row has too")

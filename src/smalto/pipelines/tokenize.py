@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smalto.data.archives import PictureFile, Skipped, open_file
 from smalto.data.decoding import Decoder
-from smalto.data.images import LONGER_SIDE, NOT_AN_IMAGE, BadPicture, summary
+from smalto.data.images import LONGER_SIDE, NOT_AN_IMAGE, BadPicture, bad_pictures_named, summary
 from smalto.data.pictures import views_of
 from smalto.data.sources import source_name, walk_source
 from smalto.data.store_writer import KEEP_REPLACED, ROWS_PER_COMMIT, SOME_SMALL_FILES, StoreWriter
@@ -118,8 +118,11 @@ def tokenize(
         source=source_name(source),
         fingerprint=runner.fingerprint,
     )
+    workers = default_workers(workers)
     walk = walk_source(source)
-    walk = itertools.chain(list(itertools.islice(walk, 1)), walk)  # a source that is not there says so before a store is made
+    if not (first := list(itertools.islice(walk, 1))):  # before a store is made, or replaced
+        raise DataError(f"there is nothing in {source_name(source) or 'the list of files'}: name a folder of pictures.")
+    walk = itertools.chain(first, walk)
     new = overwrite or not out.exists()
     store = _opened(out, header, overwrite)
     count = threading.Event()
@@ -162,11 +165,11 @@ class _Job:
         self._healed: list[str] = []  # were bad once, and are good now
         self.done = Tokenized(store.path)
 
-    def run(self, walk: Iterator[PictureFile | Skipped], workers: int | None) -> Tokenized:
+    def run(self, walk: Iterator[PictureFile | Skipped], workers: int) -> Tokenized:
         views = len(self._transform.view_names())
         with (
             StoreWriter(self._store) as self._writer,
-            Decoder(default_workers(workers), self._transform.prepare) as decoder,
+            Decoder(workers, self._transform.prepare) as decoder,
             Encoders(self._runner) as encoders,
         ):
             decoded = self._good(decoder.in_order(self._missing(walk), _DECODED_TOGETHER))
@@ -189,24 +192,23 @@ class _Job:
             known = self._reader.known([row_id(file.name) for file in files])
             for file in files:
                 self._seen += 1
-                if (facts := known.get(row_id(file.name))) is None:
-                    reason, *before = self._bad_before.get(file.name, ("", 0, 0))
-                    if reason and before == [file.size, file.modified]:
-                        self._bad(Skipped(file.name, reason))
-                        self._advance(1, images=0)
-                    else:
-                        yield file
-                elif _has_changed(file, *facts):
+                facts = known.get(row_id(file.name))
+                reason, *before = self._bad_before.get(file.name, ("", 0, 0))
+                if facts is not None and not _has_changed(file, *facts):
+                    self.done.num_known += 1
+                    if reason:
+                        self._healed.append(file.name)
+                elif reason and before == [file.size, file.modified]:
+                    self._bad(Skipped(file.name, reason))
+                elif facts is None:
+                    yield file
+                    continue
+                else:
                     self.done.changed.append(file.name)
                     if self._update:
                         yield file
-                    else:
-                        self._advance(1, images=0)
-                else:
-                    self.done.num_known += 1
-                    self._advance(1, images=0)
-                if facts is not None and file.name in self._bad_before:
-                    self._healed.append(file.name)
+                        continue
+                self._advance(1, images=0)
 
     def _good(self, decoded: Iterator[tuple[PictureFile, Prepared | BadPicture]]) -> Iterator[tuple[tuple[PictureFile, Prepared], Tensor]]:
         for file, prepared in decoded:
@@ -264,10 +266,17 @@ def _has_changed(file: PictureFile, size: int, modified: int, digest: bytes) -> 
     if file.size != size:
         return True
     try:
-        with open_file(file) as stream:
+        with bad_pictures_named(), open_file(file) as stream:
             return content_digest(stream) != digest
-    except (OSError, ValueError):
+    except BadPicture:
         return True
+
+
+def _is_another(row: TokenRow, size: int, _modified: int, digest: bytes) -> bool:
+    """Whether a row is of another picture than the one that is there, as far as both know their files."""
+    if not (row.size or row.digest) or not (size or digest):
+        return False
+    return row.size != size or row.digest != digest
 
 
 def _opened(out: Path, header: StoreHeader, overwrite: bool) -> TokenStore:
@@ -305,6 +314,8 @@ def _copy(source: TokenStore, runner: Runner, out: Path, overwrite: bool, update
             f"{source.path} was written by another tokenizer ({source.header.fingerprint[:12]}, this one is {runner.fingerprint[:12]}), "
             "and pictures made of tokens are worse than pictures. Name the pictures themselves."
         )
+    if out.resolve() == source.path.resolve():
+        raise ConfigError(f"{out} cannot be its own source. Name another --out.")
     store = _opened(out, source.header, overwrite)
     done = Tokenized(out)
     progress.begin("copying", len(source), "rows")
@@ -312,7 +323,7 @@ def _copy(source: TokenStore, runner: Runner, out: Path, overwrite: bool, update
         for start in range(0, len(source), ROWS_PER_COMMIT):
             rows = source.token_rows(start, start + ROWS_PER_COMMIT)
             known = store.known([row.id for row in rows])
-            changed = {row.id for row in rows if row.id in known and known[row.id] != (row.size, row.modified, row.digest)}
+            changed = {row.id for row in rows if row.id in known and _is_another(row, *known[row.id])}
             new = [row for row in rows if row.id not in known or (update and row.id in changed)]
             if new:
                 store.append(new, replace=update)

@@ -110,11 +110,39 @@ def test_3_a_missing_index_is_made_anew(tmp_path: Path, whole_folder: bool) -> N
     (folder,) = (tmp_path / "t.lance" / "_indices").iterdir()
     shutil.rmtree(folder) if whole_folder else (folder / "page_lookup.lance").unlink()
     store = TokenStore.open(tmp_path / "t.lance")
-    assert store.verify().ok
+    (problem,) = store.verify().problems
+    assert "the index of ids is damaged" in problem
     with pytest.raises(DataError, match=rf"^{re.escape(str(folder))}.* is missing\. No row is lost: `smalto store compact .*t\.lance`"):
         store.known([token_rows(1)[0].id])
     store.compact()
+    assert store.verify().ok
     assert set(TokenStore.open(tmp_path / "t.lance").known([row.id for row in token_rows(31)])) == {row.id for row in token_rows(30)}
+
+
+def test_a_flipped_byte_in_the_index_is_found_and_mended(tmp_path: Path) -> None:
+    make(tmp_path / "t")
+    TokenStore.open(tmp_path / "t").compact()
+    (page,) = (tmp_path / "t" / "_indices").glob("*/page_data.lance")
+    data = page.read_bytes()
+    name = token_rows(20)[17].id.encode()
+    assert name in data
+    page.write_bytes(data.replace(name, name[:-1] + b"~"))
+    store = TokenStore.open(tmp_path / "t")
+    (problem,) = store.verify().problems
+    assert f"does not find {name.decode()!r}. No row is lost; remove {tmp_path / 't' / '_indices'}" in problem
+    shutil.rmtree(tmp_path / "t" / "_indices")
+    store.compact()
+    assert TokenStore.open(tmp_path / "t").verify().ok
+
+
+def test_verify_finds_a_damaged_table_of_bad_pictures(tmp_path: Path) -> None:
+    store = make(tmp_path / "t")
+    store.add_errors([(Skipped("x.png", "damaged"), 1, 2)])
+    assert store.verify().ok
+    for file in (tmp_path / "t" / "_errors" / "data").iterdir():
+        file.unlink()
+    (problem,) = TokenStore.open(tmp_path / "t").verify().problems
+    assert problem.startswith(f"the table of bad pictures: {file} is missing")
 
 
 def test_4_appending_after_reopening_rewrites_nothing(tmp_path: Path) -> None:

@@ -161,6 +161,12 @@ class LanceTable:
         with _errors_named(self.path):
             return self._dataset.scanner(columns=columns, filter=_is_one_of(ids)).to_table()
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether ids are found without reading through many rows."""
+        indices = self._dataset.describe_indices()
+        return bool(indices) and len(self) - indices[0].num_rows_indexed <= _may_lag(indices[0].num_rows_indexed)
+
     def batches(self, columns: list[str] | None = None) -> Iterator[pyarrow.Table | DataError]:
         """All rows a few thousand at a time; for a data file that cannot be read the error instead of its remaining rows."""
         for fragment in self._dataset.get_fragments():
@@ -210,7 +216,7 @@ class LanceTable:
             self._dataset.drop_index(indices[0].name)
             indices, lazily = [], False
         indexed = indices[0].num_rows_indexed if indices else 0
-        if len(self) - indexed < (max(_FEW_ROWS, indexed // 8) if lazily else 1):
+        if len(self) - indexed < (_may_lag(indexed) if lazily else 1):
             return
         if indices:
             self._dataset.optimize.optimize_indices()
@@ -255,6 +261,11 @@ class LanceTable:
         sync_folder(manifest.parent)
         head = {"version": self.version, "rows": len(self), "manifest": file_sha256(manifest)}
         write_atomic(self.path / _HEAD, json.dumps(head) + "\n")
+
+
+def _may_lag(indexed: int) -> int:
+    """So many rows may be outside an index of this size."""
+    return max(_FEW_ROWS, indexed // 8)
 
 
 def _cut_short(path: Path) -> OSError:

@@ -200,6 +200,13 @@ class TokenStore:
         found = self._table.find(ids, ["id", "size", "modified", "digest"]) if ids else None
         return {row["id"]: (row["size"], row["modified"], row["digest"] or b"") for row in found.to_pylist()} if found is not None else {}
 
+    def lost_by_the_index(self, ids: Sequence[str]) -> list[str]:
+        """Of ids that are in the store those that ``known`` does not find: the index of ids is damaged. Empty where there is none."""
+        if not self._table.is_indexed:
+            return []
+        found = set(self._table.find(ids, ["id"])["id"].to_pylist())
+        return [id for id in ids if id not in found]
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Be the one that writes; no other process can meanwhile. ``append`` does this itself where it is not done around it.

@@ -65,7 +65,7 @@ def verify_store(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check every row's checksum, range and length and that ids are unique; then encode some pictures again.
+    """Check every row's checksum, range and length, that ids are unique and found; then encode some pictures again.
 
     Args:
         sample: how many rows to encode again, drawn by ``seed``.
@@ -86,14 +86,19 @@ def verify_store(
 def _check_rows(store: TokenStore, found: Verification, progress: Progress) -> None:
     progress.begin("checking", len(store), "rows")
     hashes: list[numpy.ndarray] = []
+    lost: list[str] = []
     for table in store.tables():
         if isinstance(table, DataError):
             found.add(str(table))
             continue
         hashes.append(_check_table(store, table, found))
+        lost = lost or _lost_by_the_index(store, table["id"].to_pylist())
         found.num_checked += table.num_rows
         progress.advance(table.num_rows)
     progress.end()
+    if lost:
+        again = f"remove {store.path / '_indices'} and run `smalto store compact {store.path}`"
+        found.add(f"the index of ids is damaged: it does not find {lost[0]!r}. No row is lost; {again}")
     try:
         store.errors()
     except DataError as error:
@@ -101,6 +106,13 @@ def _check_rows(store: TokenStore, found: Verification, progress: Progress) -> N
     every = numpy.concatenate(hashes) if hashes else numpy.zeros(0, numpy.uint64)
     if repeated := len(every) - len(numpy.unique(every)):
         found.add(f"{repeated} rows have an id that another row has too")
+
+
+def _lost_by_the_index(store: TokenStore, ids: list[str]) -> list[str]:
+    try:
+        return store.lost_by_the_index(ids)
+    except DataError:
+        return ids
 
 
 def _check_table(store: TokenStore, table: pyarrow.Table, found: Verification) -> numpy.ndarray:

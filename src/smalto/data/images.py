@@ -161,6 +161,9 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
+_DEEPEST = 500
+
+
 def _walk(folder: Path) -> Iterator[PictureFile | Skipped]:
     seen: set[tuple[int, int]] = set()
     unreadable: list[OSError] = []
@@ -172,6 +175,9 @@ def _walk(folder: Path) -> Iterator[PictureFile | Skipped]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if folders and os.path.relpath(parent, folder).count(os.sep) >= _DEEPEST:  # os.walk recurses, and Python's stack ends
+            yield Skipped(os.path.relpath(parent, folder), f"unreadable folder: more than {_DEEPEST} folders deep")
+            folders.clear()
         for file in sorted(files):
             if not file.startswith("."):
                 path = os.path.join(parent, file)

@@ -327,6 +327,10 @@ def test_verify_finds_tokens_that_are_not_the_pictures(pictures: Path, tokenizer
     tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=True)
     (pictures / row.id).unlink()
     assert verify(tmp_path / "t", 6).not_found == [row.id]
+    (tmp_path / "elsewhere").mkdir()
+    nothing = smalto_command("store", "verify", tmp_path / "t", "--source", tmp_path / "elsewhere", check=False)
+    assert nothing.returncode == 1
+    assert "name their folder with --source" in nothing.stderr
     moved = shutil.move(pictures, tmp_path / "moved")
     assert verify(tmp_path / "t", 6, source=moved).num_sampled == 5
 

@@ -340,6 +340,6 @@ def _explained(path: Path, text: str) -> Exception:
     if missing:
         return DataError(
             f"{path / missing[1]} is missing, so {path} is not whole. Rows in other files can be read; restore that one from a copy, or "
-            "tokenize its pictures again."
+            "tokenize the pictures anew with --overwrite."
         )
     return DataError(f"{path} cannot be read: it is damaged, or no Lance table ({' '.join(text.split())[:300]}).")

@@ -135,6 +135,18 @@ def test_a_flipped_byte_in_the_index_is_found_and_mended(tmp_path: Path) -> None
     assert TokenStore.open(tmp_path / "t").verify().ok
 
 
+@pytest.mark.parametrize("from_end", [9, 13])
+def test_a_footer_that_claims_too_much_is_damage_and_no_abort(tmp_path: Path, from_end: int) -> None:
+    make(tmp_path / "t")
+    file = data_files(tmp_path / "t")[1]
+    data = bytearray(file.read_bytes())
+    data[-from_end] ^= 0x80  # two milliards of columns or buffers
+    file.write_bytes(data)
+    found = TokenStore.open(tmp_path / "t").verify()
+    assert found.num_checked == 24
+    assert f"{file} is damaged" in found.problems[0]
+
+
 def test_verify_finds_a_damaged_table_of_bad_pictures(tmp_path: Path) -> None:
     store = make(tmp_path / "t")
     store.add_errors([(Skipped("x.png", "damaged"), 1, 2)])

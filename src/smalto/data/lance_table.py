@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,6 +40,7 @@ _CACHE_BYTES = 2**26
 _FEW_ROWS = 2**17  # so many are read through without an index
 _PIECE_BYTES = 2**21
 _HEAD = "head.json"
+_FOOTER = struct.Struct("<QQQIIHH4s")  # of Lance's files: three offsets, numbers of buffers and columns, version, magic
 
 
 class LanceTable:
@@ -172,6 +174,8 @@ class LanceTable:
         for fragment in self._dataset.get_fragments():
             try:
                 with _errors_named(self.path):
+                    for file in fragment.data_files():
+                        _check_footer(self.path / "data" / file.path)
                     batches = fragment.to_batches(columns=columns, batch_size=4096)
                 while True:
                     with _errors_named(self.path):
@@ -261,6 +265,21 @@ class LanceTable:
         sync_folder(manifest.parent)
         head = {"version": self.version, "rows": len(self), "manifest": file_sha256(manifest)}
         write_atomic(self.path / _HEAD, json.dumps(head) + "\n")
+
+
+def _check_footer(path: Path) -> None:
+    """See that the tables at the end of a data file fit into it: Lance asks for the memory that they claim, and aborts the process."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(0, size - _FOOTER.size))
+            _, columns_at, buffers_at, buffers, columns, *_ = _FOOTER.unpack(file.read())
+    except FileNotFoundError:
+        return  # Lance says so
+    except struct.error:
+        raise DataError(f"{path} is damaged: it is cut short.") from None
+    if columns_at + 16 * columns > size or buffers_at + 16 * buffers > size:
+        raise DataError(f"{path} is damaged: its end claims tables that do not fit into it.")
 
 
 def _may_lag(indexed: int) -> int:

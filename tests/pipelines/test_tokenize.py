@@ -335,6 +335,21 @@ def test_verify_finds_tokens_that_are_not_the_pictures(pictures: Path, tokenizer
     assert verify(tmp_path / "t", 6, source=moved).num_sampled == 5
 
 
+def test_verify_takes_a_sample_without_the_index_and_names_what_is_lost_first(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
+    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
+    TokenStore.open(tmp_path / "t").compact()
+    shutil.rmtree(tmp_path / "t" / "_indices")
+    found = verify(tmp_path / "t", 6)
+    assert (found.num_problems, found.num_sampled, found.differing) == (1, 6, [])
+    assert "index" in found.problems[0]
+    (data,) = (tmp_path / "t" / "data").iterdir()
+    data.unlink()
+    done = smalto_command("store", "verify", tmp_path / "t", check=False)
+    assert done.returncode == 1
+    assert f"{data} is missing" in done.stdout
+    assert "0 of 6 rows checked" in done.stdout
+
+
 def test_an_interrupted_job_keeps_what_it_made_and_goes_on(tokenizer: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "p", 90, 400, 600)
     script = "from smalto.data import store_writer; store_writer.ROWS_PER_COMMIT = 4; from smalto.cli import main; main()"

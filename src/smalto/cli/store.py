@@ -52,10 +52,10 @@ def verify(
         gone = f"; {len(found.not_found):,} pictures are not in the source any more" if found.not_found else ""
         gone += f"; {len(found.changed):,} have changed since they were tokenized" if found.changed else ""
         print(f"{found.num_sampled:,} rows ({found.num_tokens_sampled:,} tokens) encoded again, {len(found.differing):,} differ{gone}")
-    if found.not_found and not (found.num_sampled or found.changed):
-        fail("not one picture of the sample is where it was: name their folder with --source, or check rows alone with --sample 0", 1)
     if not found.ok:
         fail(f"{path} is not as it was written", 1)
+    if found.not_found and not (found.num_sampled or found.changed):
+        fail("not one picture of the sample is where it was: name their folder with --source, or check rows alone with --sample 0", 1)
 
 
 @app.command(epilog="Example: smalto store compact tokens.lance")

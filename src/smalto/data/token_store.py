@@ -171,7 +171,13 @@ class TokenStore:
 
     def token_rows(self, start: int, stop: int) -> list[TokenRow]:
         """Rows [start, stop) as ``append`` takes them."""
-        table = self._table.read(start, min(stop, len(self)))
+        return self._token_rows(self._table.read(start, min(stop, len(self))))
+
+    def token_rows_at(self, indices: numpy.ndarray) -> list[TokenRow]:
+        """Like ``token_rows``, of rows by rising number."""
+        return self._token_rows(self._table.take(indices.tolist()))
+
+    def _token_rows(self, table: pyarrow.Table) -> list[TokenRow]:
         facts = zip(*(table[name].to_pylist() for name in ("id", "label", "crop", "digest", *NUMBERS)), strict=True)
         return [
             TokenRow(id, tokens, layout, label or "", height, width, tuple(crop), size, modified, digest or b"")

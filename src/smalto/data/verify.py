@@ -14,7 +14,7 @@ from smalto.data.images import BadPicture
 from smalto.data.lance_table import pyarrow
 from smalto.data.pictures import to_unit_range, views_of
 from smalto.data.sources import locate
-from smalto.data.token_rows import checksums, row_layouts, split_id, token_arrays
+from smalto.data.token_rows import TokenRow, checksums, row_layouts, split_id, token_arrays
 from smalto.data.token_store import TokenStore
 from smalto.data.transform import Transform
 from smalto.errors import DataError, InputError
@@ -78,7 +78,7 @@ def verify_store(
     progress = progress or Progress()
     found = Verification(len(store))
     _check_rows(store, found, progress)
-    if sample and len(store):
+    if sample and found.num_checked and found.num_checked == found.num_rows:  # else what cannot be read comes first
         _encode_again(store, sample, tokenizer, source or store.header.source, seed, found, progress)
     return found
 
@@ -146,15 +146,13 @@ def _encode_again(
     if (fingerprint := tokenizer.fingerprint()) != header.fingerprint:
         raise InputError(f"this tokenizer is not the one that wrote {store.path}: {fingerprint[:12]}, not {header.fingerprint[:12]}.")
     chosen = numpy.sort(numpy.random.default_rng(seed).choice(len(store), min(sample, len(store)), replace=False))
-    batch = store.batch(chosen)
-    rows: dict[str, list[tuple[str, str, torch.Tensor]]] = {}  # picture: (id, view, tokens) of each of its rows
-    for id, tokens in zip(batch["id"], batch["tokens"], strict=True):
-        name, view = split_id(id)
-        rows.setdefault(name, []).append((id, view, tokens))
+    rows: dict[str, list[tuple[str, TokenRow]]] = {}  # picture: (view, row) of each of its rows
+    for row in store.token_rows_at(chosen):
+        name, view = split_id(row.id)
+        rows.setdefault(name, []).append((view, row))
     runner = tokenizer.for_inference(header.precision)
     device = next(tokenizer.parameters()).device
     names = header.transform.view_names()
-    known = {id: digest for id, (_, _, digest) in store.known(batch["id"]).items()}
     progress.begin("encoding again", len(rows), "pictures")
     for file in locate(source, rows) if source else ():
         progress.advance()
@@ -164,16 +162,16 @@ def _encode_again(
         except BadPicture:
             found.not_found.append(file.name)
             continue
-        if any(known[id] not in (b"", prepared.digest) for id, _, _ in of_file):
+        if any(row.digest not in (b"", prepared.digest) for _, row in of_file):
             found.changed.append(file.name)
             continue
         images = views_of(prepared.views, header.transform.flip)
-        for id, view, tokens in of_file:
-            again = runner.encode(to_unit_range(images[names.index(view)][None]).to(device)).cpu()[0]
+        for view, row in of_file:
+            again = runner.encode(to_unit_range(images[names.index(view)][None]).to(device)).cpu()[0].numpy()
             found.num_sampled += 1
-            found.num_tokens_sampled += len(tokens)
-            different = (again != tokens).nonzero() if len(again) == len(tokens) else torch.zeros(len(tokens), 1)
+            found.num_tokens_sampled += len(again)
+            different = numpy.flatnonzero(again != row.tokens) if len(again) == len(row.tokens) else numpy.arange(len(row.tokens))
             if len(different):
-                found.differing.append((id, len(different), int(different[0])))
+                found.differing.append((row.id, len(different), int(different[0])))
     progress.end()
     found.not_found += sorted(rows)

@@ -272,8 +272,9 @@ def _has_changed(file: PictureFile, size: int, modified: int, digest: bytes) -> 
         return True
 
 
-def _is_another(row: TokenRow, size: int, _modified: int, digest: bytes) -> bool:
+def _is_another(row: TokenRow, there: tuple[int, int, bytes]) -> bool:
     """Whether a row is of another picture than the one that is there, as far as both know their files."""
+    size, _, digest = there
     if not (row.size or row.digest) or not (size or digest):
         return False
     return row.size != size or row.digest != digest
@@ -323,7 +324,7 @@ def _copy(source: TokenStore, runner: Runner, out: Path, overwrite: bool, update
         for start in range(0, len(source), ROWS_PER_COMMIT):
             rows = source.token_rows(start, start + ROWS_PER_COMMIT)
             known = store.known([row.id for row in rows])
-            changed = {row.id for row in rows if row.id in known and _is_another(row, *known[row.id])}
+            changed = {row.id for row in rows if row.id in known and _is_another(row, known[row.id])}
             new = [row for row in rows if row.id not in known or (update and row.id in changed)]
             if new:
                 store.append(new, replace=update)

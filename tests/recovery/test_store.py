@@ -147,6 +147,16 @@ def test_a_footer_that_claims_too_much_is_damage_and_no_abort(tmp_path: Path, fr
     assert f"{file} is damaged" in found.problems[0]
 
 
+def test_the_footer_of_an_index_too(tmp_path: Path) -> None:
+    make(tmp_path / "t").compact()
+    for file in (tmp_path / "t" / "_indices").glob("*/*.lance"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-13] + bytes([whole[-13] ^ 0x80]) + whole[-12:])
+        assert "the index of ids is damaged" in TokenStore.open(tmp_path / "t").verify().problems[0]
+        file.write_bytes(whole)
+    assert TokenStore.open(tmp_path / "t").verify().ok
+
+
 def test_verify_finds_a_damaged_table_of_bad_pictures(tmp_path: Path) -> None:
     store = make(tmp_path / "t")
     store.add_errors([(Skipped("x.png", "damaged"), 1, 2)])

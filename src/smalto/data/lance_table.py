@@ -165,8 +165,10 @@ class LanceTable:
 
     @property
     def is_indexed(self) -> bool:
-        """Whether ids are found without reading through many rows."""
+        """Whether ids are found without reading through many rows. Raises DataError where the index is seen to be damaged."""
         indices = self._dataset.describe_indices()
+        for file in self._index_files(indices[0]) if indices else ():
+            _check_footer(file)
         return bool(indices) and len(self) - indices[0].num_rows_indexed <= _may_lag(indices[0].num_rows_indexed)
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pyarrow.Table | DataError]:
@@ -268,7 +270,7 @@ class LanceTable:
 
 
 def _check_footer(path: Path) -> None:
-    """See that the tables at the end of a data file fit into it: Lance asks for the memory that they claim, and aborts the process."""
+    """See that the tables at the end of a Lance file fit into it: Lance asks for the memory that they claim, and aborts the process."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

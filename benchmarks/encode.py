@@ -19,10 +19,10 @@ import torch
 from machine import store
 
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.data.bundled import bundled_photographs
-from smalto.data.images import read_picture
-from smalto.data.pictures import to_tensor, to_unit_range
-from smalto.memory import reused_memory
+from smalto.core.allocator import reused_memory
+from smalto.images.bundled import bundled_photographs
+from smalto.images.reading import read_picture
+from smalto.images.tensors import to_tensor, to_unit_range
 from smalto.quantizers import MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 

@@ -26,11 +26,11 @@ from vector_quantize_pytorch import ResidualVQ, SimVQ, VectorQuantize
 
 import smalto
 from smalto.autoencoders import SimpleAutoencoderConfig
-from smalto.data.bundled import HELD_OUT, bundled_photographs
-from smalto.data.crops import CropStream
-from smalto.data.decoding import Decoder
-from smalto.data.images import read_picture
-from smalto.data.pictures import FilePictures
+from smalto.images.bundled import HELD_OUT, bundled_photographs
+from smalto.images.crops import CropStream
+from smalto.images.image_set import FilePictures
+from smalto.images.reading import read_picture
+from smalto.images.worker_pool import Decoder
 from smalto.metrics import CodebookMeter, psnr
 from smalto.quantizers import ProductVQConfig, QuantizerConfig, ResidualVQConfig, VectorQuantizerConfig
 

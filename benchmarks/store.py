@@ -26,11 +26,12 @@ import numpy
 import torch
 from machine import store as store_result
 
-from smalto.data.lance_table import LanceTable
-from smalto.data.store_writer import MANY_SMALL_FILES
-from smalto.data.token_dataset import TokenDataset
-from smalto.data.token_rows import StoreHeader, TokenRow, rows_to_table
-from smalto.data.token_store import TokenStore
+from smalto.store.check import check_store
+from smalto.store.dataset import TokenDataset
+from smalto.store.lance_table import LanceTable
+from smalto.store.schema import StoreHeader, TokenRow, rows_to_table
+from smalto.store.token_store import TokenStore
+from smalto.store.writer import MANY_SMALL_FILES
 
 ROWS, SAMPLE, LENGTH, CODES, BATCH = 1_000_000, 50_000, 680, 4096, 256
 COMMIT = 4096
@@ -223,7 +224,7 @@ def main() -> None:
         result["passes"] = passes(folder, folder / "large")
         print(json.dumps(result["passes"], indent=2), flush=True)
         begun = time.perf_counter()
-        assert TokenStore.open(folder / "large").verify().ok
+        assert check_store(TokenStore.open(folder / "large")).ok
         result["verify_rows_per_second"] = ROWS / (time.perf_counter() - begun)
         result["many_fragments"] = fragments(folder / "fragments")
     finally:

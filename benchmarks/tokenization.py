@@ -28,13 +28,14 @@ from machine import RESULTS, store
 from PIL import Image
 
 import smalto
-from smalto.data.bundled import bundled_photographs
-from smalto.data.images import find_pictures, read_picture
-from smalto.data.transform import Transform
-from smalto.memory import reused_memory
-from smalto.pipelines.encoding import Encoders
-from smalto.pipelines.running import Runner
-from smalto.progress import Progress
+from smalto.core.allocator import reused_memory
+from smalto.core.progress import Progress
+from smalto.images.bundled import bundled_photographs
+from smalto.images.finding import find_pictures
+from smalto.images.reading import read_picture
+from smalto.images.transforms import Transform
+from smalto.inference.encoder_threads import Encoders
+from smalto.inference.runner import Runner
 from smalto.training.recipe import load_recipe
 
 SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 10

@@ -25,12 +25,12 @@ from machine import RESULTS, store
 from PIL import Image
 
 import smalto
-from smalto.data.bundled import bundled_photographs
-from smalto.data.images import read_picture
-from smalto.memory import reused_memory
+from smalto.core.allocator import reused_memory
+from smalto.images.bundled import bundled_photographs
+from smalto.images.reading import read_picture
 from smalto.quantizers import CodebookUpdater
-from smalto.training.checkpoint import read_jsonl
 from smalto.training.recipe import Recipe, change_recipe, load_recipe
+from smalto.training.run_folder import read_jsonl
 from smalto.training.tokenizer_task import TokenizerTask
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"

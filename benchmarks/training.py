@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import smalto
-from smalto.progress import Progress
+from smalto.core.progress import Progress
 from smalto.tokenizer import ImageTokenizer
 from smalto.training.recipe import Recipe
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from training import trained
 
 import smalto
-from smalto.data.bundled import HELD_OUT, bundled_photographs
+from smalto.core.progress import Progress
+from smalto.evaluation.evaluator import measure
+from smalto.images.bundled import HELD_OUT, bundled_photographs
+from smalto.images.image_reader import PictureReader
+from smalto.inference.runner import Runner
 from smalto.interop.var import load_tokenizer
 from smalto.metrics import psnr
-from smalto.pipelines.measuring import measure
-from smalto.pipelines.running import PictureReader, Runner
-from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer
 from smalto.training.recipe import Recipe, change_recipe, load_recipe
 

@@ -19,13 +19,13 @@ from machine import store
 from training import trained
 
 import smalto
-from smalto.data.bundled import HELD_OUT, bundled_photographs
-from smalto.data.pictures import to_unit_range
-from smalto.pipelines.running import PictureReader
-from smalto.progress import Progress
+from smalto.core.progress import Progress
+from smalto.images.bundled import HELD_OUT, bundled_photographs
+from smalto.images.image_reader import PictureReader
+from smalto.images.tensors import to_unit_range
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.checkpoint import read_jsonl
 from smalto.training.recipe import load_recipe
+from smalto.training.run_folder import read_jsonl
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from smalto.data.bundled import bundled_photographs
-from smalto.data.images import read_picture
+from smalto.images.bundled import bundled_photographs
+from smalto.images.reading import read_picture
 
 HEIGHT, GAP = 300, 6
 

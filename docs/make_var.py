@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import smalto
-from smalto.data.bundled import HELD_OUT, bundled_photographs
-from smalto.data.images import read_picture
-from smalto.data.pictures import to_tensor, to_uint8, to_unit_range
+from smalto.images.bundled import HELD_OUT, bundled_photographs
+from smalto.images.reading import read_picture
+from smalto.images.tensors import to_tensor, to_uint8, to_unit_range
 from smalto.metrics import psnr
 
 SIDE, GAP, TITLE = 192, 6, 22

@@ -10,11 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import smalto
-from smalto.data.bundled import HELD_OUT, bundled_photographs
-from smalto.data.pictures import to_uint8, to_unit_range
-from smalto.metrics.codecs import CODECS, code
-from smalto.pipelines.running import PictureReader, Runner
-from smalto.progress import Progress
+from smalto.core.progress import Progress
+from smalto.evaluation.codecs import CODECS, code
+from smalto.images.bundled import HELD_OUT, bundled_photographs
+from smalto.images.image_reader import PictureReader
+from smalto.images.tensors import to_uint8, to_unit_range
+from smalto.inference.runner import Runner
 
 HEIGHT, GAP, MARGIN = 300, 6, 66
 

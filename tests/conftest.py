@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from smalto.data.token_rows import StoreHeader, TokenRow
-from smalto.layout import TokenLayout
+from smalto.core.layout import TokenLayout
+from smalto.store.schema import StoreHeader, TokenRow
 from smalto.training.recipe import Recipe, change_recipe
 
 torch.set_num_threads(1)  # two test processes share two cores

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.autoencoders.blocks import AttentionBlock, Downsample, ResBlock, Upsample
-from smalto.config import parse_config
-from smalto.errors import ConfigError
+from smalto.autoencoders.layers import AttentionBlock, Downsample, ResBlock, Upsample
+from smalto.core.config import parse_config
+from smalto.core.errors import ConfigError
 
 
 def config(**settings: object) -> CNNAutoencoderConfig:

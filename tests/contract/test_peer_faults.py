@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalto.errors import InputError
+from smalto.core.errors import InputError
 from smalto.quantizers import CodebookUpdater, EMACodebook, ResidualVQConfig, Revive, VectorQuantizer, VectorQuantizerConfig
 from tests.contract import test_memory, test_processes
 from tests.contract.kinds import latents

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from smalto.errors import InputError
-from smalto.layout import TokenLayout
+from smalto.core.errors import InputError
+from smalto.core.layout import TokenLayout
 from smalto.quantizers import CodebookUpdater, MultiScaleVQ, ProductVQ, ProjectedCodebook, Quantizer, ResidualVQ, VectorQuantizer, fold
 from smalto.quantizers.estimators import ESTIMATORS
 from smalto.quantizers.multiscale import phi_of_scale

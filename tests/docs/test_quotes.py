@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smalto.pipelines.finish import figure_rows
+from smalto.evaluation.formatting import figure_rows
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]

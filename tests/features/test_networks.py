@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalto.errors import DataError
+from smalto.core.errors import DataError
 from smalto.features import inception, lpips
 from smalto.features.inception import Inception
 from smalto.features.lite0 import _BLOCKS, Lite0
@@ -65,9 +65,9 @@ def test_lite0_is_the_network_of_its_weights(lite0: Lite0) -> None:
 
 def test_lite0_sees_what_is_in_a_picture() -> None:
     """The range and the padding that its weights were trained with are nowhere written down; with these it knows a cat and a coffee."""
-    from smalto.data.bundled import bundled_photographs
-    from smalto.data.images import read_picture
-    from smalto.data.pictures import to_tensor, to_unit_range
+    from smalto.images.bundled import bundled_photographs
+    from smalto.images.reading import read_picture
+    from smalto.images.tensors import to_tensor, to_unit_range
 
     paths = {file.name: file.path for file in bundled_photographs()}
     for name, classes in (("chelsea.png", {281, 282, 285}), ("coffee.png", {504, 967, 968})):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalto.errors import ConfigError
+from smalto.core.errors import ConfigError
 from smalto.losses import AdversarialConfig, LossesConfig, Objective, PatchDiscriminator, PerceptualConfig, Weight
 from smalto.losses.adversarial import fooling, hinge
 from smalto.training.recipe import Recipe, change_recipe

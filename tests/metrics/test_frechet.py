@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from smalto.errors import DataError, InputError
+from smalto.core.errors import DataError, InputError
 from smalto.metrics.frechet import FeatureMoments, Gaussian, frechet_distance, read_statistics, write_statistics
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import smalto
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.errors import ConfigError, DataError, SmaltoError
+from smalto.core.errors import ConfigError, DataError, SmaltoError
 from smalto.interop.var import HITS, constructor_values, load_tokenizer, obstacles, tokenizer_state_dict
 from smalto.quantizers import MultiScaleVQConfig
 from smalto.quantizers.multiscale import phi_of_scale

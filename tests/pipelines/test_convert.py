@@ -10,7 +10,7 @@ import torch
 import smalto
 import smalto.tokenizer as tokenizer_module
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.errors import ConfigError, RunError
+from smalto.core.errors import ConfigError, RunError
 from smalto.interop.var import load_tokenizer
 from smalto.quantizers import MultiScaleVQConfig, VectorQuantizerConfig
 from smalto.tokenizer import TokenizerConfig

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import smalto
-from smalto.errors import ConfigError
+from smalto.core.errors import ConfigError
+from smalto.evaluation.evaluator import Networks, compare
+from smalto.evaluation.formatting import codec_rows, figure_rows
 from smalto.metrics.frechet import FeatureMoments, write_statistics
-from smalto.pipelines.finish import codec_rows, figure_rows
-from smalto.pipelines.measuring import Networks, compare
 from smalto.training.recipe import Recipe
 from tests.conftest import smalto_command, write_pictures
 from tests.features.test_networks import inception_state, lpips_state

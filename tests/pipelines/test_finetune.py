@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import smalto
-from smalto.errors import ConfigError, DataError
+from smalto.core.errors import ConfigError, DataError
 from smalto.pipelines.train import Trained
-from smalto.training.checkpoint import START_FOLDER, RunFolder
 from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.run_folder import START_FOLDER, RunFolder
 from tests.conftest import smalto_command
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import smalto
-from smalto.errors import ConfigError
-from smalto.layout import TokenLayout
+from smalto.core.errors import ConfigError
+from smalto.core.layout import TokenLayout
+from smalto.evaluation.evaluator import Measurement
+from smalto.evaluation.formatting import grid_rows
 from smalto.metrics import perplexity, psnr
 from smalto.pipelines.evaluate import evaluate
-from smalto.pipelines.finish import grid_rows
-from smalto.pipelines.measuring import Measurement
 from smalto.training.recipe import change_recipe, load_recipe
 from tests.conftest import smalto_command, write_pictures
 
@@ -61,7 +61,7 @@ def test_every_grid_is_counted_exactly_whatever_the_batch() -> None:
 
 
 def test_pictures_after_each_grid_are_made_of_the_first_ones_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smalto.pipelines.measuring.FIRST_PICTURES", 2)
+    monkeypatch.setattr("smalto.evaluation.evaluator.FIRST_PICTURES", 2)
     figures = evaluate(run.parent / "pictures", run, everything=True, workers=0, batch=1).figures
     assert figures["num_images"] == 6
     assert [grid["psnr_num_images"] for grid in figures["grids"]] == [2, 2, 2]

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 
 import smalto
-from smalto.data.archives import PictureFile
-from smalto.data.images import read_picture
-from smalto.data.pictures import to_tensor, to_unit_range
-from smalto.data.token_store import TokenStore
-from smalto.errors import ConfigError, DataError, InputError, RunError
-from smalto.layout import TokenLayout
+from smalto.core.errors import ConfigError, DataError, InputError, RunError
+from smalto.core.layout import TokenLayout
+from smalto.images.image_file import PictureFile
+from smalto.images.reading import read_picture
+from smalto.images.tensors import to_tensor, to_unit_range
 from smalto.pipelines.tokenize import Tokenized
 from smalto.pipelines.verify import verify
+from smalto.store.token_store import TokenStore
 from tests.conftest import ENVIRONMENT, picture, smalto_command, write_pictures
 from tests.odd_pictures import write_odd_folder
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import smalto
-from smalto.data.images import read_picture
-from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
-from smalto.errors import DataError, RunError
-from smalto.layout import TokenLayout
+from smalto.core.errors import DataError, RunError
+from smalto.core.layout import TokenLayout
+from smalto.images.reading import read_picture
+from smalto.images.tensors import centre_crop, to_tensor, to_unit_range
 from smalto.pipelines.decode import picture_paths
 from smalto.training.recipe import Recipe
 from tests.conftest import write_pictures

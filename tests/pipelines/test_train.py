@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import smalto
-from smalto.errors import ConfigError, DataError, RunError
-from smalto.progress import Progress
-from smalto.training.checkpoint import RunFolder, read_jsonl
+from smalto.core.errors import ConfigError, DataError, RunError
+from smalto.core.progress import Progress
 from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.run_folder import RunFolder, read_jsonl
 from smalto.training.trainer import Interrupted
 from tests.conftest import write_pictures
 
@@ -301,7 +301,7 @@ def test_a_resumed_run_follows_changed_settings_and_keeps_its_discriminator(pict
 
 
 def test_where_only_held_out_pictures_can_be_read_resuming_is_exact_too(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    from smalto.data.images import held_out_order
+    from smalto.images.splits import held_out_order
 
     names = [path.name for path in sorted(write_pictures(tmp_path / "pictures", 6).iterdir())]
     for place in held_out_order(names)[1:]:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smalto.config import parse_config
-from smalto.errors import ConfigError, InputError
-from smalto.layout import TokenLayout
+from smalto.core.config import parse_config
+from smalto.core.errors import ConfigError, InputError
+from smalto.core.layout import TokenLayout
 from smalto.quantizers import CodebookUpdater, MultiScaleVQ, MultiScaleVQConfig, VectorQuantizerConfig, multiscale
 
 SCALE: dict[str, Any] = {"codebook_size": 24, "latent_dim": 5}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import smalto
-from smalto.errors import ConfigError, InputError
+from smalto.core.errors import ConfigError, InputError
 from smalto.quantizers import CodebookUpdater, EMACodebook, ProductVQ, ResidualVQ, Revive, VectorQuantizer
 from smalto.quantizers.kmeans import kmeans
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalto.errors import ConfigError, InputError
-from smalto.layout import TokenLayout
+from smalto.core.errors import ConfigError, InputError
+from smalto.core.layout import TokenLayout
 from smalto.quantizers import Codebook, EMACodebook, VectorQuantizer
 from smalto.quantizers.estimators import straight_through
 

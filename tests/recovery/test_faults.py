@@ -15,9 +15,10 @@ import pytest
 from torch import distributed
 
 import smalto
-from smalto.errors import RunError
-from smalto.training.checkpoint import SUMS_FILE, RunFolder, read_jsonl
+from smalto.core.errors import RunError
+from smalto.training.checkpoint import SUMS_FILE
 from smalto.training.recipe import Recipe
+from smalto.training.run_folder import RunFolder, read_jsonl
 from tests.conftest import ENVIRONMENT, smalto_command, tiny_sets, write_pictures
 
 ENDLESS = ["--steps", "100000", "--workers", "0", "--device", "cpu"]

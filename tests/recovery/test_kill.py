@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import smalto
-from smalto.training.checkpoint import RunFolder, read_jsonl
+from smalto.training.run_folder import RunFolder, read_jsonl
 from tests.conftest import ENVIRONMENT, smalto_command, tiny_sets, write_pictures
 
 STEPS = 400

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import smalto
-from smalto.data.archives import Skipped
-from smalto.data.token_rows import rows_to_table
-from smalto.data.token_store import TokenStore
-from smalto.errors import DataError, RunError
+from smalto.core.errors import DataError, RunError
+from smalto.images.image_file import Skipped
+from smalto.store.check import check_store
+from smalto.store.schema import rows_to_table
+from smalto.store.token_store import TokenStore
 from tests.conftest import ENVIRONMENT, store_header, token_rows, write_pictures
 
 
@@ -57,7 +58,7 @@ def test_1_opening_again_and_again_adds_nothing(tmp_path: Path) -> None:
         store = TokenStore.open(tmp_path / "t")
         assert len(store.batch([0, 29])["id"]) == 2
         store.errors()
-        assert store.verify().ok
+        assert check_store(store).ok
     assert everything(tmp_path / "t") == before
 
 
@@ -96,11 +97,11 @@ def test_3_a_missing_data_file_is_an_error_that_names_it(tmp_path: Path, name: s
             read()
     others = [*range(12), *range(18, 30)]
     assert store.batch(others)["id"] == [row.id for row in token_rows(30) if row.id not in {r.id for r in token_rows(6, first=12)}]
-    found = store.verify()
+    found = check_store(store)
     assert (found.ok, found.num_checked, found.num_problems) == (False, 24, 1)
     assert gone.name in found.problems[0]
     shutil.move(tmp_path / "moved" / gone.name, gone)
-    assert TokenStore.open(path).verify().ok
+    assert check_store(TokenStore.open(path)).ok
 
 
 @pytest.mark.parametrize("whole_folder", [True, False])
@@ -110,12 +111,12 @@ def test_3_a_missing_index_is_made_anew(tmp_path: Path, whole_folder: bool) -> N
     (folder,) = (tmp_path / "t.lance" / "_indices").iterdir()
     shutil.rmtree(folder) if whole_folder else (folder / "page_lookup.lance").unlink()
     store = TokenStore.open(tmp_path / "t.lance")
-    (problem,) = store.verify().problems
+    (problem,) = check_store(store).problems
     assert "the index of ids is damaged" in problem
     with pytest.raises(DataError, match=rf"^{re.escape(str(folder))}.* is missing\. No row is lost: `smalto store compact .*t\.lance`"):
         store.known([token_rows(1)[0].id])
     store.compact()
-    assert store.verify().ok
+    assert check_store(store).ok
     assert set(TokenStore.open(tmp_path / "t.lance").known([row.id for row in token_rows(31)])) == {row.id for row in token_rows(30)}
 
 
@@ -128,11 +129,11 @@ def test_a_flipped_byte_in_the_index_is_found_and_mended(tmp_path: Path) -> None
     assert name in data
     page.write_bytes(data.replace(name, name[:-1] + b"~"))
     store = TokenStore.open(tmp_path / "t")
-    (problem,) = store.verify().problems
+    (problem,) = check_store(store).problems
     assert f"does not find {name.decode()!r}. No row is lost; remove {tmp_path / 't' / '_indices'}" in problem
     shutil.rmtree(tmp_path / "t" / "_indices")
     store.compact()
-    assert TokenStore.open(tmp_path / "t").verify().ok
+    assert check_store(TokenStore.open(tmp_path / "t")).ok
 
 
 @pytest.mark.parametrize("from_end", [9, 13])
@@ -142,7 +143,7 @@ def test_a_footer_that_claims_too_much_is_damage_and_no_abort(tmp_path: Path, fr
     data = bytearray(file.read_bytes())
     data[-from_end] ^= 0x80  # two milliards of columns or buffers
     file.write_bytes(data)
-    found = TokenStore.open(tmp_path / "t").verify()
+    found = check_store(TokenStore.open(tmp_path / "t"))
     assert found.num_checked == 24
     assert f"{file} is damaged" in found.problems[0]
 
@@ -152,18 +153,18 @@ def test_the_footer_of_an_index_too(tmp_path: Path) -> None:
     for file in (tmp_path / "t" / "_indices").glob("*/*.lance"):
         whole = file.read_bytes()
         file.write_bytes(whole[:-13] + bytes([whole[-13] ^ 0x80]) + whole[-12:])
-        assert "the index of ids is damaged" in TokenStore.open(tmp_path / "t").verify().problems[0]
+        assert "the index of ids is damaged" in check_store(TokenStore.open(tmp_path / "t")).problems[0]
         file.write_bytes(whole)
-    assert TokenStore.open(tmp_path / "t").verify().ok
+    assert check_store(TokenStore.open(tmp_path / "t")).ok
 
 
 def test_verify_finds_a_damaged_table_of_bad_pictures(tmp_path: Path) -> None:
     store = make(tmp_path / "t")
     store.add_errors([(Skipped("x.png", "damaged"), 1, 2)])
-    assert store.verify().ok
+    assert check_store(store).ok
     for file in (tmp_path / "t" / "_errors" / "data").iterdir():
         file.unlink()
-    (problem,) = TokenStore.open(tmp_path / "t").verify().problems
+    (problem,) = check_store(TokenStore.open(tmp_path / "t")).problems
     assert problem.startswith(f"the table of bad pictures: {file} is missing")
 
 
@@ -179,7 +180,7 @@ def test_4_appending_after_reopening_rewrites_nothing(tmp_path: Path) -> None:
 _KILLED_WRITE = """
 import os, sys
 from smalto.data import lance_table
-from smalto.data.token_store import TokenStore
+from smalto.store.token_store import TokenStore
 from tests.conftest import token_rows
 store = TokenStore.open(sys.argv[1])
 store.append(token_rows(6, first=30))
@@ -207,7 +208,7 @@ def test_5_a_write_killed_in_the_middle_leaves_the_committed_batches(tmp_path: P
     assert store.ids() == [row.id for row in token_rows(rows)]
     store.append(token_rows(50 - rows, first=rows))
     assert TokenStore.open(tmp_path / "t").ids() == [row.id for row in token_rows(50)]
-    assert store.verify().ok
+    assert check_store(store).ok
 
 
 def test_6_orphaned_files_are_ignored_and_then_cleaned(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_a_commit_that_a_power_failure_cut_off_is_none(tmp_path: Path, damage: C
     again.compact()
     assert TokenStore.open(tmp_path / "t").ids() == [row.id for row in token_rows(40)]
     assert list(again.errors()) == ["bad.png", "worse.png"]
-    assert again.verify().ok
+    assert check_store(again).ok
 
 
 def test_a_flipped_byte_in_a_data_file_is_found_or_changes_nothing(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_a_flipped_byte_in_a_data_file_is_found_or_changes_nothing(tmp_path: Pat
     found = 0
     for place in range(0, len(original), 23):
         file.write_bytes(original[:place] + bytes([original[place] ^ 0x10]) + original[place + 1 :])
-        if not TokenStore.open(tmp_path / "t").verify().ok:
+        if not check_store(TokenStore.open(tmp_path / "t")).ok:
             found += 1
         else:
             assert contents(tmp_path / "t") == whole, place
@@ -346,7 +347,7 @@ def kill_jobs(collection: Path, tmp_path: Path, kills: int, seed: int) -> None:
         if out.exists():
             store = TokenStore.open(out)
             assert len(store) >= before
-            assert store.verify().ok
+            assert check_store(store).ok
             before = len(store)
         if ended:  # and begin anew
             assert contents(out) == expected
@@ -380,7 +381,7 @@ def test_two_jobs_on_one_store(collection: Path, tmp_path: Path) -> None:
         assert "Traceback" not in text
     store = TokenStore.open(tmp_path / "t")
     assert len(store) == 400
-    assert store.verify().ok
+    assert check_store(store).ok
 
 
 def test_a_full_disk_ends_a_job_and_loses_nothing(collection: Path, tmp_path: Path) -> None:
@@ -394,11 +395,11 @@ def test_a_full_disk_ends_a_job_and_loses_nothing(collection: Path, tmp_path: Pa
     assert "File too large" in full.stderr or "No space left" in full.stderr
     rows = len(TokenStore.open(tmp_path / "t"))
     assert 0 < rows < 400
-    assert TokenStore.open(tmp_path / "t").verify().ok
+    assert check_store(TokenStore.open(tmp_path / "t")).ok
     subprocess.run(command, env=environment, capture_output=True, check=True)
     store = TokenStore.open(tmp_path / "t")
     assert len(store) == 400
-    assert store.verify().ok
+    assert check_store(store).ok
 
 
 def test_head_names_the_newest_version(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalto.errors import InputError, MissingExtra
+from smalto.core.errors import InputError, MissingExtra
 from smalto.search import Metric, faiss_search, nearest_codes
 from tests.search.test_nearest import assert_within_bound
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smalto.errors import InputError
+from smalto.core.errors import InputError
 from smalto.search import code_sums, faiss_search, nearest_codes, tiled
 from smalto.search.code_sums import _add_by_segment, code_sums_op
 from smalto.search.nearest import nearest_op

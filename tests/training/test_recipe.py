@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smalto.errors import ConfigError
+from smalto.core.errors import ConfigError
 from smalto.pipelines.demo import demo_recipe
 from smalto.quantizers import ProductVQConfig, ResidualVQConfig
 from smalto.training.recipe import Recipe, change_recipe, load_recipe, parse_setting, recipe_toml

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import smalto
-from smalto.training.checkpoint import read_jsonl
 from smalto.training.recipe import Recipe
+from smalto.training.run_folder import read_jsonl
 
 # TensorBoard's own reader leaves files open and uses what NumPy and protobuf deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")

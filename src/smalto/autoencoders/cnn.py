@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smalto.autoencoders.blocks import NUM_GROUPS, AttentionBlock, Downsample, ResBlock, Upsample, conv3x3, normalize
-from smalto.config import Config
+from smalto.autoencoders.layers import NUM_GROUPS, AttentionBlock, Downsample, ResBlock, Upsample, conv3x3, normalize
+from smalto.core.config import Config
 
 
 class CNNAutoencoderConfig(Config):

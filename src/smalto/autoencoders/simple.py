@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from smalto.config import Config
+from smalto.core.config import Config
 
 
 class SimpleAutoencoderConfig(Config):

@@ -11,7 +11,7 @@ from typing import Any
 
 from smalto.cli.shared import fail
 from smalto.cli.verbs import app
-from smalto.errors import SmaltoError
+from smalto.core.errors import SmaltoError
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         advice = ". What was saved is whole: free some space and resume." if error.errno == errno.ENOSPC else "."
         fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{advice}", 1)
     except (MemoryError, RuntimeError) as error:
-        from smalto.device import is_out_of_memory
+        from smalto.core.device import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

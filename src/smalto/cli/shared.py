@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smalto.errors import SmaltoError
+from smalto.core.errors import SmaltoError
 
 if TYPE_CHECKING:
-    from smalto.console import ConsoleProgress
+    from smalto.cli.progress_bar import ConsoleProgress
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps; auto says what it took.")]
 Precision = Annotated[str, typer.Option(help="float32 or bf16 for encoder and decoder; the search for codes is always float32.")]
@@ -30,7 +30,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 @contextmanager
 def progress_shown(run: Path | None = None, resumes: bool = False) -> Iterator[ConsoleProgress]:
-    from smalto.console import ConsoleProgress
+    from smalto.cli.progress_bar import ConsoleProgress
     from smalto.training.trainer import Interrupted
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,7 +60,7 @@ def print_trained(trained: Any) -> None:
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    from smalto.pipelines.finish import codec_rows, figure_rows, grid_rows
+    from smalto.evaluation.formatting import codec_rows, figure_rows, grid_rows
 
     print_rows(figure_rows(figures))
     for lines in filter(None, (grid_rows(figures), codec_rows(figures))):

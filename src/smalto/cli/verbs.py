@@ -23,8 +23,8 @@ from smalto.cli.shared import (
     print_trained,
     progress_shown,
 )
-from smalto.cli.store import app as store
-from smalto.errors import SmaltoError
+from smalto.cli.store_verbs import app as store
+from smalto.core.errors import SmaltoError
 
 app = typer.Typer(
     name="smalto",
@@ -136,7 +136,7 @@ def evaluate(
     """Measure a tokenizer: PSNR, SSIM, perceptual and Fréchet distances, codebook use, bits per pixel, speed, beside JPEG and WebP."""
     import json
 
-    from smalto.data.images import summary
+    from smalto.images.image_file import summary
     from smalto.pipelines import evaluate as jobs
 
     with progress_shown() as progress:
@@ -189,7 +189,8 @@ def tokenize(
     workers: Workers = None,
 ) -> None:
     """Write a collection as tokens. Run it again to go on: pictures that are in the store are not done again."""
-    from smalto.data.images import LONGER_SIDE, summary
+    from smalto.images.image_file import summary
+    from smalto.images.reading import LONGER_SIDE
     from smalto.pipelines import tokenize as jobs
 
     if size is not None and (keep_shape or longer_side is not None):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalto.errors import DataError
+from smalto.core.errors import DataError
 
 
 class FrozenNetwork(nn.Module):

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.core.files import file_sha256
+from smalto.core.weight_files import read_checkpoint
 from smalto.features.frozen import PooledNetwork, check_state, fold_norm
-from smalto.files import file_sha256
-from smalto.weight_files import read_checkpoint
 
 _NORM_EPS = 1e-3
 _SIDE = 299

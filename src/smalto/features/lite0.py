@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalto.errors import MissingExtra
+from smalto.core.errors import MissingExtra
+from smalto.core.files import file_sha256
+from smalto.core.weight_files import read_checkpoint
 from smalto.features.frozen import PerceptualNetwork, PooledNetwork, check_state, fold_norm, unit_difference
-from smalto.files import file_sha256
-from smalto.weight_files import read_checkpoint
 
 # Kernel, stride and width of each block; all but the first widen six-fold inside.
 _BLOCKS = (

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.core.files import file_sha256
+from smalto.core.weight_files import read_checkpoint
 from smalto.features.frozen import PerceptualNetwork, check_state, unit_difference
-from smalto.files import file_sha256
-from smalto.weight_files import read_checkpoint
 
 # (slice, number inside VGG, width) of each convolution; a slice ends where LPIPS looks, and all but the first begin by halving.
 _CONVOLUTIONS = (

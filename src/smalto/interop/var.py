@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.blocks import PatchHws
-from smalto.config import parse_config
-from smalto.errors import ConfigError, DataError, InputError, describe
-from smalto.layout import TokenLayout, as_grids
+from smalto.core.config import parse_config
+from smalto.core.errors import ConfigError, DataError, InputError, describe
+from smalto.core.layout import TokenLayout, as_grids
+from smalto.core.weight_files import State, find_state, read_checkpoint
 from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
-from smalto.weight_files import State, find_state, read_checkpoint
+from smalto.tokenizer.token_blocks import PatchHws
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 HITS = "quantize.ema_vocab_hit_SV"  # statistics of VAR's training; nothing computes with them

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from smalto import distributed
+from smalto.core import distributed
 
 MIN_LAST_SIDE = 3  # of the map before the two last convolutions
 

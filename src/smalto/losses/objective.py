@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smalto.losses.adversarial import PatchDiscriminator, adaptive_factor, fooling
-from smalto.losses.configs import LossesConfig
+from smalto.losses.config import LossesConfig
 
 
 class Objective:

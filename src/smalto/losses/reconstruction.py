@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.core.precision import without_autocast
 from smalto.features.frozen import PerceptualNetwork
-from smalto.precision import without_autocast
 
 
 class L1(nn.Module):

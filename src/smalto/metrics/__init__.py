@@ -1,7 +1,7 @@
 """What the report's numbers mean, each as one function."""
 
-from smalto.metrics.codebook import CodebookMeter, perplexity, used
+from smalto.metrics.codebook_usage import CodebookMeter, perplexity, used
 from smalto.metrics.frechet import FeatureMoments, frechet_distance
-from smalto.metrics.image import ms_ssim, psnr, ssim
+from smalto.metrics.image_quality import ms_ssim, psnr, ssim
 
 __all__ = ["CodebookMeter", "FeatureMoments", "frechet_distance", "ms_ssim", "perplexity", "psnr", "ssim", "used"]

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from smalto.errors import DataError, InputError, describe
+from smalto.core.errors import DataError, InputError, describe
 
 ENOUGH = 2048  # pictures; with fewer the distance is mostly a matter of how many there are
 

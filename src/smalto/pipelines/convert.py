@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from smalto.blocks import PatchHws
-from smalto.errors import ConfigError, RunError
-from smalto.files import aside, check_writable, sync_tree
+from smalto.core.errors import ConfigError, RunError
+from smalto.core.files import aside, check_writable, sync_tree
+from smalto.core.layout import TokenLayout
 from smalto.interop import var
-from smalto.layout import TokenLayout
 from smalto.quantizers import MultiScaleVQ
 from smalto.tokenizer import ImageTokenizer, load
+from smalto.tokenizer.token_blocks import PatchHws
 
 Target = Literal["var", "smalto"]
 

@@ -12,16 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smalto.data.pictures import to_uint8
-from smalto.data.token_rows import split_id
-from smalto.data.token_store import TokenStore
-from smalto.device import Precision
-from smalto.errors import RunError
-from smalto.files import aside, check_writable
-from smalto.layout import TokenLayout
-from smalto.memory import reused_memory
-from smalto.pipelines.running import Runner, default_workers
-from smalto.progress import Progress
+from smalto.core.allocator import reused_memory
+from smalto.core.device import Precision
+from smalto.core.errors import RunError
+from smalto.core.files import aside, check_writable
+from smalto.core.layout import TokenLayout
+from smalto.core.progress import Progress
+from smalto.images.image_reader import default_workers
+from smalto.images.tensors import to_uint8
+from smalto.inference.runner import Runner
+from smalto.store.schema import split_id
+from smalto.store.token_store import TokenStore
 
 _READ_AT_ONCE = 1024
 

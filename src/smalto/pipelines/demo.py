@@ -6,21 +6,21 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from smalto.data.bundled import SOURCE, bundled_photographs
-from smalto.data.images import read_picture
-from smalto.data.pictures import centre_crop, to_tensor, to_unit_range
-from smalto.data.token_store import TokenStore
-from smalto.device import resolve_device
-from smalto.memory import reused_memory
+from smalto.core.allocator import reused_memory
+from smalto.core.device import resolve_device
+from smalto.core.progress import Progress
+from smalto.evaluation.evaluator import Measurement, Networks
+from smalto.evaluation.run_summary import finish_run
+from smalto.images.bundled import SOURCE, bundled_photographs
+from smalto.images.reading import read_picture
+from smalto.images.tensors import centre_crop, to_tensor, to_unit_range
+from smalto.inference.runner import Runner
 from smalto.pipelines.decode import decode, picture_name
-from smalto.pipelines.finish import finish_run
-from smalto.pipelines.measuring import Measurement, Networks
-from smalto.pipelines.running import Runner
 from smalto.pipelines.tokenize import tokenize
 from smalto.pipelines.train import Trained, fit, open_material, refit
-from smalto.progress import Progress
-from smalto.training.checkpoint import RunFolder
+from smalto.store.token_store import TokenStore
 from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.run_folder import RunFolder
 
 
 def demo_recipe() -> Recipe:

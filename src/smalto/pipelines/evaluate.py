@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smalto.data.archives import PictureFile
-from smalto.data.images import LONGER_SIDE
-from smalto.data.sources import Source, open_source
-from smalto.device import Precision
-from smalto.errors import DataError
-from smalto.memory import reused_memory
-from smalto.pipelines.measuring import Evaluation, Networks, measure
-from smalto.pipelines.running import PictureReader, Runner
-from smalto.progress import Progress
+from smalto.core.allocator import reused_memory
+from smalto.core.device import Precision
+from smalto.core.errors import DataError
+from smalto.core.progress import Progress
+from smalto.evaluation.evaluator import Evaluation, Networks, measure
+from smalto.images.image_file import PictureFile
+from smalto.images.image_reader import PictureReader
+from smalto.images.reading import LONGER_SIDE
+from smalto.images.sources import Source, open_source
+from smalto.inference.runner import Runner
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.checkpoint import SPLIT_FILE, read_split
+from smalto.training.run_folder import SPLIT_FILE, read_split
 
 
 @reused_memory()

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smalto.errors import RunError
-from smalto.layout import TokenLayout
+from smalto.core.errors import RunError
+from smalto.core.layout import TokenLayout
 from smalto.quantizers import MultiScaleVQ
 from smalto.tokenizer import ImageTokenizer, load
-from smalto.training.checkpoint import RunFolder
+from smalto.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from smalto.data.token_store import TokenStore
+    from smalto.store.token_store import TokenStore
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def info(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if (path / "head.json").is_file():
-        from smalto.data.token_store import TokenStore  # needs lance, which runs do without
+        from smalto.store.token_store import TokenStore
 
         return {"kind": "token store", **store_facts(TokenStore.open(path))}
     if not (path / "config.json").is_file():

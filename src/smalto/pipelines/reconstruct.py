@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from smalto.data.images import LONGER_SIDE, find_pictures
-from smalto.data.pictures import to_unit_range
-from smalto.device import Precision
-from smalto.errors import DataError, RunError
-from smalto.files import check_writable
+from smalto.core.device import Precision
+from smalto.core.errors import DataError, RunError
+from smalto.core.files import check_writable
+from smalto.core.progress import Progress
+from smalto.images.finding import find_pictures
+from smalto.images.image_reader import PictureReader
+from smalto.images.reading import LONGER_SIDE
+from smalto.images.tensors import to_unit_range
+from smalto.inference.runner import Runner
 from smalto.metrics import psnr
 from smalto.pipelines.decode import write_png
-from smalto.pipelines.running import PictureReader, Runner
-from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer
 
 

@@ -14,22 +14,24 @@ import numpy
 import torch
 from torch import Tensor
 
-from smalto.data.archives import PictureFile, Skipped, open_file
-from smalto.data.decoding import Decoder
-from smalto.data.images import LONGER_SIDE, NOT_AN_IMAGE, BadPicture, bad_pictures_named, summary
-from smalto.data.pictures import views_of
-from smalto.data.sources import source_name, walk_source
-from smalto.data.store_writer import KEEP_REPLACED, ROWS_PER_COMMIT, SOME_SMALL_FILES, StoreWriter
-from smalto.data.token_rows import StoreHeader, TokenRow, row_id
-from smalto.data.token_store import TokenStore
-from smalto.data.transform import Prepared, Transform, content_digest
-from smalto.device import Precision
-from smalto.errors import ConfigError, DataError, RunError
-from smalto.files import check_writable, name_hash
-from smalto.memory import reused_memory
-from smalto.pipelines.encoding import Encoders
-from smalto.pipelines.running import Runner, batches_of_one_shape, default_workers, transform_of
-from smalto.progress import Progress
+from smalto.core.allocator import reused_memory
+from smalto.core.device import Precision
+from smalto.core.errors import ConfigError, DataError, RunError
+from smalto.core.files import check_writable, name_hash
+from smalto.core.progress import Progress
+from smalto.images.archives import open_file
+from smalto.images.image_file import PictureFile, Skipped, summary
+from smalto.images.image_reader import batches_of_one_shape, default_workers, transform_of
+from smalto.images.reading import LONGER_SIDE, NOT_AN_IMAGE, BadPicture, bad_pictures_named
+from smalto.images.sources import source_name, walk_source
+from smalto.images.tensors import views_of
+from smalto.images.transforms import Prepared, Transform, content_digest
+from smalto.images.worker_pool import Decoder
+from smalto.inference.encoder_threads import Encoders
+from smalto.inference.runner import Runner
+from smalto.store.schema import StoreHeader, TokenRow, row_id
+from smalto.store.token_store import TokenStore
+from smalto.store.writer import KEEP_REPLACED, ROWS_PER_COMMIT, SOME_SMALL_FILES, StoreWriter
 
 LEAST_ERRORS, ERROR_SHARE = 100, 0.01  # so many bad pictures do not stop a job: the larger of the two
 _WALKED_AT_ONCE = 1024  # names that are looked up in the store together

@@ -13,26 +13,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalto import distributed
-from smalto.config import parse_config
-from smalto.data.archives import Skipped
-from smalto.data.crops import CropStream
-from smalto.data.decoding import Decoder
-from smalto.data.images import MIN_PICTURES_TO_HOLD_OUT, held_out_order, read_picture, summary
-from smalto.data.pictures import DatasetPictures, FilePictures, Pictures, centre_crop, split, split_by_name, to_unit_range
-from smalto.data.sources import open_source
-from smalto.device import resolve_device
-from smalto.errors import ConfigError, RunError
+from smalto.core import distributed
+from smalto.core.allocator import reused_memory
+from smalto.core.config import parse_config
+from smalto.core.device import resolve_device
+from smalto.core.errors import ConfigError, RunError
+from smalto.core.progress import Progress
+from smalto.evaluation.evaluator import Networks, measure
+from smalto.evaluation.run_summary import finish_run
+from smalto.images.crops import CropStream
+from smalto.images.image_file import Skipped, summary
+from smalto.images.image_reader import default_workers, transform_of
+from smalto.images.image_set import DatasetPictures, FilePictures, Pictures
+from smalto.images.reading import read_picture
+from smalto.images.sources import open_source
+from smalto.images.splits import MIN_PICTURES_TO_HOLD_OUT, held_out_order, split, split_by_name
+from smalto.images.tensors import centre_crop, to_unit_range
+from smalto.images.worker_pool import Decoder
+from smalto.inference.runner import Runner
 from smalto.interop.var import load_tokenizer as load_var
-from smalto.memory import reused_memory
-from smalto.pipelines.finish import finish_run
-from smalto.pipelines.measuring import Networks, measure
-from smalto.pipelines.running import Runner, default_workers, transform_of
-from smalto.progress import Progress
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig, load
-from smalto.training.checkpoint import START_FOLDER, RunFolder
 from smalto.training.random_state import seeded
 from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.run_folder import START_FOLDER, RunFolder
 from smalto.training.tokenizer_task import TokenizerTask
 from smalto.training.trainer import Trainer
 

@@ -2,7 +2,7 @@
 
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
-from smalto.quantizers.configs import QuantizerConfig
+from smalto.quantizers.config import QuantizerConfig
 from smalto.quantizers.folding import fold
 from smalto.quantizers.multiscale import MultiScaleVQ, MultiScaleVQConfig
 from smalto.quantizers.product import ProductVQ, ProductVQConfig

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smalto.errors import InputError, describe
-from smalto.layout import TokenLayout
+from smalto.core.errors import InputError, describe
+from smalto.core.layout import TokenLayout
 
 
 class QuantizerOutput(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smalto.errors import InputError
+from smalto.core.errors import InputError
 
 
 def straight_through(vectors: Tensor, codes: Tensor, noise: Tensor | None = None) -> Tensor:

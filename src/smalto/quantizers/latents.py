@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from smalto.errors import InputError, describe
+from smalto.core.errors import InputError, describe
 
 LARGEST = 1e15  # of a number in a latent vector
 

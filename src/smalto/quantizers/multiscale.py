@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalto.config import Config, over_defaults
-from smalto.errors import ConfigError, InputError, describe
-from smalto.layout import TokenLayout, as_grids
-from smalto.precision import without_autocast
+from smalto.core.config import Config, over_defaults
+from smalto.core.errors import ConfigError, InputError, describe
+from smalto.core.layout import TokenLayout, as_grids
+from smalto.core.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.estimators import ESTIMATORS, estimate
 from smalto.quantizers.latents import as_map, as_vectors, keep, masked_mse, noise_map, projections, to_vectors

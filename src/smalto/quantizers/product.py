@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from smalto.config import Config, over_defaults
-from smalto.errors import ConfigError, InputError, describe
-from smalto.layout import TokenLayout
+from smalto.core.config import Config, over_defaults
+from smalto.core.errors import ConfigError, InputError, describe
+from smalto.core.layout import TokenLayout
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.latents import usable
 from smalto.quantizers.vector import VectorQuantizer, VectorQuantizerConfig

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalto.config import Config, over_defaults
-from smalto.errors import ConfigError, InputError, describe
-from smalto.layout import TokenLayout
-from smalto.precision import without_autocast
+from smalto.core.config import Config, over_defaults
+from smalto.core.errors import ConfigError, InputError, describe
+from smalto.core.layout import TokenLayout
+from smalto.core.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.estimators import estimate
 from smalto.quantizers.latents import as_map, noise_vectors, projections, to_vectors

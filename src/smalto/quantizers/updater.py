@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smalto import distributed
-from smalto.errors import ConfigError, InputError, describe
-from smalto.quantizers.book import Book, Listener
+from smalto.core import distributed
+from smalto.core.errors import ConfigError, InputError, describe
 from smalto.quantizers.codebook import ProjectedCodebook
 from smalto.quantizers.kmeans import kmeans
 from smalto.quantizers.multiscale import MultiScaleVQ
 from smalto.quantizers.residual import ResidualVQ
+from smalto.quantizers.tracker import Book, Listener
 from smalto.quantizers.vector import VectorQuantizer
 
 VECTORS_PER_CODE = 8  # how many vectors the k-means start asks for

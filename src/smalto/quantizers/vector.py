@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalto.config import Config, parse_config
-from smalto.errors import InputError
-from smalto.layout import TokenLayout
-from smalto.precision import without_autocast
+from smalto.core.config import Config, parse_config
+from smalto.core.errors import InputError
+from smalto.core.layout import TokenLayout
+from smalto.core.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
 from smalto.quantizers.estimators import ESTIMATORS, estimate

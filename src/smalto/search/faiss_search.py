@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smalto.errors import MissingExtra
+from smalto.core.errors import MissingExtra
 from smalto.search import tiled
 from smalto.search.tiled import slices
 

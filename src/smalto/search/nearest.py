@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smalto.errors import InputError, describe
+from smalto.core.errors import InputError, describe
 from smalto.search import faiss_search, tiled
 
 Metric = Literal["l2", "cosine"]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smalto.precision import plain_float32, without_autocast
+from smalto.core.precision import plain_float32, without_autocast
 
 CODES_PER_TILE = 256
 COLUMNS = 16  # divides CODES_PER_TILE: float32 numbers in the widest vector register

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
-from smalto.config import Config, dotted_keys, nearest_key, parse_config
-from smalto.data.images import LONGER_SIDE
-from smalto.device import Precision
-from smalto.errors import ConfigError
+from smalto.core.config import Config, dotted_keys, nearest_key, parse_config
+from smalto.core.device import Precision
+from smalto.core.errors import ConfigError
 from smalto.features.lpips import MIN_SIDE as MIN_LPIPS_SIDE
+from smalto.images.reading import LONGER_SIDE
 from smalto.losses import LossesConfig
 from smalto.losses.adversarial import MIN_LAST_SIDE
 from smalto.quantizers import MultiScaleVQConfig, Revive
@@ -68,7 +68,7 @@ class CheckpointConfig(Config):
 
 
 class GuardConfig(Config):
-    """What is done when a run goes wrong: see smalto.training.guard."""
+    """What is done when a run goes wrong: see smalto.training.monitor."""
 
     action: Literal["warn", "rollback", "off"] = Field("warn", description="rollback also goes back to a good checkpoint, more carefully")
     psnr_fall: float = Field(3.0, gt=0, description="dB below the best moving average")

@@ -12,9 +12,9 @@ import torch._dynamo  # the first optimizer imports it anyway: here, where Ctrl-
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smalto import distributed
 from smalto.autoencoders import CheckpointedNetwork
-from smalto.device import computing
+from smalto.core import distributed
+from smalto.core.device import computing
 from smalto.losses import Objective, PatchDiscriminator
 from smalto.losses.adversarial import hinge
 from smalto.losses.reconstruction import Perceptual

@@ -14,16 +14,17 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
-from smalto import distributed
-from smalto.data.crops import CropStream
-from smalto.device import peak_memory
-from smalto.errors import RunError
-from smalto.progress import Progress
+from smalto.core import distributed
+from smalto.core.device import peak_memory
+from smalto.core.errors import RunError
+from smalto.core.progress import Progress
+from smalto.images.crops import CropStream
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.checkpoint import Checkpoint, RunFolder
-from smalto.training.guard import WINDOW, Guard
+from smalto.training.checkpoint import Checkpoint
+from smalto.training.monitor import WINDOW, Guard
 from smalto.training.random_state import random_state, set_random_state
 from smalto.training.recipe import Recipe
+from smalto.training.run_folder import RunFolder
 from smalto.training.tensorboard import TensorBoard
 
 MAX_RETURNS = 3  # of the guard to one checkpoint

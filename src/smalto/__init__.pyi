@@ -1,0 +1,32 @@
+"""The public API: the one list from which lazy loading, ``__all__`` and type checkers take their names."""
+
+from smalto.core.errors import SmaltoError as SmaltoError
+from smalto.core.layout import TokenLayout as TokenLayout
+from smalto.pipelines.convert import convert as convert
+from smalto.pipelines.decode import decode as decode
+from smalto.pipelines.demo import demo as demo
+from smalto.pipelines.evaluate import evaluate as evaluate
+from smalto.pipelines.info import info as info
+from smalto.pipelines.reconstruct import reconstruct as reconstruct
+from smalto.pipelines.tokenize import tokenize as tokenize
+from smalto.pipelines.train import resume as resume
+from smalto.pipelines.train import train as train
+from smalto.pipelines.verify import verify as verify
+from smalto.quantizers import CodebookUpdater as CodebookUpdater
+from smalto.quantizers import Revive as Revive
+from smalto.quantizers import VectorQuantizer as VectorQuantizer
+from smalto.store.dataset import TokenDataset as TokenDataset
+from smalto.store.dataset import TokenLoader as TokenLoader
+from smalto.store.exports import export_store as export_store
+from smalto.store.exports import import_store as import_store
+from smalto.store.schema import TokenRow as TokenRow
+from smalto.store.token_store import TokenStore as TokenStore
+from smalto.tokenizer import ImageTokenizer as ImageTokenizer
+from smalto.tokenizer import SimpleVQVAE as SimpleVQVAE
+from smalto.tokenizer import TokenizerConfig as TokenizerConfig
+from smalto.tokenizer import default_tokenizer as default_tokenizer
+from smalto.tokenizer import load as load
+from smalto.training.recipe import Recipe as Recipe
+from smalto.training.recipe import load_recipe as load_recipe
+
+__version__: str

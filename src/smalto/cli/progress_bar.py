@@ -1,0 +1,95 @@
+"""The progress bar and the lines that the command line shows."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from smalto.core.progress import Progress
+
+SECONDS_BETWEEN_LINES = 5.0
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "psnr": "PSNR {:.1f}",
+    "usage": "codes {:.0%}",
+    "held_out_psnr": "held-out {:.1f}",
+    "errors": "{:.0f} errors",
+}
+
+
+class ConsoleProgress(Progress):
+    """A live bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bars: Bars | None = None
+        self._task = TaskID(0)
+        self._figures: dict[str, float] = {}
+        self._title, self._unit = "", ""
+        self._total: int | None = None
+        self._done = self._first = self._images = 0
+        self._begun = self._last_line = time.monotonic()
+
+    def begin(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        self._title, self._total, self._unit, self._done, self._first = title, total, unit, done, done
+        self._begun = self._last_line = time.monotonic()
+        self._figures, self._images = {}, 0
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("left  {task.fields[figures]}"),  # last: on a narrow terminal the end is cut
+            )
+            self._bars = Bars(*columns, console=self._console, refresh_per_second=5)
+            self._task = self._bars.add_task(title, total=total, completed=done, figures="")
+            self._bars.start()
+
+    def expect(self, total: int) -> None:
+        self._total = total
+        if self._bars is not None:
+            self._bars.update(self._task, total=total)
+
+    def advance(self, number: int = 1, **figures: float) -> None:
+        self._done += number
+        self._images += int(figures.pop("images", number))
+        self._figures |= figures
+        if self._bars is not None:
+            self._bars.update(self._task, advance=number, figures=self._text())
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._line()
+
+    def end(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+        elif self._done > self._first:
+            self._line()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _text(self) -> str:
+        seconds = max(time.monotonic() - self._begun, 1e-6)
+        parts = [f"{self._images / seconds:.1f} {'rows' if self._unit == 'rows' else 'images'}/s"] + [
+            form.format(self._figures[key]) for key, form in _SHOWN.items() if key in self._figures
+        ]
+        return "  ".join(parts)
+
+    def _line(self) -> None:
+        made, seconds = self._done - self._first, time.monotonic() - self._begun
+        left = f"  {seconds / made * (self._total - self._done):.0f} s left" if self._total and made and self._total > self._done else ""
+        total = f"/{self._total}" if self._total is not None else ""
+        print(f"{self._title} {self._done}{total} {self._unit}  {self._text()}{left}", file=sys.stderr, flush=True)

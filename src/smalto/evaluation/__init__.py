@@ -1,0 +1,1 @@
+"""What is measured of a tokenizer, and how it is shown."""

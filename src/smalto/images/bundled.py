@@ -1,0 +1,49 @@
+"""Real photographs without a network: those that scikit-image and scikit-learn carry inside their packages."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from smalto.core.errors import MissingExtra
+from smalto.images.image_file import PictureFile
+
+SOURCE = "bundled"
+
+CREDITS = {
+    "astronaut.png": "Eileen Collins, NASA (public domain)",
+    "camera.png": "Lav Varshney (CC0)",
+    "chelsea.png": "Chelsea the cat, Stefan van der Walt (CC0)",
+    "china.jpg": "danielbuechele, Flickr (CC BY 2.0)",
+    "coffee.png": "Rachel Michetti, Pikolo Espresso Bar (CC0)",
+    "coins.png": "Brooklyn Museum (no known copyright restrictions)",
+    "flower.jpg": "vultilion, Flickr (CC BY 2.0)",
+    "hubble_deep_field.jpg": "NASA and ESA (public domain)",
+    "ihc.png": "Center for Microscopy And Molecular Imaging (no known copyright restrictions)",
+    "motorcycle_left.png": "Scharstein et al., Middlebury Stereo Datasets 2014",
+    "retina.jpg": "Häggström 2014, Wikimedia Commons (CC0)",
+    "rocket.jpg": "SpaceX (public domain)",
+}
+HELD_OUT = ("chelsea.png", "coffee.png", "rocket.jpg")
+
+
+def bundled_photographs() -> list[PictureFile]:
+    """The photographs, by name.
+
+    Raises:
+        MissingExtra: scikit-image or scikit-learn is not installed.
+    """
+    folders = [_package_folder("skimage", "scikit-image") / "data", _package_folder("sklearn", "scikit-learn") / "datasets" / "images"]
+    return [PictureFile(name, str(folder / name)) for name in sorted(CREDITS) for folder in folders if (folder / name).is_file()]
+
+
+def credit(name: str) -> str:
+    """Who made a bundled photograph; empty for other names."""
+    return CREDITS.get(name, "")
+
+
+def _package_folder(module: str, package: str) -> Path:
+    spec = find_spec(module)  # finds without importing: only the files are wanted
+    if spec is None or spec.origin is None:
+        raise MissingExtra(package, "demo", "the bundled photographs")
+    return Path(spec.origin).parent

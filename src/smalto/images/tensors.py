@@ -1,0 +1,46 @@
+"""Images as tensors: ranges, crops, views."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_tensor(array: numpy.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> uint8 [3, H, W]."""
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+
+def to_unit_range(picture: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1]; floats stay as they are."""
+    return picture.float() / 127.5 - 1 if picture.dtype == torch.uint8 else picture.float()
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8 in [0, 255], clamped and rounded."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def enlarge(picture: Tensor, size: int) -> Tensor:
+    """Scale [C, H, W] up until its shorter side is ``size``."""
+    scale = size / min(picture.shape[1:])
+    target = [max(size, round(side * scale)) for side in picture.shape[1:]]
+    bigger = F.interpolate(picture[None].float(), target, mode="bicubic", align_corners=False)[0]
+    return bigger.round().clamp(0, 255).to(torch.uint8) if picture.dtype == torch.uint8 else bigger.clamp(-1, 1)
+
+
+def centre_crop(picture: Tensor, multiple: int) -> Tensor:
+    """Cut [C, H, W] to multiples of ``multiple``, evenly on both sides; a picture that is smaller than one is enlarged to it."""
+    if min(picture.shape[1:]) < multiple:
+        picture = enlarge(picture, multiple)
+    height, width = (side // multiple * multiple for side in picture.shape[1:])
+    top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
+    return picture[..., top : top + height, left : left + width]
+
+
+def views_of(views: numpy.ndarray, flip: bool) -> Tensor:
+    """Views uint8 [V, H, W, 3] -> [V, 3, H, W]; with ``flip`` the same mirrored after them."""
+    images = torch.from_numpy(views).permute(0, 3, 1, 2)
+    return torch.cat([images, images.flip(-1)]) if flip else images

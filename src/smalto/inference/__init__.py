@@ -1,0 +1,1 @@
+"""A tokenizer as jobs run it: precision, batching, threads."""

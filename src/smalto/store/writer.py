@@ -1,0 +1,105 @@
+"""Writing to a token store beside the work that makes the tokens."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import NamedTuple
+
+import pyarrow
+
+from smalto.images.image_file import Skipped
+from smalto.store.schema import TokenRow, rows_to_table
+from smalto.store.token_store import TokenStore
+
+ROWS_PER_COMMIT = 4096
+SECONDS_PER_COMMIT = 10.0
+MANY_SMALL_FILES = 64
+SOME_SMALL_FILES = 16
+KEEP_REPLACED = timedelta(hours=1)  # so long jobs leave the files that they replace to whoever reads them
+_WAITING = 8
+
+
+class _Item(NamedTuple):
+    rows: Sequence[TokenRow]
+    replace: bool
+    error: tuple[Skipped, int, int] | None
+
+
+class StoreWriter:
+    """Commits rows in a thread, at least every 4,096 of them or 10 seconds, and joins small files now and then.
+
+    Rows that are put together are committed together. Use as a context manager: what was put is committed at its end, also after an
+    error elsewhere. An error of the writing itself is raised by the next ``put``, or at the end.
+    """
+
+    def __init__(self, store: TokenStore) -> None:
+        self._store = store
+        self._queue: queue.Queue[_Item | None] = queue.Queue(_WAITING)
+        self._failure: BaseException | None = None
+        self._ended = False  # the last item has come
+        self._thread = threading.Thread(target=self._run, name="store writer", daemon=True)
+
+    def put(self, rows: Sequence[TokenRow], *, replace: bool = False) -> None:
+        """Rows to commit; waits where the writing is behind. ``replace``: their ids may be there."""
+        self._put(_Item(rows, replace, None))
+
+    def put_error(self, skipped: Skipped, size: int, modified: int) -> None:
+        """A picture to note as bad."""
+        self._put(_Item((), False, (skipped, size, modified)))
+
+    def __enter__(self) -> StoreWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._failure is not None and error is not self._failure:
+            raise self._failure
+
+    def _put(self, item: _Item) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._queue.put(item)
+
+    def _run(self) -> None:
+        try:
+            self._write_until_the_end()
+        except BaseException as error:
+            self._failure = error
+            while not self._ended:  # whoever puts must not wait for ever
+                self._ended = self._queue.get() is None
+
+    def _write_until_the_end(self) -> None:
+        tables: list[pyarrow.Table] = []  # in Arrow's memory, apart from that of tensors, where they would leave holes
+        errors: list[tuple[Skipped, int, int]] = []
+        replace, due = False, 0.0
+        while True:
+            waiting = bool(tables or errors)
+            try:
+                item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
+                self._ended = item is None
+            except queue.Empty:
+                item = None
+            if item is not None:
+                due = due if waiting else time.monotonic() + SECONDS_PER_COMMIT
+                tables += [rows_to_table(item.rows, self._store.header)] if item.rows else []
+                errors += [item.error] if item.error else []
+                replace |= item.replace
+            if self._ended or sum(map(len, tables)) >= ROWS_PER_COMMIT or (waiting and time.monotonic() >= due):
+                self._commit(tables, errors, replace)
+                tables, errors, replace = [], [], False
+            if self._ended:
+                return
+
+    def _commit(self, tables: list[pyarrow.Table], errors: list[tuple[Skipped, int, int]], replace: bool) -> None:
+        if tables:
+            self._store.append_table(pyarrow.concat_tables(tables), replace=replace)
+        self._store.add_errors(errors)
+        if tables and self._store.num_small_files > MANY_SMALL_FILES:
+            self._store.compact(KEEP_REPLACED, lazily=True)

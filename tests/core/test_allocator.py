@@ -1,0 +1,91 @@
+"""Memory that stays with the process, and goes back afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from smalto.core import allocator as memory
+from tests.conftest import ENVIRONMENT
+
+_PAGES = """
+import resource, sys
+from contextlib import nullcontext
+from pathlib import Path
+import torch
+from smalto.core.allocator import reused_memory
+
+def resident():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) // 1024
+
+with reused_memory() if sys.argv[1] == "on" else nullcontext():
+    for _ in range(30):  # until the heap has settled
+        torch.ones(12_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(12_000_000)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    inside = resident()
+print(inside - resident())
+"""
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="no glibc, or somebody tuned it")
+def test_pages_are_asked_for_once_and_given_back() -> None:
+    def run(mode: str) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", _PAGES, mode], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+        return [int(line) for line in done.stdout.split()]
+
+    faults, given_back = run("on")
+    plain, _ = run("off")
+    assert faults < plain / 2
+    assert given_back > 30  # MiB, of one tensor of 46
+
+
+_RETURNED = """
+from pathlib import Path
+import numpy
+from smalto.core.allocator import returned_memory, reused_memory
+
+def resident():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) // 1024
+
+with reused_memory():
+    def held():
+        before = resident()
+        blocks = [numpy.ones(2**17, numpy.uint8) for _ in range(400)]  # 50 MiB; the last one keeps a heap from shrinking
+        last = blocks.pop()
+        del blocks
+        return resident() - before, last
+
+    with returned_memory():
+        returned, _ = held()
+    kept, _ = held()
+print(returned, kept)
+"""
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="no glibc, or somebody tuned it")
+def test_memory_is_returned_at_once_where_it_is_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", _RETURNED], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    returned, kept = map(int, done.stdout.split())
+    assert returned < 10
+    assert kept > 40
+
+
+def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX_", "1")
+    assert memory._glibc() is None
+    with memory.reused_memory():
+        pass
+
+
+def test_it_nests_and_survives_exceptions() -> None:
+    with pytest.raises(RuntimeError), memory.reused_memory(), memory.reused_memory():
+        assert memory._reused.inside == 2
+        raise RuntimeError
+    assert memory._reused.inside == 0

@@ -1,0 +1,39 @@
+"""Files are whole or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from smalto.core.files import aside, name_hash, remove_leftovers, write_atomic
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", "old")
+    with pytest.raises(KeyError), aside(tmp_path / "a") as temporary:
+        temporary.write_text("half of the ne")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_folders_appear_whole(tmp_path: Path) -> None:
+    with aside(tmp_path / "deep" / "folder") as new:
+        new.mkdir()
+        (new / "x").write_text("1")
+        assert not (tmp_path / "deep" / "folder").exists()
+    assert (tmp_path / "deep" / "folder" / "x").read_text() == "1"
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    writer = aside(tmp_path / "model.safetensors")
+    (writer.__enter__().parent / "new").write_text("half")
+    keep = [tmp_path / ".git", tmp_path / ".hidden.file", tmp_path / "folder.abcdefgh"]
+    for path in keep:
+        path.mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(keep)
+
+
+def test_hashes_are_the_same_everywhere() -> None:
+    assert name_hash("a.png", "held out") == 0xC292B9E61FB9E442
+    assert name_hash("a.png") != name_hash("b.png")

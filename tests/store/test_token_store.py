@@ -1,0 +1,268 @@
+"""The token store as a library: what goes in comes out, what does not fit is refused, damage is seen."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import smalto
+from smalto.core.errors import ConfigError, DataError, InputError, RunError
+from smalto.core.layout import TokenLayout
+from smalto.images.image_file import Skipped
+from smalto.store.check import check_store
+from smalto.store.exports import FORMATS, export_store, import_store
+from smalto.store.schema import StoreHeader, TokenRow, row_id, split_id
+from smalto.store.token_store import TokenStore
+from tests.conftest import store_header, token_rows
+
+
+@given(st.binary(min_size=1, max_size=40), st.sampled_from(["", "flip", "top-left-flip"]))
+def test_any_file_name_becomes_an_id_and_comes_back(name: bytes, view: str) -> None:
+    text = os.fsdecode(name)
+    id = row_id(text, view)
+    assert split_id(id) == (text, view)
+    assert id.encode("utf-8").decode("utf-8").isprintable() or not text.isprintable()
+    assert "\n" not in id
+
+
+def test_ids_of_different_names_differ() -> None:
+    names = ["a%20b", "a b", "a?flip", "a", "a%3Fflip", "a\nb", "a%0Ab", "a\udcffb", "a%FFb"]
+    assert len({row_id(name, view) for name in names for view in ("", "flip")}) == 2 * len(names)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("codebook_size", [512, 2**16, 2**16 + 1])
+def test_what_is_appended_is_read_back(tmp_path: Path, fixed: bool, codebook_size: int) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header(fixed, codebook_size))
+    rows = token_rows(30, fixed, codebook_size)
+    store.append(rows[:20])
+    store.append(rows[20:])
+    store = TokenStore.open(tmp_path / "t")
+    assert len(store) == 30
+    asked = [29, 3, 3, 0, 21]
+    batch = store.batch(asked)
+    for place, i in enumerate(asked):
+        assert batch["id"][place] == rows[i].id
+        assert batch["tokens"][place].tolist() == list(rows[i].tokens)
+        assert batch["layout"][place] == rows[i].layout
+        assert (batch["label"][place], int(batch["height"][place]), batch["crop"][place].tolist()) == (
+            rows[i].label,
+            rows[i].height,
+            list(rows[i].crop),
+        )
+    assert store[-1]["id"] == rows[29].id
+    assert store[-1]["tokens"].dtype == torch.int64
+    assert [row._replace(tokens=()) for row in store.token_rows(0, 30)] == [row._replace(tokens=()) for row in rows]
+    assert store.classes() == sorted({row.label for row in rows if row.label})
+    assert check_store(store).ok
+    width = str(store._table.schema.field("tokens").type)
+    assert ("uint16" if codebook_size <= 2**16 else "uint32") in width
+    with pytest.raises(IndexError):
+        store[30]
+    with pytest.raises(InputError, match="rows are numbered 0 to 29"):
+        store.batch([30])
+    for odd in ("a\nb", "\udcff"):
+        with pytest.raises(InputError, match=r"row_id\(name\) makes one"):
+            store.append([rows[0]._replace(id=odd)])
+    for no_numbers in ([1.5], [True, False], ["a"]):  # a mask would give rows 0 and 1
+        with pytest.raises(InputError, match="whole numbers"):
+            store.batch(no_numbers)
+    assert store.batch([])["id"] == []
+
+
+def test_tokens_of_another_kind_are_refused_with_both_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = smalto.SimpleVQVAE(16, hidden_dim=8), smalto.SimpleVQVAE(16, hidden_dim=8)
+    layout = TokenLayout.single(2, 2)
+    store = TokenStore.create(tmp_path / "t", model, layout=layout, transform="centre crop")
+    row = TokenRow("a", [1, 2, 3, 4])
+    store.append([row], tokenizer=model, layout=layout, transform="centre crop", precision="float32")
+    for facts, says in (
+        ({"tokenizer": other}, f"tokenizer: {model.fingerprint()}.* in the store, {other.fingerprint()}"),
+        ({"layout": TokenLayout.single(4, 1)}, "layout: 2x2 in the store, 4x1 now"),
+        ({"transform": "squeezed"}, "transform: centre crop in the store, squeezed now"),
+        ({"precision": "bf16"}, "precision: float32 in the store, bf16 now"),
+    ):
+        with pytest.raises(RunError, match=says):
+            store.append([row._replace(id="b")], **facts)
+    assert len(TokenStore.open(tmp_path / "t")) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (TokenRow("b", [0] * 5), "has 6 tokens, whole numbers; got int64 \\[5\\]"),
+        (TokenRow("b", [0, 1, 2, 3, 4, 512]), r"tokens lie in \[0, 512\); got 0 to 512"),
+        (TokenRow("b", [-1, 1, 2, 3, 4, 5]), r"got -1 to 5"),
+        (TokenRow("b", numpy.zeros(6)), "whole numbers; got float64"),
+        (TokenRow("b", [0] * 6, TokenLayout.single(3, 2)), "has the layout 3x2; all rows of this store have 2x3"),
+        (TokenRow("", [0] * 6), "every row needs an id; got"),
+        (TokenRow("image0000.png", [0] * 6), "are in .* already, such as 'image0000.png'"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(tmp_path: Path, row: TokenRow, says: str) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    store.append(token_rows(3))
+    with pytest.raises(InputError, match=says):
+        store.append([row])
+    with pytest.raises(InputError, match="an id of its own"):
+        store.append([TokenRow("c", [0] * 6), TokenRow("c", [0] * 6)])
+    assert len(store) == 3
+
+
+def test_rows_are_replaced_in_one_commit(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    rows = token_rows(10)
+    store.append(rows)
+    new = [rows[4]._replace(tokens=[7] * 6), TokenRow("more.png", [8] * 6)]
+    store.append(new, replace=True)
+    assert len(store) == 11
+    found = dict(zip(store.rows()["id"], store.rows()["tokens"].tolist(), strict=True))
+    assert found[rows[4].id] == [7] * 6
+    assert found["more.png"] == [8] * 6
+    store.compact()
+    assert dict(zip(store.rows()["id"], store.rows()["tokens"].tolist(), strict=True)) == found
+    assert check_store(store).ok
+
+
+def test_errors_are_noted_once_and_forgotten(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    store.add_errors([(Skipped("bad\udcff.png", "empty"), 0, 0), (Skipped("b.png", "damaged: x"), 12, 5)])
+    store.add_errors([(Skipped("b.png", "damaged: y"), 13, 6)])
+    assert store.errors() == {"bad\udcff.png": ("empty", 0, 0), "b.png": ("damaged: y", 13, 6)}
+    store.forget_errors(["b.png"])
+    store.compact()
+    assert list(TokenStore.open(tmp_path / "t").errors()) == ["bad\udcff.png"]
+
+
+def test_compaction_keeps_rows_in_their_places(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    rows = token_rows(40)
+    for i in range(0, 40, 4):
+        store.append(rows[i : i + 4])
+    assert store.num_small_files == 10
+    files = lambda: set((tmp_path / "t" / "data").iterdir())  # noqa: E731
+    before = files()
+    store.compact(timedelta(hours=1))
+    assert before < files()  # a reader of the version before still finds its files
+    store.compact()
+    assert store.num_small_files == 1
+    assert len(files()) == 1
+    again = TokenStore.open(tmp_path / "t")
+    assert again.ids() == [row.id for row in rows]
+    version = again.version
+    again.compact()
+    assert TokenStore.open(tmp_path / "t").version == version  # nothing to do
+
+
+def test_what_is_no_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist: token stores are made by"):
+        TokenStore.open(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is no token store"):
+        TokenStore.open(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is no token store"):
+        TokenStore.open(tmp_path / "file")
+    store = TokenStore.create(tmp_path / "t", store_header())
+    with pytest.raises(RunError, match="exists already"):
+        TokenStore.create(store.path, store_header())
+    with pytest.raises(ConfigError, match="codebook_size"):
+        StoreHeader.of(_Like(0), layout=None, transform="")
+
+
+class _Like:
+    """The least that a header needs of a tokenizer."""
+
+    def __init__(self, codebook_size: int) -> None:
+        self.quantize, self.config = self, self
+        self.codebook_size, self.kind = codebook_size, "vector"
+
+    def fingerprint(self) -> str:
+        return "f"
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_export_comes_back_as_the_same_rows(tmp_path: Path, format: str, fixed: bool) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header(fixed))
+    rows = [*token_rows(25, fixed), token_rows(1, fixed)[0]._replace(id="x%0Ay?flip", label='odd "label"\n', height=0)]
+    store.append(rows)
+    if format == "var" and not fixed:
+        with pytest.raises(ConfigError, match="VAR takes pictures of one layout"):
+            export_store(store, format, tmp_path / "e")
+        return
+    export_store(store, format, tmp_path / "e")
+    again = import_store(tmp_path / "e", tmp_path / "again")
+    assert again.header == store.header
+    plain = lambda store: [(*row[:1], list(row.tokens), *row[2:7]) for row in store.token_rows(0, len(store))]  # noqa: E731
+    assert plain(again) == plain(store)
+    with pytest.raises(RunError, match="exists already"):
+        export_store(store, format, tmp_path / "e")
+    header = json.loads((tmp_path / "e" / "header.json").read_text())
+    (tmp_path / "e" / "header.json").write_text(json.dumps(header | {"num_rows": 27}))
+    with pytest.raises(DataError, match=r"holds 26 rows; its header says 27|damaged"):
+        import_store(tmp_path / "e", tmp_path / "short")
+    assert not (tmp_path / "short").exists()
+
+
+def test_exports_are_what_others_read(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    rows = token_rows(5)
+    store.append(rows)
+    export_store(store, "webdataset", tmp_path / "w")
+    webdataset = pytest.importorskip("webdataset")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # webdataset leaves a file open
+        samples = list(webdataset.WebDataset(str(tmp_path / "w" / "shard-00000.tar"), shardshuffle=False).decode())
+        gc.collect()
+    assert [sample["tokens.npy"].tolist() for sample in samples] == [list(row.tokens) for row in rows]
+    assert [sample.get("cls") for sample in samples] == [None, 0, 1, None, 0]  # a, b
+
+
+def test_numpy_and_var_exports_are_plain_files(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    layout = TokenLayout(((1, 1), (1, 2), (1, 3)))
+    store = TokenStore.create(tmp_path / "t", store_header().model_copy(update={"grids": layout.grids}))
+    rows = [row._replace(layout=layout) for row in token_rows(5)]
+    store.append(rows)
+    export_store(store, "numpy", tmp_path / "n")
+    tokens = numpy.load(tmp_path / "n" / "tokens.npy", mmap_mode="r")
+    assert tokens.dtype == numpy.uint16
+    assert tokens.tolist() == [list(row.tokens) for row in rows]
+    export_store(store, "var", tmp_path / "v")
+    shard = safetensors.torch.load_file(tmp_path / "v" / "shard-00000.safetensors")
+    assert torch.cat([shard[f"idx_{k}"].long() for k in range(3)], 1).tolist() == [list(row.tokens) for row in rows]
+    classes = json.loads((tmp_path / "v" / "header.json").read_text())["classes"]
+    assert [classes[i] if i >= 0 else "" for i in shard["label_B"].tolist()] == [row.label for row in rows]
+
+
+def test_exports_of_wrong_formats_and_folders_are_named(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    store.append(token_rows(3))
+    with pytest.raises(ConfigError, match="format must be one of numpy, var, parquet, webdataset; got 'csv'"):
+        export_store(store, "csv", tmp_path / "e")
+    with pytest.raises(DataError, match="is no export"):
+        import_store(tmp_path, tmp_path / "again")
+    export_store(store, "numpy", tmp_path / "e")
+    (tmp_path / "e" / "tokens.npy").write_bytes((tmp_path / "e" / "tokens.npy").read_bytes()[:-5])
+    with pytest.raises(DataError, match="damaged after 0 rows"):
+        import_store(tmp_path / "e", tmp_path / "again")
+
+
+def test_an_empty_store_is_a_store(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    assert (len(store), store.classes(), store.ids(), check_store(store).ok) == (0, [], [], True)
+    assert store.rows()["tokens"].shape == (0, 6)
+    export_store(store, "numpy", tmp_path / "e")
+    assert len(import_store(tmp_path / "e", tmp_path / "again")) == 0

@@ -34,7 +34,7 @@ bench: .venv ## measure; results go to benchmarks/results (four hours; let nothi
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench]" && $(BIN)/python benchmarks/train.py && $(BIN)/python benchmarks/store.py
 	rm -rf runs/bench-vqgan && $(BIN)/python benchmarks/vqgan.py runs/bench-vqgan && $(BIN)/python docs/make_vqgan.py runs/bench-vqgan/photos-vqgan-small
 	rm -rf runs/bench-var && $(BIN)/python benchmarks/var.py runs/bench-var && $(BIN)/python docs/make_var.py runs/bench-var/var-small
-	rm -rf runs/bench && $(BIN)/python benchmarks/demo.py runs/bench && $(BIN)/python docs/make_picture.py runs/bench/demo
+	rm -rf runs/bench && $(BIN)/python benchmarks/demo.py runs/bench && $(BIN)/python docs/make_image.py runs/bench/demo
 
 .venv: .venv/installed ## only set up; PIP_ARGS=... goes to pip
 

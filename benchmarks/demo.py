@@ -1,6 +1,6 @@
-"""Claim: the demo ends within five minutes on two cores. Runs it in a fresh folder, stores its figures and its wall time.
+"""Claim: the demo ends within five minutes on two cores. Runs it in a fresh folder, stores its metrics and its wall time.
 
-``python benchmarks/demo.py FOLDER`` leaves the run in FOLDER/demo, from which docs/make_picture.py makes the README's picture.
+``python benchmarks/demo.py FOLDER`` leaves the run in FOLDER/demo, from which docs/make_image.py makes the README's image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ def main(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "smalto", "demo", "--out", str(folder)], check=True)
     seconds = time.perf_counter() - begun
     metrics = json.loads((folder / "demo" / "metrics.json").read_text())
-    print(f"{seconds:.0f} s; stored in", store("demo", {"wall_seconds": round(seconds, 1), "metrics": metrics}))
+    print(
+        f"{seconds:.0f} s; stored in",
+        store("demo", {"wall_seconds": round(seconds, 1), "metrics": metrics}),
+    )
 
 
 if __name__ == "__main__":

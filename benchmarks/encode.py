@@ -19,9 +19,9 @@ import torch
 from machine import store
 
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.core.allocator import reused_memory
+from smalto.core.allocator import retain_freed_memory
 from smalto.images.bundled import bundled_photographs
-from smalto.images.reading import read_picture
+from smalto.images.reading import read_image
 from smalto.images.tensors import to_tensor, to_unit_range
 from smalto.quantizers import MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
@@ -35,18 +35,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.manual_seed(0)
-    plain = TokenizerConfig(autoencoder=CNNAutoencoderConfig(ch=160, latent_dim=32), quantizer=MultiScaleVQConfig()).build().eval()
+    plain = (
+        TokenizerConfig(
+            autoencoder=CNNAutoencoderConfig(ch=160, latent_dim=32), quantizer=MultiScaleVQConfig()
+        )
+        .build()
+        .eval()
+    )
     for module in plain.modules():
-        if isinstance(module, torch.nn.Conv2d):  # residual branches begin at zero; here every layer is to count
+        if isinstance(
+            module, torch.nn.Conv2d
+        ):  # residual branches begin at zero; here every layer is to count
             torch.nn.Conv2d.reset_parameters(module)
     images = photographs(options.batch)
     spread_codes(plain, images)
     ways: dict[str, tuple[ImageTokenizer, Callable[[], Any]]] = {
         "plain": (plain, nullcontext),
-        "float32": (plain.for_inference("float32"), reused_memory),
-        "bf16": (plain.for_inference("bf16"), reused_memory),
+        "float32": (plain.for_inference("float32"), retain_freed_memory),
+        "bf16": (plain.for_inference("bf16"), retain_freed_memory),
     }
-    seconds: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": [], "quantizer": []} for name in ways}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"encode": [], "decode": [], "quantizer": []} for name in ways
+    }
     tokens: dict[str, torch.Tensor] = {}
     layout = plain.layout(SIZE, SIZE)
     with torch.no_grad():
@@ -54,7 +64,9 @@ def main() -> None:
             for name, (tokenizer, surroundings) in ways.items():
                 with surroundings():
                     tokens[name] = tokenizer.encode(images)  # the heap settles, caches are warm
-                    latents = tokenizer.encoder(images.to(next(tokenizer.encoder.parameters()).dtype))
+                    latents = tokenizer.encoder(
+                        images.to(next(tokenizer.encoder.parameters()).dtype)
+                    )
                     for what, job in (
                         ("encode", lambda t=tokenizer: t.encode(images)),
                         ("decode", lambda t=tokenizer, n=name: t.decode(tokens[n], layout)),
@@ -64,14 +76,20 @@ def main() -> None:
                         job()
                         seconds[name][what].append(time.perf_counter() - begun)
     result = {"batch": options.batch, "rounds": options.rounds, "size": SIZE, "ways": {}}
-    print(f"{'':8} {'encode':>10} {'':>7} {'decode':>10} {'':>7} {'quantizer':>10} {'indices as plain':>17}")
+    print(
+        f"{'':8} {'encode':>10} {'':>7} {'decode':>10} {'':>7} {'quantizer':>10} {'indices as plain':>17}"
+    )
     for name, times in seconds.items():
         middle = {what: statistics.median(values) for what, values in times.items()}
         row = {
             "encode_images_per_second": options.batch / middle["encode"],
             "decode_images_per_second": options.batch / middle["decode"],
-            "encode_ratio": statistics.median(a / b for a, b in zip(seconds["plain"]["encode"], times["encode"], strict=True)),
-            "decode_ratio": statistics.median(a / b for a, b in zip(seconds["plain"]["decode"], times["decode"], strict=True)),
+            "encode_ratio": statistics.median(
+                a / b for a, b in zip(seconds["plain"]["encode"], times["encode"], strict=True)
+            ),
+            "decode_ratio": statistics.median(
+                a / b for a, b in zip(seconds["plain"]["decode"], times["decode"], strict=True)
+            ),
             "quantizer_share": middle["quantizer"] / middle["encode"],
             **agreement(tokens[name], tokens["plain"], layout.lengths),
         }
@@ -85,9 +103,14 @@ def main() -> None:
 
 def photographs(number: int) -> torch.Tensor:
     """Squares from the middle of bundled photographs."""
-    pictures = [to_tensor(read_picture(file.path, SIZE * 2)) for file in bundled_photographs()]
-    large = [picture for picture in pictures if min(picture.shape[1:]) >= SIZE]
-    cut = [picture[:, (picture.shape[1] - SIZE) // 2 :][:, :SIZE, (picture.shape[2] - SIZE) // 2 :][:, :, :SIZE] for picture in large]
+    images = [to_tensor(read_image(file.path, SIZE * 2)) for file in bundled_photographs()]
+    large = [image for image in images if min(image.shape[1:]) >= SIZE]
+    cut = [
+        image[:, (image.shape[1] - SIZE) // 2 :][:, :SIZE, (image.shape[2] - SIZE) // 2 :][
+            :, :, :SIZE
+        ]
+        for image in large
+    ]
     return to_unit_range(torch.stack([cut[i % len(cut)] for i in range(number)]))
 
 
@@ -99,7 +122,9 @@ def spread_codes(tokenizer: ImageTokenizer, images: torch.Tensor) -> None:
         weight.copy_(torch.randn_like(weight) * latents.std())
 
 
-def agreement(tokens: torch.Tensor, reference: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+def agreement(
+    tokens: torch.Tensor, reference: torch.Tensor, lengths: tuple[int, ...]
+) -> dict[str, Any]:
     """Shares of equal indices: of all, and of each scale, where an earlier difference changes what the later ones see."""
     blocks = zip(tokens.split(lengths, dim=1), reference.split(lengths, dim=1), strict=True)
     return {

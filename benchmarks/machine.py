@@ -18,9 +18,17 @@ def describe() -> dict[str, Any]:
     """Processor, cores, memory and versions."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if hasattr(os, "sysconf")
+        else None
+    )
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -29,7 +37,17 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{package: _version(package) for package in ("smalto", "faiss-cpu", "vector-quantize-pytorch", "diffusers", "pylance", "lmdb")},
+        **{
+            package: _version(package)
+            for package in (
+                "smalto",
+                "faiss-cpu",
+                "vector-quantize-pytorch",
+                "diffusers",
+                "pylance",
+                "lmdb",
+            )
+        },
     }
 
 

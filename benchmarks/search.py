@@ -21,7 +21,14 @@ from torch import Tensor
 
 from smalto.search import nearest_codes
 
-SHAPES = [(16384, 1024, 64), (16384, 4096, 32), (16384, 16384, 8), (16384, 16384, 64), (8192, 65536, 16), (4096, 262144, 8)]
+SHAPES = [
+    (16384, 1024, 64),
+    (16384, 4096, 32),
+    (16384, 16384, 8),
+    (16384, 16384, 64),
+    (8192, 65536, 16),
+    (4096, 262144, 8),
+]
 REPEATS = 9
 
 
@@ -44,7 +51,9 @@ CONTENDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def data(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     num_queries, num_codes, dim = shape
-    return torch.randn(num_queries, dim, generator=generator), torch.randn(num_codes, dim, generator=generator)
+    return torch.randn(num_queries, dim, generator=generator), torch.randn(
+        num_codes, dim, generator=generator
+    )
 
 
 def extra_memory(name: str, shape: tuple[int, int, int]) -> float:
@@ -84,14 +93,18 @@ def main() -> None:
             "ratio_to_faiss": round(medians["faiss"] / medians["smalto"], 2),
             **{f"{name}_extra_mib": round(extra_memory(name, shape), 1) for name in CONTENDERS},
             **{
-                f"{name}_agrees_with_float64": float((search(queries, codebook) == exact).float().mean())
+                f"{name}_agrees_with_float64": float(
+                    (search(queries, codebook) == exact).float().mean()
+                )
                 for name, search in CONTENDERS.items()
             },
         }
         rows.append(row)
         print(row, flush=True)
     means = {
-        f"geometric_mean_{key}": round(math.exp(statistics.mean(math.log(row[key]) for row in rows)), 2)
+        f"geometric_mean_{key}": round(
+            math.exp(statistics.mean(math.log(row[key]) for row in rows)), 2
+        )
         for key in ("ratio", "ratio_without_faiss")
     }
     print(means, "slowest beside faiss:", min(row["ratio_to_faiss"] for row in rows))

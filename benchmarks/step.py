@@ -39,7 +39,9 @@ def ours(shape: tuple[int, int, int]) -> Callable[[Tensor], None]:
 
 
 def peer(shape: tuple[int, int, int]) -> Callable[[Tensor], None]:
-    quantizer = VectorQuantize(dim=shape[2], codebook_size=shape[1], accept_image_fmap=True)  # as it comes: without revival, which ours has
+    quantizer = VectorQuantize(
+        dim=shape[2], codebook_size=shape[1], accept_image_fmap=True
+    )  # as it comes: without revival, which ours has
 
     def step(latents: Tensor) -> None:
         quantized, _, loss = quantizer(latents)
@@ -54,7 +56,9 @@ CONTENDERS = {"smalto": ours, "vector-quantize-pytorch": peer}
 def latents(shape: tuple[int, int, int], seed: int) -> Tensor:
     """A map [B, D, 64, 64] of N vectors."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape[0] // SIDE**2, shape[2], SIDE, SIDE, generator=generator).requires_grad_()
+    return torch.randn(
+        shape[0] // SIDE**2, shape[2], SIDE, SIDE, generator=generator
+    ).requires_grad_()
 
 
 def memory(name: str, shape: tuple[int, int, int]) -> tuple[float, float]:
@@ -101,7 +105,10 @@ def main() -> None:
         }
         rows.append(row)
         print(row, flush=True)
-    large = {"shape": "x".join(map(str, LARGE)), "process_mib": round(memory("smalto", LARGE)[1], 1)}
+    large = {
+        "shape": "x".join(map(str, LARGE)),
+        "process_mib": round(memory("smalto", LARGE)[1], 1),
+    }
     print(large)
     print("stored in", store("step", {"rows": rows, "large": large}))
 

@@ -1,5 +1,5 @@
 """Claims: a store of 1,000,000 rows of 680 tokens opens in under 0.2 s and gives a random batch of 256 rows in under 10 ms; a full
-block-shuffled pass is at least 15 times as fast as one .npy file a row (as LlamaGen writes codes) and twice as fast as LMDB of pickled rows
+chunk-shuffled pass is at least 15 times as fast as one .npy file a row (as LlamaGen writes codes) and twice as fast as LMDB of pickled rows
 (as vq-vae-2 writes them), both on samples of 50,000 rows; at most 2.1 bytes a token on disk; the time to append and to open does not grow
 with the number of rows. And where it bends: up to 100,000 fragments, in commits of 1,000.
 
@@ -42,18 +42,36 @@ ROUNDS = 5
 
 def header() -> StoreHeader:
     grids = tuple((n, n) for n in SCALES)
-    return StoreHeader(fingerprint="0" * 64, kind="multiscale", codebook_size=CODES, grids=grids, transform="random", precision="float32")
+    return StoreHeader(
+        fingerprint="0" * 64,
+        kind="multiscale",
+        codebook_size=CODES,
+        grids=grids,
+        transform="random",
+        precision="float32",
+    )
 
 
 def tokens(start: int, stop: int) -> numpy.ndarray:
-    return numpy.random.default_rng(start).integers(0, CODES, (stop - start, LENGTH), dtype=numpy.uint16)
+    return numpy.random.default_rng(start).integers(
+        0, CODES, (stop - start, LENGTH), dtype=numpy.uint16
+    )
 
 
 def rows(start: int, stop: int) -> list[TokenRow]:
-    """As of ImageNet: 1,300 pictures a class."""
+    """As of ImageNet: 1,300 images a class."""
     return [
         TokenRow(
-            f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG", row, None, f"n{i // 1300:08d}", 375, 500, (0, 62, 375, 375), 110_000, i, b"x"
+            f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG",
+            row,
+            None,
+            f"n{i // 1300:08d}",
+            375,
+            500,
+            (0, 62, 375, 375),
+            110_000,
+            i,
+            b"x",
         )
         for i, row in zip(range(start, stop), tokens(start, stop), strict=True)
     ]
@@ -89,7 +107,10 @@ def build(folder: Path) -> dict[str, Any]:
     store.compact()
     tenth = len(appends) // 10
     milliseconds = {
-        name: {"first tenth": 1000 * statistics.median(seconds[:tenth]), "last tenth": 1000 * statistics.median(seconds[-tenth:])}
+        name: {
+            "first tenth": 1000 * statistics.median(seconds[:tenth]),
+            "last tenth": 1000 * statistics.median(seconds[-tenth:]),
+        }
         for name, seconds in (("append_4096_rows_ms", appends), ("open_while_growing_ms", opens))
     }
     return {
@@ -97,7 +118,8 @@ def build(folder: Path) -> dict[str, Any]:
         "seconds_to_write": seconds,
         "seconds_joining_files": compacting + time.perf_counter() - first,
         **milliseconds,
-        "bytes_per_token": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / (len(store) * LENGTH),
+        "bytes_per_token": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        / (len(store) * LENGTH),
     }
 
 
@@ -107,7 +129,8 @@ def read(folder: Path) -> dict[str, Any]:
     names = [row.id for row in rows(500_000, 504_096)]
     return {
         "open_ms": 1000 * median_of(lambda: TokenStore.open(folder), 50),
-        "open_and_first_batch_ms": 1000 * median_of(lambda: TokenStore.open(folder).tokens_at(draw(), store.classes()[:1]), 5),
+        "open_and_first_batch_ms": 1000
+        * median_of(lambda: TokenStore.open(folder).tokens_at(draw(), store.classes()[:1]), 5),
         "random_batch_of_256_ms": 1000 * median_of(lambda: store.tokens_at(draw(), []), 100),
         "random_batch_of_256_all_columns_ms": 1000 * median_of(lambda: store.batch(draw()), 100),
         "look_up_4096_ids_ms": 1000 * median_of(lambda: store.known(names), 20),
@@ -135,7 +158,11 @@ def npy(folder: Path) -> Callable[[], Iterator[torch.Tensor]]:
     def run() -> Iterator[torch.Tensor]:
         order = numpy.random.permutation(SAMPLE)
         for start in range(0, SAMPLE, BATCH):
-            yield torch.from_numpy(numpy.stack([numpy.load(folder / f"{i}.npy") for i in order[start : start + BATCH]]).astype(numpy.int64))
+            yield torch.from_numpy(
+                numpy.stack(
+                    [numpy.load(folder / f"{i}.npy") for i in order[start : start + BATCH]]
+                ).astype(numpy.int64)
+            )
 
     return run
 
@@ -151,7 +178,10 @@ def pickled(folder: Path) -> Callable[[], Iterator[torch.Tensor]]:
         order = numpy.random.permutation(SAMPLE)
         with environment.begin() as transaction:
             for start in range(0, SAMPLE, BATCH):
-                batch = [pickle.loads(transaction.get(str(i).encode())) for i in order[start : start + BATCH]]
+                batch = [
+                    pickle.loads(transaction.get(str(i).encode()))
+                    for i in order[start : start + BATCH]
+                ]
                 yield torch.from_numpy(numpy.stack(batch).astype(numpy.int64))
 
     return run
@@ -178,9 +208,17 @@ def passes(folder: Path, large: Path) -> dict[str, Any]:
             assert counted == number
     middle = {name: statistics.median(values) for name, values in found.items()}
     ratios = {
-        name: statistics.median(peer / own for peer, own in zip(found[name], found["smalto"], strict=True)) for name in list(contenders)[2:]
+        name: statistics.median(
+            peer / own for peer, own in zip(found[name], found["smalto"], strict=True)
+        )
+        for name in list(contenders)[2:]
     }
-    return {"sample": SAMPLE, "rounds": ROUNDS, "microseconds_a_row": middle, "times_as_fast_as": ratios}
+    return {
+        "sample": SAMPLE,
+        "rounds": ROUNDS,
+        "microseconds_a_row": middle,
+        "times_as_fast_as": ratios,
+    }
 
 
 def fragments(folder: Path) -> list[dict[str, Any]]:
@@ -198,8 +236,14 @@ def fragments(folder: Path) -> list[dict[str, Any]]:
                     "fragments": (number + 1) * FRAGMENTS_PER_COMMIT,
                     "commit_ms": 1000 * seconds,
                     "open_ms": 1000 * median_of(lambda: LanceTable.open(folder), 5),
-                    "manifest_mib": max(file.stat().st_size for file in (folder / "_versions").iterdir()) / 2**20,
-                    "metadata_mib": sum(file.stat().st_size for file in (folder / "_versions").iterdir()) / 2**20,
+                    "manifest_mib": max(
+                        file.stat().st_size for file in (folder / "_versions").iterdir()
+                    )
+                    / 2**20,
+                    "metadata_mib": sum(
+                        file.stat().st_size for file in (folder / "_versions").iterdir()
+                    )
+                    / 2**20,
                     "random_batch_of_256_ms": 1000 * median_of(lambda: _random_take(table), 3),
                 }
             )
@@ -208,12 +252,23 @@ def fragments(folder: Path) -> list[dict[str, Any]]:
 
 
 def _random_take(table: LanceTable) -> Any:
-    return table.take(numpy.sort(numpy.random.default_rng(0).choice(len(table), BATCH, replace=False)).tolist(), ["tokens"])
+    return table.take(
+        numpy.sort(numpy.random.default_rng(0).choice(len(table), BATCH, replace=False)).tolist(),
+        ["tokens"],
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/bench-store"), help="for the stores; 6 GB; removed afterwards")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path("runs/bench-store"),
+        help="for the stores; 6 GB; removed afterwards",
+    )
     folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True)
     try:

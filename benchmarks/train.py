@@ -25,9 +25,9 @@ from machine import RESULTS, store
 from PIL import Image
 
 import smalto
-from smalto.core.allocator import reused_memory
+from smalto.core.allocator import retain_freed_memory
 from smalto.images.bundled import bundled_photographs
-from smalto.images.reading import read_picture
+from smalto.images.reading import read_image
 from smalto.quantizers import CodebookUpdater
 from smalto.training.recipe import Recipe, change_recipe, load_recipe
 from smalto.training.run_folder import read_jsonl
@@ -119,24 +119,37 @@ def contend(name: str) -> dict[str, float]:
         return {"seconds": statistics.median(seconds[WARMUP:]), "peak_mib": memory}
 
     if name in SETTINGS:
-        with reused_memory():
+        with retain_freed_memory():
             return run(ours(name, images))
     return run(plain(images) if name == PLAIN else peer(images))
 
 
 def waiting() -> dict[str, Any]:
     """Share of the time that a training on large photographs waits for data, with one decoding process, with and without the cache."""
-    chosen = {"losses.perceptual.weight": 0, "losses.adversarial.weight": 0, "steps": 100, "evaluate.every": 100, "checkpoint.every": 100}
-    found: dict[str, Any] = {"photographs": NUM_PHOTOGRAPHS, "megapixels": PHOTOGRAPH[0] * PHOTOGRAPH[1] / 1e6, "steps": chosen["steps"]}
+    chosen = {
+        "losses.perceptual.weight": 0,
+        "losses.adversarial.weight": 0,
+        "steps": 100,
+        "evaluate.every": 100,
+        "checkpoint.every": 100,
+    }
+    found: dict[str, Any] = {
+        "photographs": NUM_PHOTOGRAPHS,
+        "megapixels": PHOTOGRAPH[0] * PHOTOGRAPH[1] / 1e6,
+        "steps": chosen["steps"],
+    }
     with tempfile.TemporaryDirectory() as folder:
         found["mib_per_file"] = write_photographs(Path(folder) / "photographs")
         for name, cache in (("with the cache", 1024), ("without it", 0)):
             run = smalto.train(
-                Path(folder) / "photographs", change_recipe(load_recipe(RECIPE), chosen | {"data.cache_mb": cache}), out=Path(folder) / name
+                Path(folder) / "photographs",
+                change_recipe(load_recipe(RECIPE), chosen | {"data.cache_mb": cache}),
+                out=Path(folder) / name,
             ).run
             times = read_jsonl(run.path / "times.jsonl")
             found[name] = {
-                "share_waiting": sum(row["waiting"] for row in times) / sum(row["seconds"] for row in times),
+                "share_waiting": sum(row["waiting"] for row in times)
+                / sum(row["seconds"] for row in times),
                 "median_step": statistics.median(row["seconds"] for row in times),
                 "longest_wait": max(row["waiting"] for row in times),
             }
@@ -148,10 +161,12 @@ def write_photographs(folder: Path) -> float:
     folder.mkdir()
     random, sources = numpy.random.default_rng(0), bundled_photographs()
     for number in range(NUM_PHOTOGRAPHS):
-        small = Image.fromarray(read_picture(sources[number % len(sources)], None))
+        small = Image.fromarray(read_image(sources[number % len(sources)], None))
         large = numpy.asarray(small.resize(PHOTOGRAPH, Image.Resampling.BICUBIC), dtype=numpy.int16)
         noise = random.integers(-6, 7, large.shape, dtype=numpy.int16)
-        Image.fromarray(numpy.clip(large + noise, 0, 255).astype(numpy.uint8)).save(folder / f"{number:02d}.jpg", quality=92)
+        Image.fromarray(numpy.clip(large + noise, 0, 255).astype(numpy.uint8)).save(
+            folder / f"{number:02d}.jpg", quality=92
+        )
     return statistics.mean(file.stat().st_size for file in folder.iterdir()) / 2**20
 
 
@@ -160,22 +175,38 @@ def main() -> None:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(ROUNDS):
         for name in names:
-            done = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, name], check=True, capture_output=True, text=True
+            )
             rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(number, name, rounds[name][-1], flush=True)
-    seconds = {name: statistics.median(row["seconds"] for row in rows) for name, rows in rounds.items()}
+    seconds = {
+        name: statistics.median(row["seconds"] for row in rows) for name, rows in rounds.items()
+    }
     fastest = min(SETTINGS, key=lambda name: seconds[name])
     rows = {
         name: {
             "seconds": seconds[name],
             "images_per_second": BATCH / seconds[name],
             "peak_mib": statistics.median(row["peak_mib"] for row in rounds[name]),
-            "times_plain": statistics.median(p["seconds"] / r["seconds"] for p, r in zip(rounds[PLAIN], rounds[name], strict=True)),
-            "times_peer": statistics.median(p["seconds"] / r["seconds"] for p, r in zip(rounds[PEER], rounds[name], strict=True)),
+            "times_plain": statistics.median(
+                p["seconds"] / r["seconds"]
+                for p, r in zip(rounds[PLAIN], rounds[name], strict=True)
+            ),
+            "times_peer": statistics.median(
+                p["seconds"] / r["seconds"] for p, r in zip(rounds[PEER], rounds[name], strict=True)
+            ),
         }
         for name in names
     }
-    result = {"batch": BATCH, "side": SIDE, "rounds": ROUNDS, "fastest": fastest, "rows": rows, "waiting": waiting()}
+    result = {
+        "batch": BATCH,
+        "side": SIDE,
+        "rounds": ROUNDS,
+        "fastest": fastest,
+        "rows": rows,
+        "waiting": waiting(),
+    }
     print(json.dumps(result, indent=2))
     print("stored in", store("train", result))
 

@@ -27,10 +27,18 @@ class Lines(Progress):
         print(task, total, unit, flush=True)
         self.done = done
 
-    def advance(self, number: int = 1, **figures: Any) -> None:
+    def advance(self, number: int = 1, **metrics: Any) -> None:
         self.done += number
         if self.done % 100 == 0:
-            print(self.done, {name: value for name, value in figures.items() if "psnr" in name or name == "usage"}, flush=True)
+            print(
+                self.done,
+                {
+                    name: value
+                    for name, value in metrics.items()
+                    if "psnr" in name or name == "usage"
+                },
+                flush=True,
+            )
 
     def say(self, text: str) -> None:
         print(text, flush=True)

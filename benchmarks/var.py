@@ -1,4 +1,4 @@
-"""Claim: on 2 cores a multi-scale tokenizer trains in 20 minutes; each scale adds to the picture; with all scales it is better than a
+"""Claim: on 2 cores a multi-scale tokenizer trains in 20 minutes; each scale adds to the image; with all scales it is better than a
 single-scale tokenizer of the same network, steps and final map; it uses its codebook; and VAR's file of it gives the same tokens.
 
 ``python benchmarks/var.py FOLDER`` trains ``recipes/var-small.toml`` on the bundled photographs into FOLDER/var-small, then the
@@ -21,8 +21,8 @@ import smalto
 from smalto.core.progress import Progress
 from smalto.evaluation.evaluator import measure
 from smalto.images.bundled import HELD_OUT, bundled_photographs
-from smalto.images.image_reader import PictureReader
-from smalto.inference.runner import Runner
+from smalto.images.image_reader import ImageReader
+from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.interop.var import load_tokenizer
 from smalto.metrics import psnr
 from smalto.tokenizer import ImageTokenizer
@@ -36,8 +36,8 @@ def main(folder: Path) -> None:
     multi = trained(recipe, folder / "var-small")
     single = trained(single_scale(recipe), folder / "single")
     result = {
-        "multi_scale": figures(folder / "var-small", multi),
-        "single_scale": figures(folder / "single", single),
+        "multi_scale": measured(folder / "var-small", multi),
+        "single_scale": measured(folder / "single", single),
         "same_tokens_from_vars_file": same_tokens(folder / "var-small", multi),
         "bf16": in_bf16(multi),
     }
@@ -52,18 +52,34 @@ def single_scale(recipe: Recipe) -> Recipe:
     return change_recipe(recipe, settings)
 
 
-def figures(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
+def measured(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
     """On held-out photographs, and how much of the codebook the training photographs use."""
     metrics = json.loads((run / "metrics.json").read_text())
     files = [file for file in bundled_photographs() if file.name not in HELD_OUT]
-    runner = Runner.on(tokenizer, "float32")
-    reader = PictureReader(files, tokenizer.stride, Progress(), workers=0)
-    training = measure(runner, reader).result(tokenizer, "training pictures", reader.transform, "float32", reader.skipped)
-    keep = ("psnr", "ssim", "usage", "usage_window", "used", "perplexity", "grids", "bits_per_pixel", "num_images", "num_tokens")
+    inference = InferenceTokenizer.on(tokenizer, "float32")
+    reader = ImageReader(files, tokenizer.stride, Progress(), workers=0)
+    training = measure(inference, reader).result(
+        tokenizer, "training images", reader.transform, "float32", reader.skipped
+    )
+    keep = (
+        "psnr",
+        "ssim",
+        "usage",
+        "usage_window",
+        "used",
+        "perplexity",
+        "grids",
+        "bits_per_pixel",
+        "num_images",
+        "num_tokens",
+    )
     keep += ("codebook_size", "parameters", "steps", "training_seconds", "transform", "precision")
     return {
         "held_out": {name: metrics[name] for name in keep},
-        "training": {name: training.figures[name] for name in ("used", "num_tokens", "num_images", "perplexity", "psnr", "grids")},
+        "training": {
+            name: training.metrics[name]
+            for name in ("used", "num_tokens", "num_images", "perplexity", "psnr", "grids")
+        },
     }
 
 
@@ -80,21 +96,26 @@ def same_tokens(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
 
 def in_bf16(tokenizer: ImageTokenizer) -> dict[str, float]:
     """What bfloat16 changes in held-out photographs: the share of equal tokens, and the PSNR of both ways."""
-    exact, fast = (Runner.on(tokenizer, precision) for precision in ("float32", "bf16"))
+    exact, fast = (InferenceTokenizer.on(tokenizer, precision) for precision in ("float32", "bf16"))
     equal, total, values = 0, 0, {"float32": [], "bf16": []}
     for images in held_out(tokenizer):
         tokens = {}
-        for runner in (exact, fast):
-            tokens[runner.precision], reconstruction, _ = runner.roundtrip(images)
-            values[runner.precision].append(float(psnr(reconstruction, images)))
-        equal, total = equal + int((tokens["float32"] == tokens["bf16"]).sum()), total + tokens["bf16"].numel()
-    return {"equal": equal / total} | {f"psnr_{name}": sum(found) / len(found) for name, found in values.items()}
+        for inference in (exact, fast):
+            tokens[inference.precision], reconstruction, _ = inference.roundtrip(images)
+            values[inference.precision].append(float(psnr(reconstruction, images)))
+        equal, total = (
+            equal + int((tokens["float32"] == tokens["bf16"]).sum()),
+            total + tokens["bf16"].numel(),
+        )
+    return {"equal": equal / total} | {
+        f"psnr_{name}": sum(found) / len(found) for name, found in values.items()
+    }
 
 
 def held_out(tokenizer: ImageTokenizer) -> Iterator[Tensor]:
     files = [file for file in bundled_photographs() if file.name in HELD_OUT]
-    for _, picture in PictureReader(files, tokenizer.stride, Progress(), workers=0):
-        yield picture[None] / 127.5 - 1
+    for _, image in ImageReader(files, tokenizer.stride, Progress(), workers=0):
+        yield image[None] / 127.5 - 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import smalto
 from smalto.images.bundled import HELD_OUT, bundled_photographs
-from smalto.images.reading import read_picture
+from smalto.images.reading import read_image
 from smalto.images.tensors import to_tensor, to_uint8, to_unit_range
 from smalto.metrics import psnr
 
@@ -23,16 +23,20 @@ SIDE, GAP, TITLE = 192, 6, 22
 def main(run: Path) -> None:
     tokenizer = smalto.load(run)
     layout = tokenizer.layout(SIDE, SIDE)
-    titles = [f"{number} scale{'s' if number > 1 else ''}" for number in range(1, len(layout.grids) + 1)] + ["photograph"]
+    titles = [
+        f"{number} scale{'s' if number > 1 else ''}" for number in range(1, len(layout.grids) + 1)
+    ] + ["photograph"]
     files = [file for file in bundled_photographs() if file.name in HELD_OUT]
-    page = Image.new("RGB", (len(titles) * (SIDE + GAP) - GAP, TITLE + len(files) * (SIDE + GAP) - GAP), "white")
+    page = Image.new(
+        "RGB", (len(titles) * (SIDE + GAP) - GAP, TITLE + len(files) * (SIDE + GAP) - GAP), "white"
+    )
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for column, title in enumerate(titles):
         draw.text((column * (SIDE + GAP) + SIDE / 2, TITLE / 2), title, "black", font, anchor="mm")
     for row, file in enumerate(files):
-        picture = to_tensor(read_picture(file.path, 384))
-        top, left = (picture.shape[1] - SIDE) // 2, (picture.shape[2] - SIDE) // 2
-        image = to_unit_range(picture[None, :, top : top + SIDE, left : left + SIDE])
+        original = to_tensor(read_image(file.path, 384))
+        top, left = (original.shape[1] - SIDE) // 2, (original.shape[2] - SIDE) // 2
+        image = to_unit_range(original[None, :, top : top + SIDE, left : left + SIDE])
         with torch.no_grad():
             stages = tokenizer.decode_each(tokenizer.encode(image), layout)
         print(file.name, [round(float(psnr(stage, image)), 2) for stage in stages])

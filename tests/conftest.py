@@ -1,4 +1,4 @@
-"""What the tests share: small pictures, small recipes, and the command line in a process of its own."""
+"""What the tests share: small images, small recipes, and the command line in a process of its own."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ TINY = {
 }
 
 
-def picture(seed: int, height: int = 40, width: int = 48) -> numpy.ndarray:
-    """A smooth coloured picture, uint8 [height, width, 3]."""
+def make_image(seed: int, height: int = 40, width: int = 48) -> numpy.ndarray:
+    """A smooth colored image, uint8 [height, width, 3]."""
     random = numpy.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=numpy.uint8))
     return numpy.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def write_pictures(folder: Path, number: int, height: int = 40, width: int = 48) -> Path:
+def write_images(folder: Path, number: int, height: int = 40, width: int = 48) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(number):
-        Image.fromarray(picture(i, height, width)).save(folder / f"picture{i:02d}.png")
+        Image.fromarray(make_image(i, height, width)).save(folder / f"image{i:02d}.png")
     return folder
 
 
@@ -54,7 +54,15 @@ def smalto_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``smalto ...`` as a user does."""
     command = [sys.executable, "-m", "smalto", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=ENVIRONMENT, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        env=ENVIRONMENT,
+        check=False,
+    )
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -71,22 +79,39 @@ def tiny_recipe() -> Recipe:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "pictures", 6)
+def image_folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images", 6)
 
 
 def store_header(fixed: bool = True, codebook_size: int = 512) -> StoreHeader:
     """Of a small token store: 2 x 3 tokens a row, or any number."""
     grids = ((2, 3),) if fixed else None
-    return StoreHeader(fingerprint="f" * 64, kind="vector", codebook_size=codebook_size, grids=grids, transform="none", precision="float32")
+    return StoreHeader(
+        fingerprint="f" * 64,
+        kind="vector",
+        codebook_size=codebook_size,
+        grids=grids,
+        transform="none",
+        precision="float32",
+    )
 
 
-def token_rows(number: int, fixed: bool = True, codebook_size: int = 512, first: int = 0) -> list[TokenRow]:
+def token_rows(
+    number: int, fixed: bool = True, codebook_size: int = 512, first: int = 0
+) -> list[TokenRow]:
     """Rows for such a store, with labels a, b and none."""
     rows = []
     for i in range(first, first + number):
         layout = TokenLayout.single(2, 3) if fixed else TokenLayout(((1, 1), (i % 3 + 1, 2)))
         tokens = numpy.random.default_rng(i).integers(0, codebook_size, layout.num_tokens).tolist()
-        facts = (("", "a", "b")[i % 3], 40 + i, 50, (1, 2, 30, 40), 1000 + i, 7 * i, bytes([i % 256]) * 16)
-        rows.append(TokenRow(f"image{i:04d}.png", tokens, layout, *facts))
+        metadata = (
+            ("", "a", "b")[i % 3],
+            40 + i,
+            50,
+            (1, 2, 30, 40),
+            1000 + i,
+            7 * i,
+            bytes([i % 256]) * 16,
+        )
+        rows.append(TokenRow(f"image{i:04d}.png", tokens, layout, *metadata))
     return rows

@@ -15,7 +15,9 @@ from smalto.core.errors import ConfigError
 
 
 def config(**settings: object) -> CNNAutoencoderConfig:
-    return CNNAutoencoderConfig(**({"ch": 32, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "latent_dim": 4} | settings))  # type: ignore[arg-type]
+    return CNNAutoencoderConfig(
+        **({"ch": 32, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "latent_dim": 4} | settings)
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("levels", range(1, 7))
@@ -57,7 +59,11 @@ def test_attention_is_softmax_of_all_positions() -> None:
 
 def test_one_image_of_one_position() -> None:
     settings = config(ch_mult=(1, 1))
-    encoder, decoder, images = settings.build_encoder(), settings.build_decoder(), torch.rand(2, 3, 2, 2)
+    encoder, decoder, images = (
+        settings.build_encoder(),
+        settings.build_decoder(),
+        torch.rand(2, 3, 2, 2),
+    )
     latents = encoder(images)
     torch.testing.assert_close(encoder(images[:1]), latents[:1])
     torch.testing.assert_close(decoder(latents[:1]), decoder(latents)[:1])
@@ -74,7 +80,16 @@ def test_downsampling_looks_over_the_lower_right_edge() -> None:
     nn.init.ones_(block.conv.weight)
     nn.init.zeros_(block.conv.bias)
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    expected = torch.tensor([[[[x[0, 0, :3, :3].sum(), x[0, 0, :3, 2:].sum()], [x[0, 0, 2:, :3].sum(), x[0, 0, 2:, 2:].sum()]]]])
+    expected = torch.tensor(
+        [
+            [
+                [
+                    [x[0, 0, :3, :3].sum(), x[0, 0, :3, 2:].sum()],
+                    [x[0, 0, 2:, :3].sum(), x[0, 0, 2:, 2:].sum()],
+                ]
+            ]
+        ]
+    )
     assert torch.equal(block(x), expected)
 
 
@@ -89,7 +104,9 @@ def test_gradient_checkpointing_changes_no_number(part: str) -> None:
     for model in (network, saving):
         inputs = x.clone().requires_grad_()
         kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t
+        ):
             out = model(inputs)
         out.square().sum().backward()
         assert inputs.grad is not None
@@ -108,4 +125,6 @@ def test_folded_upsampling_is_the_plain_one(size: tuple[int, int]) -> None:
     x = torch.randn(2, 6, *size, dtype=torch.float64)
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-12, atol=1e-12)
     assert folded.state_dict().keys() == plain.state_dict().keys()
-    torch.testing.assert_close(folded.bfloat16()(x.bfloat16()).double(), plain(x), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        folded.bfloat16()(x.bfloat16()).double(), plain(x), rtol=0.1, atol=0.1
+    )

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import smalto
-from tests.conftest import smalto_command, tiny_sets, write_pictures
-from tests.odd_pictures import GOOD, write_odd_folder
+from tests.conftest import smalto_command, tiny_sets, write_images
+from tests.odd_images import GOOD, write_odd_folder
 
 VERBS = ["demo", "train", "evaluate", "tokenize", "decode", "reconstruct", "info"]
 
@@ -35,36 +35,82 @@ def test_the_command_line_does_not_import_torch() -> None:
 def test_odd_and_broken_files_through_train_and_tokenize(tmp_path: Path) -> None:
     bad = write_odd_folder(tmp_path / "odd")
     run = tmp_path / "run"
-    done = smalto_command("train", tmp_path / "odd", "--out", run, *tiny_sets(), "--steps", 100, "--workers", 1, "--device", "cpu")
+    done = smalto_command(
+        "train",
+        tmp_path / "odd",
+        "--out",
+        run,
+        *tiny_sets(),
+        "--steps",
+        100,
+        "--workers",
+        1,
+        "--device",
+        "cpu",
+    )
     metrics = json.loads((run / "metrics.json").read_text())
     named = {row["name"] for row in metrics["skipped"]}
     assert named == set(bad)
     assert "enlarged" in done.stderr  # tiny.png and thin.png
-    done = smalto_command("tokenize", tmp_path / "odd", "--tokenizer", run, "--out", tmp_path / "t", "--workers", 1)
-    assert f"{len(GOOD) + 1} pictures" in done.stdout
-    assert f"Skipped {len(bad) - 4} files" in done.stderr  # without notes.txt and others that nobody would take for pictures
-    assert "4 other files are no pictures" in done.stderr
-    assert "textbomb.png: damaged" in smalto_command("store", "info", tmp_path / "t", "--errors").stdout
+    done = smalto_command(
+        "tokenize", tmp_path / "odd", "--tokenizer", run, "--out", tmp_path / "t", "--workers", 1
+    )
+    assert f"{len(GOOD) + 1} images" in done.stdout
+    assert (
+        f"Skipped {len(bad) - 4} files" in done.stderr
+    )  # without notes.txt and others that nobody would take for images
+    assert "4 other files are no images" in done.stderr
+    assert (
+        "textbomb.png: damaged"
+        in smalto_command("store", "info", tmp_path / "t", "--errors").stdout
+    )
     done = smalto_command("decode", tmp_path / "t", "--out", tmp_path / "decoded")
     assert len(list((tmp_path / "decoded").rglob("*.png"))) == len(GOOD) + 1
 
 
 def test_the_whole_way(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "photos", 6)
+    write_images(tmp_path / "photos", 6)
     run = tmp_path / "run"
-    done = smalto_command("train", "photos", "--out", "run", *tiny_sets(), "--size", 16, "--codebook-size", 32, "--seed", 3, cwd=tmp_path)
-    assert "5 pictures to train on, 1 held out; device cpu" in done.stderr
+    done = smalto_command(
+        "train",
+        "photos",
+        "--out",
+        "run",
+        *tiny_sets(),
+        "--size",
+        16,
+        "--codebook-size",
+        32,
+        "--seed",
+        3,
+        cwd=tmp_path,
+    )
+    assert "5 images to train on, 1 held out; device cpu" in done.stderr
     assert "training 6/6 steps" in done.stderr
     assert f"report: {Path('run') / 'report.html'}" in done.stdout
     assert smalto.load(run).quantize.codebook_size == 32
-    smalto_command("tokenize", "photos", "--tokenizer", "run", "--out", "t.safetensors", cwd=tmp_path)
+    smalto_command(
+        "tokenize", "photos", "--tokenizer", "run", "--out", "t.safetensors", cwd=tmp_path
+    )
     smalto_command("decode", "t.safetensors", "--out", "back", cwd=tmp_path)
     assert len(list((tmp_path / "back").iterdir())) == 6
-    assert "PSNR" in smalto_command("reconstruct", "photos/picture00.png", "--tokenizer", "run", cwd=tmp_path).stdout
-    assert (tmp_path / "picture00-reconstruction.png").exists()
-    assert "held-out pictures" in smalto_command("evaluate", "photos", "--tokenizer", "run", cwd=tmp_path).stdout
-    figures = json.loads(smalto_command("evaluate", "photos", "--tokenizer", "run", "--all", "--json", cwd=tmp_path).stdout)
-    assert figures["num_images"] == 6
+    assert (
+        "PSNR"
+        in smalto_command(
+            "reconstruct", "photos/image00.png", "--tokenizer", "run", cwd=tmp_path
+        ).stdout
+    )
+    assert (tmp_path / "image00-reconstruction.png").exists()
+    assert (
+        "held-out images"
+        in smalto_command("evaluate", "photos", "--tokenizer", "run", cwd=tmp_path).stdout
+    )
+    metrics = json.loads(
+        smalto_command(
+            "evaluate", "photos", "--tokenizer", "run", "--all", "--json", cwd=tmp_path
+        ).stdout
+    )
+    assert metrics["num_images"] == 6
     assert "6 of 6" in smalto_command("info", "run", cwd=tmp_path).stdout
     again = smalto_command("train", "--resume", "run", "--steps", 8, cwd=tmp_path)
     assert "going on after step 6 of 8" in again.stderr
@@ -105,9 +151,11 @@ def test_unknown_options_are_usage_errors() -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "photos", 4)
+    write_images(tmp_path / "photos", 4)
     (tmp_path / "locked").mkdir(mode=0o500)
-    done = smalto_command("train", "photos", "--out", "locked/run", *tiny_sets(), check=False, cwd=tmp_path)
+    done = smalto_command(
+        "train", "photos", "--out", "locked/run", *tiny_sets(), check=False, cwd=tmp_path
+    )
     assert "permission denied" in done.stderr
 
 
@@ -115,11 +163,26 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
 def test_ctrl_c_while_it_starts_ends_it_in_one_line(tmp_path: Path, seconds: float) -> None:
     import signal
 
-    write_pictures(tmp_path / "photos", 30, 200, 200)
+    write_images(tmp_path / "photos", 30, 200, 200)
     start = "print('started', flush=True); from smalto.cli import main; main()"  # before that, Python itself is starting
-    command = [sys.executable, "-c", start, "train", "photos", "--out", "run", *tiny_sets(), "--steps", "100000", "--workers", "2"]
+    command = [
+        sys.executable,
+        "-c",
+        start,
+        "train",
+        "photos",
+        "--out",
+        "run",
+        *tiny_sets(),
+        "--steps",
+        "100000",
+        "--workers",
+        "2",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(
+        command, cwd=tmp_path, text=True, start_new_session=True, **pipes
+    ) as process:  # type: ignore[call-overload]
         assert process.stdout.readline() == "started\n"
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
@@ -131,11 +194,29 @@ def test_ctrl_c_while_it_starts_ends_it_in_one_line(tmp_path: Path, seconds: flo
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     import signal
 
-    write_pictures(tmp_path / "photos", 6)
-    command = [sys.executable, "-m", "smalto", "train", "photos", "--out", "run", *tiny_sets(), "--steps", "100000", "--workers", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    write_images(tmp_path / "photos", 6)
+    command = [
+        sys.executable,
+        "-m",
+        "smalto",
+        "train",
+        "photos",
+        "--out",
+        "run",
+        *tiny_sets(),
+        "--steps",
+        "100000",
+        "--workers",
+        "1",
+    ]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
-        while not (tmp_path / "run" / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
+        while (
+            not (tmp_path / "run" / "checkpoints" / "step-00000010").exists()
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
         _, error = process.communicate(timeout=60)
@@ -149,10 +230,20 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_number_of_codes_is_set_for_any_kind_of_quantizer(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "pictures", 6)
+    images = write_images(tmp_path / "images", 6)
     (tmp_path / "r.toml").write_text('[tokenizer.quantizer]\nkind = "product"\n')
     small = ["--steps", 0, "--size", 16, "--batch", 2, "--device", "cpu", "--workers", 0]
-    smalto_command("train", pictures, "--out", tmp_path / "run", "--recipe", tmp_path / "r.toml", "--codebook-size", 32, *small)
+    smalto_command(
+        "train",
+        images,
+        "--out",
+        tmp_path / "run",
+        "--recipe",
+        tmp_path / "r.toml",
+        "--codebook-size",
+        32,
+        *small,
+    )
     assert smalto.load(tmp_path / "run").quantize.codebook_size == 32
     done = smalto_command("train", "--resume", tmp_path / "run", "--codebook-size", 64, check=False)
     assert "leave out --codebook-size" in done.stderr

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from smalto.quantizers import MultiScaleVQConfig, ProductVQConfig, Quantizer, QuantizerConfig, ResidualVQConfig, VectorQuantizerConfig
+from smalto.quantizers import (
+    MultiScaleVQConfig,
+    ProductVQConfig,
+    Quantizer,
+    QuantizerConfig,
+    ResidualVQConfig,
+    VectorQuantizerConfig,
+)
 
 C = 6  # channels of the latents
 
@@ -36,19 +43,27 @@ KINDS: dict[str, QuantizerConfig] = {
     "projected-cosine-code_dim": vector(codebook="projected", metric="cosine", code_dim=4),
     "projected-diveq": vector(codebook="projected", estimator="diveq"),
     "residual-ema": ResidualVQConfig(num_stages=3, stage=vector(codebook="ema")),
-    "residual-learned-code_dim": ResidualVQConfig(num_stages=4, stage=vector(code_dim=3, metric="cosine")),
-    "residual-projected-rotation": ResidualVQConfig(num_stages=2, stage=vector(codebook="projected", estimator="rotation")),
+    "residual-learned-code_dim": ResidualVQConfig(
+        num_stages=4, stage=vector(code_dim=3, metric="cosine")
+    ),
+    "residual-projected-rotation": ResidualVQConfig(
+        num_stages=2, stage=vector(codebook="projected", estimator="rotation")
+    ),
     "residual-diveq": ResidualVQConfig(num_stages=2, stage=vector(estimator="diveq")),
     "residual-one-stage": ResidualVQConfig(num_stages=1, stage=vector()),
     "multiscale-learned": multiscale(num_phis=2),
     "multiscale-ema-cosine": multiscale(codebook="ema", metric="cosine", num_phis=1),
-    "multiscale-projected": multiscale(codebook="projected", num_phis=None, scales=(1, (2, 1), (3, 4))),
+    "multiscale-projected": multiscale(
+        codebook="projected", num_phis=None, scales=(1, (2, 1), (3, 4))
+    ),
     "multiscale-code_dim-rotation": multiscale(code_dim=3, estimator="rotation", num_phis=2),
     "multiscale-diveq": multiscale(estimator="diveq", phi_ratio=0.3, num_phis=2),
     "multiscale-one-scale": multiscale(scales=(4,), phi_ratio=0.0),
     "product-ema": ProductVQConfig(num_heads=3, head=vector(codebook="ema", latent_dim=2)),
     "product-shared": ProductVQConfig(num_heads=2, shared=True, head=vector(latent_dim=3)),
-    "product-diveq-code_dim": ProductVQConfig(num_heads=2, head=vector(latent_dim=3, code_dim=2, estimator="diveq")),
+    "product-diveq-code_dim": ProductVQConfig(
+        num_heads=2, head=vector(latent_dim=3, code_dim=2, estimator="diveq")
+    ),
 }
 
 TEACHING_BY_GRADIENT = [name for name in KINDS if "ema" not in name]
@@ -61,10 +76,17 @@ def build(name: str, seed: int = 0) -> Quantizer:
 
 
 def latents(
-    batch: int = 2, height: int = 3, width: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0
+    batch: int = 2,
+    height: int = 3,
+    width: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, C, height, width, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return (
+        torch.randn(batch, C, height, width, generator=generator, dtype=torch.float64) * scale
+    ).to(dtype)
 
 
 shapes = st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5))

@@ -37,18 +37,27 @@ class Model(nn.Module):
 def train(model: nn.Module, run: nn.Module, backend_steps: int = 4, seed: int = 0) -> list[Tensor]:
     """A few steps with upkeep; ``run`` is ``model`` or what came of it. All state, and the last output."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    updater = CodebookUpdater(model, optimizer, memory=4.0, seed=seed)
+    updater = CodebookUpdater(model, optimizer, decay_tokens=4.0, seed=seed)
     for step in range(backend_steps):
         out = run(latents(batch=3, seed=step))
         optimizer.zero_grad()
         (out[1] + out[0].square().mean()).backward()
         optimizer.step()
         updater.step()
-    return [out[0].detach(), out[1].detach(), *(tensor.detach() for tensor in model.state_dict().values()), *_books(updater)]
+    return [
+        out[0].detach(),
+        out[1].detach(),
+        *(tensor.detach() for tensor in model.state_dict().values()),
+        *_trackers(updater),
+    ]
 
 
-def _books(updater: CodebookUpdater) -> list[Tensor]:
-    return [book[key] for book in updater.state_dict()["books"].values() for key in ("idle", "use")]
+def _trackers(updater: CodebookUpdater) -> list[Tensor]:
+    return [
+        tracker[key]
+        for tracker in updater.state_dict()["trackers"].values()
+        for key in ("idle", "use")
+    ]
 
 
 @every_kind
@@ -64,7 +73,9 @@ def test_steps_do_not_compile_anew() -> None:
     torch._dynamo.utils.counters.clear()
     model = Model("ema")
     train(model, torch.compile(model, backend="aot_eager", fullgraph=True), backend_steps=12)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # before the codes are placed, and after
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    )  # before the codes are placed, and after
 
 
 @pytest.mark.slow
@@ -112,10 +123,17 @@ def test_an_updater_that_comes_after_the_first_compiled_call_is_heard() -> None:
 
 def test_an_updater_of_the_compiled_model_has_the_same_state() -> None:
     model = Model("residual-ema")
-    plain, compiled = CodebookUpdater(model), CodebookUpdater(torch.compile(model, backend="aot_eager"))
+    plain, compiled = (
+        CodebookUpdater(model),
+        CodebookUpdater(torch.compile(model, backend="aot_eager")),
+    )
     compiled.load_state_dict(plain.state_dict())
     compiled.start(latents())
-    assert set(compiled.usage()) == {"quantizer.stages.0", "quantizer.stages.1", "quantizer.stages.2"}
+    assert set(compiled.usage()) == {
+        "quantizer.stages.0",
+        "quantizer.stages.1",
+        "quantizer.stages.2",
+    }
 
 
 def test_compiled_evaluation_is_not_counted() -> None:
@@ -139,7 +157,9 @@ def test_export_with_a_dynamic_batch(kind: str, training: bool) -> None:
     quantizer = build(kind).train(training)
     updater = CodebookUpdater(quantizer)
     batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(quantizer, (latents(batch=3),), dynamic_shapes={"latents": {0: batch}})
+    exported = torch.export.export(
+        quantizer, (latents(batch=3),), dynamic_shapes={"latents": {0: batch}}
+    )
     updater.close()
     for size in (2, 7):
         z = latents(batch=size, seed=size)
@@ -171,7 +191,9 @@ def test_checkpointing_and_compiling_together_count_once(inside: bool) -> None:
 def test_reentrant_checkpointing_is_refused() -> None:
     quantizer = build("learned")
     updater = CodebookUpdater(quantizer)
-    out = checkpoint(lambda z: quantizer(z).quantized, latents().requires_grad_(), use_reentrant=True)
+    out = checkpoint(
+        lambda z: quantizer(z).quantized, latents().requires_grad_(), use_reentrant=True
+    )
     out.sum().backward()
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         updater.step()
@@ -195,7 +217,7 @@ def test_a_discriminators_pass_does_not_count(kind: str) -> None:
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_micro_batches_add_up_to_the_batch(kind: str, parts: int) -> None:
     whole, split = build(kind).double(), build(kind).double()
-    updaters = [CodebookUpdater(quantizer, memory=1.0) for quantizer in (whole, split)]
+    updaters = [CodebookUpdater(quantizer, decay_tokens=1.0) for quantizer in (whole, split)]
     for step in range(8):
         z = latents(batch=6, seed=step, dtype=torch.float64)
         whole(z)
@@ -203,7 +225,9 @@ def test_micro_batches_add_up_to_the_batch(kind: str, parts: int) -> None:
             split(part)
         for updater in updaters:
             updater.step()
-        for ours, reference in zip(split.state_dict().values(), whole.state_dict().values(), strict=True):
+        for ours, reference in zip(
+            split.state_dict().values(), whole.state_dict().values(), strict=True
+        ):
             torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
 
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smalto.quantizers import CodebookUpdater, ProductVQConfig, QuantizerConfig, ResidualVQConfig, VectorQuantizerConfig
+from smalto.quantizers import (
+    CodebookUpdater,
+    ProductVQConfig,
+    QuantizerConfig,
+    ResidualVQConfig,
+    VectorQuantizerConfig,
+)
 from smalto.quantizers.statistics import add_op
 from smalto.search import code_sums, tiled
 from smalto.search.code_sums import code_sums_op
@@ -28,7 +34,9 @@ class LargestTensor(TorchDispatchMode):
         self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        bodies = {nearest_op: search} | {op._opoverload: op._init_fn for op in (code_sums_op, add_op)}
+        bodies = {nearest_op: search} | {
+            op._opoverload: op._init_fn for op in (code_sums_op, add_op)
+        }
         if func in bodies:
             with self:
                 return bodies[func](*args, **(kwargs or {}))
@@ -55,26 +63,28 @@ def vector(**settings: object) -> VectorQuantizerConfig:
     ],
     ids=lambda config: config.kind,
 )
-def test_no_n_by_k_matrix_in_forward_backward_or_upkeep(config: QuantizerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "BLOCK_FLOATS", 2**18)
+def test_no_n_by_k_matrix_in_forward_backward_or_upkeep(
+    config: QuantizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled, "BUFFER_FLOATS", 2**18)
     quantizer = config.build()
     updater = CodebookUpdater(quantizer)
     z = torch.randn(1, C, 64, 64, requires_grad=True)
-    with LargestTensor() as guard:
+    with LargestTensor() as monitor:
         for _ in range(2):  # the k-means start, then averages and revival
             out = quantizer(z)
             (out.loss + out.quantized.sum()).backward()
             updater.step()
         quantizer.decode(quantizer.encode(z), quantizer.layout(64, 64))
-    assert N * C <= guard.elements < N * K / 8
+    assert N * C <= monitor.elements < N * K / 8
 
 
 def test_the_guard_sees_what_is_inside_an_operator() -> None:
-    with LargestTensor() as guard:
+    with LargestTensor() as monitor:
         code_sums(torch.randn(10, 3), torch.zeros(10, dtype=torch.int64), 1000)
-        assert guard.elements == 3000
+        assert monitor.elements == 3000
         (torch.randn(100, 4) @ torch.randn(4, 200)).sum()
-    assert guard.elements == 20_000
+    assert monitor.elements == 20_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -92,5 +102,7 @@ for _ in range(2):
 lines = open("/proc/self/status").read().splitlines()
 print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert 100 < float(done.stdout) < 1024  # MiB; one matrix of N x K would be 16 GiB

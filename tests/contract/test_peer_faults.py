@@ -15,12 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalto.core.errors import InputError
-from smalto.quantizers import CodebookUpdater, EMACodebook, ResidualVQConfig, Revive, VectorQuantizer, VectorQuantizerConfig
+from smalto.quantizers import (
+    CodebookUpdater,
+    EMACodebook,
+    ResidualVQConfig,
+    Revive,
+    VectorQuantizer,
+    VectorQuantizerConfig,
+)
 from tests.contract import test_memory, test_processes
 from tests.contract.kinds import latents
 
 
-def test_a_learned_codebook_can_be_normalised_and_has_a_beta() -> None:
+def test_a_learned_codebook_can_be_normalized_and_has_a_beta() -> None:
     z = latents()
     losses = {}
     for beta in (0.0, 0.5):
@@ -54,7 +61,10 @@ def test_forward_writes_no_state_so_two_losses_have_right_gradients() -> None:
 
 def test_the_residual_gradient_does_not_grow_with_depth() -> None:
     for depth in (1, 8):
-        quantizer = ResidualVQConfig(num_stages=depth, stage=VectorQuantizerConfig(codebook_size=20, latent_dim=6, codebook="ema")).build()
+        quantizer = ResidualVQConfig(
+            num_stages=depth,
+            stage=VectorQuantizerConfig(codebook_size=20, latent_dim=6, codebook="ema"),
+        ).build()
         z = latents().requires_grad_()
         quantizer(z).quantized.sum().backward()
         assert z.grad is not None
@@ -73,7 +83,7 @@ def test_k_means_does_not_run_in_evaluation() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_a_module_built_before_the_process_group_synchronises(tmp_path: Path) -> None:
+def test_a_module_built_before_the_process_group_synchronizes(tmp_path: Path) -> None:
     first, second = test_processes.in_processes(2, _built_before, tmp_path)
     assert torch.equal(first, second)  # type: ignore[arg-type]
 
@@ -111,7 +121,9 @@ def test_few_vectors_for_many_codes_do_not_replace_the_codebook() -> None:
     updater.start(latents(batch=400))
     before = quantizer.embedding.weight.clone()
     for step in range(20):
-        quantizer(latents(batch=1, height=4, width=8, seed=1000 + step))  # 32 vectors: 480 codes and more get none
+        quantizer(
+            latents(batch=1, height=4, width=8, seed=1000 + step)
+        )  # 32 vectors: 480 codes and more get none
         updater.step()
     moved = ((quantizer.embedding.weight - before).norm(dim=1) > 0.5).float().mean()
     assert float(moved) < 0.02
@@ -120,10 +132,10 @@ def test_few_vectors_for_many_codes_do_not_replace_the_codebook() -> None:
 def test_memory_does_not_grow_with_n_times_k() -> None:
     quantizer = VectorQuantizer(2048, 4, codebook="ema")
     updater = CodebookUpdater(quantizer, keep_codes=True)
-    with test_memory.LargestTensor() as guard:
+    with test_memory.LargestTensor() as monitor:
         quantizer(torch.randn(1, 4, 256, 256))
         updater.step()
-    assert guard.elements < 65536 * 2048 / 20
+    assert monitor.elements < 65536 * 2048 / 20
 
 
 def test_minus_one_is_no_code() -> None:

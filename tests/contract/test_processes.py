@@ -19,7 +19,16 @@ from tests.contract.kinds import C, build, latents
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch without gloo")
 
-KINDS = ["learned", "ema", "ema-cosine", "ema-code_dim-rotation", "projected", "residual-ema", "product-ema", "product-shared"]
+KINDS = [
+    "learned",
+    "ema",
+    "ema-cosine",
+    "ema-code_dim-rotation",
+    "projected",
+    "residual-ema",
+    "product-ema",
+    "product-shared",
+]
 STEPS = 12
 
 
@@ -32,33 +41,52 @@ SHARDS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "equal": lambda z, rank, world: z.chunk(world)[rank],
     "unequal": lambda z, rank, world: z[:1] if rank == 0 else z[1:].chunk(world - 1)[rank - 1],
     "empty": lambda z, rank, world: z[:0] if rank == 0 else z.chunk(world - 1)[rank - 1],
-    "all NaN": lambda z, rank, world: torch.full_like(z[:2], torch.nan) if rank == 0 else z.chunk(world - 1)[rank - 1],
+    "all NaN": lambda z, rank, world: (
+        torch.full_like(z[:2], torch.nan) if rank == 0 else z.chunk(world - 1)[rank - 1]
+    ),
 }
 
 
 def upkeep(
-    quantizer: Quantizer, rank: int = 0, world: int = 1, shards: str = "equal", steps: int = STEPS, **settings: object
+    quantizer: Quantizer,
+    rank: int = 0,
+    world: int = 1,
+    shards: str = "equal",
+    steps: int = STEPS,
+    **settings: object,
 ) -> list[Tensor]:
     """Train the codebooks alone, from the k-means start on; returns all state."""
-    updater = CodebookUpdater(quantizer, memory=0.5, **settings)  # type: ignore[arg-type]
+    updater = CodebookUpdater(quantizer, decay_tokens=0.5, **settings)  # type: ignore[arg-type]
     for step in range(steps):
         quantizer(SHARDS[shards](batch(step), rank, world))
         updater.step()
-    books = [book[key] for book in updater.state_dict()["books"].values() for key in ("idle", "use")]
-    return [tensor.clone() for tensor in (*quantizer.state_dict().values(), *books)]
+    trackers = [
+        tracker[key]
+        for tracker in updater.state_dict()["trackers"].values()
+        for key in ("idle", "use")
+    ]
+    return [tensor.clone() for tensor in (*quantizer.state_dict().values(), *trackers)]
 
 
-def in_processes(world: int, job: Callable[..., object], tmp_path: Path, *arguments: object) -> list[object]:
+def in_processes(
+    world: int, job: Callable[..., object], tmp_path: Path, *arguments: object
+) -> list[object]:
     """Run ``job(rank, world, *arguments)`` in ``world`` processes joined by gloo; what each one returned."""
     try:
-        torch.multiprocessing.spawn(_process, (world, str(tmp_path), job, arguments), nprocs=world, join=True)
-    except torch.multiprocessing.ProcessExitedException:  # now and then gloo's own threads abort after the last result is there
+        torch.multiprocessing.spawn(
+            _process, (world, str(tmp_path), job, arguments), nprocs=world, join=True
+        )
+    except (
+        torch.multiprocessing.ProcessExitedException
+    ):  # now and then gloo's own threads abort after the last result is there
         if not all((tmp_path / f"{rank}.pt").is_file() for rank in range(world)):
             raise
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
 
-def _process(rank: int, world: int, folder: str, job: Callable[..., object], arguments: tuple[object, ...]) -> None:
+def _process(
+    rank: int, world: int, folder: str, job: Callable[..., object], arguments: tuple[object, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     result = job(rank, world, f"file://{folder}/meeting", *arguments)
@@ -72,12 +100,22 @@ def _process(rank: int, world: int, folder: str, job: Callable[..., object], arg
 
 
 def join(rank: int, world: int, meeting: str) -> None:
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    distributed.init_process_group(
+        "gloo",
+        init_method=meeting,
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
 
 
 def all_kinds_and_shards(rank: int, world: int, meeting: str) -> dict[str, list[Tensor]]:
     join(rank, world, meeting)
-    return {f"{kind}, {shards}": upkeep(build(kind).double(), rank, world, shards) for kind in KINDS for shards in SHARDS}
+    return {
+        f"{kind}, {shards}": upkeep(build(kind).double(), rank, world, shards)
+        for kind in KINDS
+        for shards in SHARDS
+    }
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -87,16 +125,26 @@ def test_several_processes_are_one(world: int, tmp_path: Path) -> None:
     for result in results:
         assert isinstance(result, dict)
         for name, tensors in result.items():
-            for ours, first, reference in zip(tensors, results[0][name], expected[name.split(", ")[0]], strict=True):  # type: ignore[index]
+            for ours, first, reference in zip(
+                tensors, results[0][name], expected[name.split(", ")[0]], strict=True
+            ):  # type: ignore[index]
                 assert torch.equal(ours, first), name
-                torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+                torch.testing.assert_close(
+                    ours,
+                    reference,
+                    rtol=1e-10,
+                    atol=1e-10,
+                    msg=lambda text, name=name: f"{name}: {text}",
+                )
 
 
 def many_steps(rank: int, world: int, meeting: str, built_before: bool) -> list[Tensor]:
     if not built_before:
         join(rank, world, meeting)
-    quantizer = build("ema", seed=rank)  # of different beginnings, as without DistributedDataParallel
-    updater = CodebookUpdater(quantizer, memory=0.2)  # short, so that codes die and come back
+    quantizer = build(
+        "ema", seed=rank
+    )  # of different beginnings, as without DistributedDataParallel
+    updater = CodebookUpdater(quantizer, decay_tokens=0.2)  # short, so that codes die and come back
     if built_before:
         join(rank, world, meeting)
     calls = []
@@ -111,9 +159,9 @@ def many_steps(rank: int, world: int, meeting: str, built_before: bool) -> list[
     for step in range(50):
         quantizer(latents(batch=2 + rank, seed=step * world + rank) + step * 0.2)
         updater.step()
-        book = quantizer.get_codebook().clone()
-        placed += 0 if codes is None else int(((book - codes).norm(dim=1) > 1.0).any())
-        codes = book
+        tracker = quantizer.get_codebook().clone()
+        placed += 0 if codes is None else int(((tracker - codes).norm(dim=1) > 1.0).any())
+        codes = tracker
     assert len(calls) == 50  # one collective a step ...
     assert len(set(calls[1:])) == 1  # ... of one size, once the codes are placed
     assert placed > 5, placed
@@ -121,7 +169,9 @@ def many_steps(rank: int, world: int, meeting: str, built_before: bool) -> list[
 
 
 @pytest.mark.parametrize("built_before", [True, False])
-def test_codebooks_stay_identical_through_50_steps_of_revival(built_before: bool, tmp_path: Path) -> None:
+def test_codebooks_stay_identical_through_50_steps_of_revival(
+    built_before: bool, tmp_path: Path
+) -> None:
     first, *others = in_processes(3, many_steps, tmp_path, built_before)
     for other in others:
         for ours, reference in zip(other, first, strict=True):  # type: ignore[call-overload]
@@ -133,7 +183,9 @@ def start_and_mistakes(rank: int, world: int, meeting: str) -> list[Tensor]:
     quantizer = build("residual-ema").double()
     updater = CodebookUpdater(quantizer)
     updater.start(SHARDS["unequal"](batch(0), rank, world))
-    with pytest.raises(RuntimeError, match="saw no forward pass"):  # in all processes at once: none waits for another
+    with pytest.raises(
+        RuntimeError, match="saw no forward pass"
+    ):  # in all processes at once: none waits for another
         updater.step()
     if rank == 0:
         quantizer(batch(1))
@@ -169,7 +221,7 @@ class Autoencoder(nn.Module):
 
 def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[Tensor]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    updater = CodebookUpdater(model, optimizer, memory=1.0)
+    updater = CodebookUpdater(model, optimizer, decay_tokens=1.0)
     for step in range(10):
         optimizer.zero_grad()
         model(batch(step % 3).chunk(world)[rank]).backward()

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from smalto.core.errors import InputError
 from smalto.core.layout import TokenLayout
-from smalto.quantizers import CodebookUpdater, MultiScaleVQ, ProductVQ, ProjectedCodebook, Quantizer, ResidualVQ, VectorQuantizer, fold
+from smalto.quantizers import (
+    CodebookUpdater,
+    MultiScaleVQ,
+    ProductVQ,
+    ProjectedCodebook,
+    Quantizer,
+    ResidualVQ,
+    VectorQuantizer,
+    fold,
+)
 from smalto.quantizers.estimators import ESTIMATORS
 from smalto.quantizers.multiscale import phi_of_scale
 from smalto.search import nearest_codes
@@ -29,13 +38,19 @@ def codebooks(quantizer: nn.Module) -> list[VectorQuantizer]:
 
 
 def estimator(quantizer: nn.Module) -> str:
-    return quantizer.estimator if isinstance(quantizer, (MultiScaleVQ, ResidualVQ)) else codebooks(quantizer)[0].estimator
+    return (
+        quantizer.estimator
+        if isinstance(quantizer, (MultiScaleVQ, ResidualVQ))
+        else codebooks(quantizer)[0].estimator
+    )
 
 
 @every_kind
 @quick
 @given(shape=shapes, seed=st.integers(0, 2**16), scale=st.sampled_from([1e-3, 1.0, 50.0]))
-def test_decoding_gives_bitwise_what_forward_gives(kind: str, shape: tuple[int, int, int], seed: int, scale: float) -> None:
+def test_decoding_gives_bitwise_what_forward_gives(
+    kind: str, shape: tuple[int, int, int], seed: int, scale: float
+) -> None:
     quantizer, z = build(kind, seed), latents(*shape, seed=seed, scale=scale)
     out, tokens, layout = quantizer(z), quantizer.encode(z), quantizer.layout(*shape[1:])
     assert out.quantized.shape == z.shape
@@ -51,7 +66,7 @@ PROGRESSIVE = [kind for kind in KINDS if kind.startswith(("residual", "multiscal
 
 
 @pytest.mark.parametrize("kind", PROGRESSIVE)
-def test_the_first_tokens_alone_are_the_picture_of_the_first_stages(kind: str) -> None:
+def test_the_first_tokens_alone_are_the_image_of_the_first_stages(kind: str) -> None:
     quantizer, z = build(kind), latents()
     tokens, layout = quantizer.encode(z), quantizer.layout(3, 4)
     for stages in range(1, len(layout.grids) + 1):
@@ -59,7 +74,9 @@ def test_the_first_tokens_alone_are_the_picture_of_the_first_stages(kind: str) -
         assert torch.equal(out.indices.view(2, -1), tokens[:, :first])
         assert torch.equal(quantizer.decode(tokens[:, :first], layout), out.quantized)
         if kind.startswith("residual"):
-            assert torch.equal(quantizer.decode(tokens[:, :first], layout.prefix(stages)), out.quantized)
+            assert torch.equal(
+                quantizer.decode(tokens[:, :first], layout.prefix(stages)), out.quantized
+            )
     assert torch.equal(quantizer(z).quantized, quantizer(z, num_stages=len(layout.grids)).quantized)
     for stages in (0, -1, len(layout.grids) + 1):
         with pytest.raises(InputError, match="stages"):
@@ -74,7 +91,9 @@ def test_a_quantizer_without_stages_takes_one(kind: str) -> None:
         quantizer(z, num_stages=2)
 
 
-@pytest.mark.parametrize("kind", ["learned", "learned-cosine", "ema", "projected", "product-ema", "product-shared"])
+@pytest.mark.parametrize(
+    "kind", ["learned", "learned-cosine", "ema", "projected", "product-ema", "product-shared"]
+)
 def test_codes_encode_to_themselves(kind: str) -> None:
     quantizer = build(kind)
     for part in codebooks(quantizer):  # further apart than the search can mistake
@@ -100,7 +119,12 @@ def test_an_index_that_is_no_codes_is_an_error(kind: str, wrong: int) -> None:
 @every_kind
 def test_wrong_input_says_what_is_expected(kind: str) -> None:
     quantizer = build(kind)
-    for wrong in (torch.zeros(2, C + 1, 3, 3), torch.zeros(C, 3, 3), torch.zeros(2, C, 3, 3, dtype=torch.int64), None):
+    for wrong in (
+        torch.zeros(2, C + 1, 3, 3),
+        torch.zeros(C, 3, 3),
+        torch.zeros(2, C, 3, 3, dtype=torch.int64),
+        None,
+    ):
         with pytest.raises(InputError, match=r"floating point \[B, 6, h, w\]"):
             quantizer(wrong)
         with pytest.raises(InputError, match=r"floating point \[B, 6, h, w\]"):
@@ -121,9 +145,15 @@ def test_lookup_gives_the_codes_in_order(kind: str) -> None:
     layout = quantizer.layout(2, 3)
     tokens = torch.randint(20, (2, layout.num_tokens), generator=torch.Generator().manual_seed(0))
     codes = quantizer.lookup(list(tokens.split(layout.lengths, dim=1)))
-    books = quantizer.get_codebook()
-    books = books if books.ndim == 3 else books.expand(len(layout.grids), -1, -1)
-    expected = torch.cat([book[block] for book, block in zip(books, tokens.split(layout.lengths, dim=1), strict=True)], dim=1)
+    trackers = quantizer.get_codebook()
+    trackers = trackers if trackers.ndim == 3 else trackers.expand(len(layout.grids), -1, -1)
+    expected = torch.cat(
+        [
+            tracker[block]
+            for tracker, block in zip(trackers, tokens.split(layout.lengths, dim=1), strict=True)
+        ],
+        dim=1,
+    )
     torch.testing.assert_close(codes, expected)
 
 
@@ -187,7 +217,10 @@ def test_autocast_is_off_inside(kind: str) -> None:
     assert torch.equal(decoded, plain.quantized)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "multiscale-one-scale" and kind.startswith("multiscale")])
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if kind != "multiscale-one-scale" and kind.startswith("multiscale")],
+)
 def test_coarse_scales_average_what_is_usable(kind: str) -> None:
     quantizer, z = build(kind), latents(batch=3)
     reference = quantizer(z)
@@ -203,10 +236,16 @@ def test_coarse_scales_average_what_is_usable(kind: str) -> None:
     assert bool(out.quantized.isfinite().all())
     # The coarsest scale is the mean of the others.
     vectors = z.detach()[1].flatten(1).T[[i for i in range(12) if i != 7]]
-    mean = quantizer.project_in(vectors).mean(dim=0, keepdim=True) if layout.grids[0] == (1, 1) else None
+    mean = (
+        quantizer.project_in(vectors).mean(dim=0, keepdim=True)
+        if layout.grids[0] == (1, 1)
+        else None
+    )
     if mean is not None:
-        (book,) = codebooks(quantizer)
-        assert int(tokens[1, 0]) == int(nearest_codes(mean, book.codes(), book.nearest.metric))
+        (tracker,) = codebooks(quantizer)
+        assert int(tokens[1, 0]) == int(
+            nearest_codes(mean, tracker.codes(), tracker.nearest.metric)
+        )
     (out.loss + (out.quantized * torch.randn(3, C, 3, 4)).sum()).backward()
     assert z.grad is not None
     assert bool(z.grad.isfinite().all())
@@ -229,9 +268,15 @@ def test_a_broken_vector_stays_alone(kind: str, broken: float) -> None:
     assert bool((tokens[1, position] == 0).all())
     others = torch.ones(2, 3, 4, dtype=torch.bool)
     others[1, 1, 3] = False
-    assert torch.equal(out.quantized.permute(0, 2, 3, 1)[others], reference.quantized.permute(0, 2, 3, 1)[others])
-    zero = quantizer.decode(torch.zeros(1, quantizer.layout(1, 1).num_tokens, dtype=torch.int64), quantizer.layout(1, 1))
-    torch.testing.assert_close(out.quantized[1, :, 1, 3], zero[0, :, 0, 0])  # behind projections, sums of another batch size
+    assert torch.equal(
+        out.quantized.permute(0, 2, 3, 1)[others], reference.quantized.permute(0, 2, 3, 1)[others]
+    )
+    zero = quantizer.decode(
+        torch.zeros(1, quantizer.layout(1, 1).num_tokens, dtype=torch.int64), quantizer.layout(1, 1)
+    )
+    torch.testing.assert_close(
+        out.quantized[1, :, 1, 3], zero[0, :, 0, 0]
+    )  # behind projections, sums of another batch size
     # The loss is the mean over the others.
     kept = latents().permute(0, 2, 3, 1)[others][None].permute(0, 2, 1)[..., None]
     torch.testing.assert_close(out.loss, quantizer(kept).loss)
@@ -250,7 +295,9 @@ def test_a_broken_vector_teaches_nothing(kind: str) -> None:
     assert out.loss.item() == 0
     (out.loss + out.quantized.square().sum()).backward()
     for name, parameter in quantizer.named_parameters():
-        if parameter.grad is not None and "project_out" not in name:  # the decoder's side does show code 0
+        if (
+            parameter.grad is not None and "project_out" not in name
+        ):  # the decoder's side does show code 0
             assert float(parameter.grad.abs().sum()) == 0, name
 
 
@@ -279,9 +326,9 @@ def test_images_do_not_see_each_other(kind: str, seed: int) -> None:
 def test_renumbered_codes_renumber_the_tokens(kind: str) -> None:
     quantizer, z = build(kind), latents(batch=8)
     before, order = quantizer(z), torch.randperm(20)
-    (book,) = codebooks(quantizer)
+    (tracker,) = codebooks(quantizer)
     with torch.no_grad():
-        book.embedding.weight.copy_(book.embedding.weight[order])
+        tracker.embedding.weight.copy_(tracker.embedding.weight[order])
     after = quantizer(z)
     assert torch.equal(order[after.indices], before.indices)
     assert torch.equal(after.quantized, before.quantized)
@@ -338,16 +385,22 @@ def test_settings_go_round(kind: str) -> None:
 def test_straight_through_is_the_identity_at_any_depth(depth: int) -> None:
     quantizer = KINDS["residual-ema"].model_copy(update={"num_stages": depth}).build().double()
     z = latents(batch=1, height=1, width=2, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: quantizer(x).quantized.flatten(), z).view(12, 12)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: quantizer(x).quantized.flatten(), z
+    ).view(12, 12)
     assert torch.equal(jacobian, torch.eye(12, dtype=torch.float64))
 
 
-# Projections and normalisation have gradients of their own.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "code_dim" not in kind and "unit" not in kind])
+# Projections and normalization have gradients of their own.
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if "code_dim" not in kind and "unit" not in kind]
+)
 def test_the_gradient_of_the_value_is_the_estimators(kind: str) -> None:
     quantizer = build(kind).double()
     z = latents(batch=1, height=1, width=1, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: quantizer(x).quantized.flatten(), z).view(C, C)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: quantizer(x).quantized.flatten(), z
+    ).view(C, C)
     parts = quantizer.num_heads if isinstance(quantizer, ProductVQ) else 1
     width, value = C // parts, quantizer(z).quantized.detach().flatten()
     expected = torch.zeros(C, C, dtype=torch.float64)
@@ -396,7 +449,11 @@ def test_estimators_survive_degenerate_vectors(name: str) -> None:
 def test_noise_moves_the_value_in_training_only(kind: str) -> None:
     quantizer, z = build(kind), latents()
     assert not ESTIMATORS["diveq"].exact
-    width = sum(part.embedding.embedding_dim for part in codebooks(quantizer)) if isinstance(quantizer, ProductVQ) else None
+    width = (
+        sum(part.embedding.embedding_dim for part in codebooks(quantizer))
+        if isinstance(quantizer, ProductVQ)
+        else None
+    )
     width = width or codebooks(quantizer)[0].embedding.embedding_dim
     noise = 0.1 * torch.randn(2, width, 3, 4, generator=torch.Generator().manual_seed(0))
     plain, moved = quantizer(z).quantized, quantizer(z, noise=noise).quantized
@@ -433,7 +490,11 @@ def reference_loss(quantizer: Quantizer, z: Tensor, fixed: Quantizer, fixed_z: T
 
     def space(owner: Any, vectors: Tensor) -> Tensor:
         vectors = owner.project_in(vectors)
-        return nn.functional.normalize(vectors, dim=1) if getattr(owner, "unit_codes", False) else vectors
+        return (
+            nn.functional.normalize(vectors, dim=1)
+            if getattr(owner, "unit_codes", False)
+            else vectors
+        )
 
     moving, still = space(quantizer, flat), space(fixed, fixed_flat).detach()
     blocks = [block.reshape(-1) for block in tokens.split(layout.lengths, dim=1)]
@@ -449,7 +510,9 @@ def reference_loss(quantizer: Quantizer, z: Tensor, fixed: Quantizer, fixed_z: T
     return torch.stack(losses).mean()
 
 
-def multiscale_loss(quantizer: MultiScaleVQ, z: Tensor, fixed: MultiScaleVQ, fixed_z: Tensor) -> Tensor:
+def multiscale_loss(
+    quantizer: MultiScaleVQ, z: Tensor, fixed: MultiScaleVQ, fixed_z: Tensor
+) -> Tensor:
     """Mean over scales of mse(f_k, sg f) + beta mse(sg f_k, f), with images one by one."""
     layout = quantizer.layout(*z.shape[2:])
     tokens = fixed.encode(fixed_z).split(layout.lengths, dim=1)
@@ -472,7 +535,9 @@ def multiscale_loss(quantizer: MultiScaleVQ, z: Tensor, fixed: MultiScaleVQ, fix
         return found
 
     moving, still = target(quantizer, z), target(fixed, fixed_z).detach()
-    losses = [quantizer.beta * (moving - result.detach()).square().mean() for result in results(fixed)]
+    losses = [
+        quantizer.beta * (moving - result.detach()).square().mean() for result in results(fixed)
+    ]
     if quantizer.estimator != "diveq":
         losses += [(result - still).square().mean() for result in results(quantizer)]
     return torch.stack(losses).sum() / len(layout.grids)
@@ -534,18 +599,28 @@ def test_codes_that_learn_by_gradient_get_one(kind: str) -> None:
 @given(seed=st.integers(0, 2**16))
 def test_the_code_is_the_best_in_float64(kind: str, seed: int) -> None:
     quantizer, z = build(kind), latents(batch=4, seed=seed)
-    (book,) = codebooks(quantizer)
-    vectors = book.vectors(z)[0].detach().double()
-    codes, indices = book.codes().detach().double(), quantizer.encode(z).flatten()
-    if book.nearest.metric == "cosine":
+    (tracker,) = codebooks(quantizer)
+    vectors = tracker.vectors(z)[0].detach().double()
+    codes, indices = tracker.codes().detach().double(), quantizer.encode(z).flatten()
+    if tracker.nearest.metric == "cosine":
         scores = vectors @ nn.functional.normalize(codes, dim=1).T
-        assert bool((scores.max(1).values - scores.gather(1, indices[:, None])[:, 0] <= 1e-6 * vectors.norm(dim=1)).all())
+        assert bool(
+            (
+                scores.max(1).values - scores.gather(1, indices[:, None])[:, 0]
+                <= 1e-6 * vectors.norm(dim=1)
+            ).all()
+        )
     else:
         distances = (vectors[:, None] - codes[None]).square().sum(-1)
         excess = distances.gather(1, indices[:, None])[:, 0] - distances.min(1).values
         bound = 4 * 2**-24 * math.sqrt(C) * (vectors.norm(dim=1) + codes.norm(dim=1).max()).square()
         assert bool((excess <= bound).all())
-    assert torch.equal(indices, nearest_codes(book.vectors(z)[0], book.codes(), book.nearest.metric, backend="tiled"))
+    assert torch.equal(
+        indices,
+        nearest_codes(
+            tracker.vectors(z)[0], tracker.codes(), tracker.nearest.metric, backend="tiled"
+        ),
+    )
 
 
 # --- with the updater -------------------------------------------------------------------------------------------------------
@@ -563,7 +638,9 @@ def test_upkeep_brings_codes_to_the_data(kind: str) -> None:
         updater.step()
     after = (quantizer(z).quantized - z).square().mean().item()
     if "unit" in kind or "projected" in kind:
-        assert math.isfinite(after)  # lengths are not theirs to choose; a map without an offset reaches no offset
+        assert math.isfinite(
+            after
+        )  # lengths are not theirs to choose; a map without an offset reaches no offset
     else:
         assert after < 0.8 * before
     assert all(0 < share <= 1 for share in updater.usage().values())
@@ -573,18 +650,26 @@ def test_upkeep_brings_codes_to_the_data(kind: str) -> None:
 def test_state_of_upkeep_goes_on_bit_for_bit(kind: str) -> None:
     def run(stop: int | None) -> list[Tensor]:
         quantizer = build(kind)
-        optimizer = torch.optim.Adam([p for p in quantizer.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(1))], lr=0.01)
-        updater = CodebookUpdater(quantizer, optimizer, memory=2.0, seed=3)
+        optimizer = torch.optim.Adam(
+            [p for p in quantizer.parameters() if p.requires_grad]
+            or [nn.Parameter(torch.zeros(1))],
+            lr=0.01,
+        )
+        updater = CodebookUpdater(quantizer, optimizer, decay_tokens=2.0, seed=3)
         for step in range(6):
             if step == stop:
-                saved = copy.deepcopy((quantizer.state_dict(), optimizer.state_dict(), updater.state_dict()))
+                saved = copy.deepcopy(
+                    (quantizer.state_dict(), optimizer.state_dict(), updater.state_dict())
+                )
                 quantizer = build(kind, seed=9)
                 quantizer.load_state_dict(saved[0])
                 optimizer = torch.optim.Adam(
-                    [p for p in quantizer.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(1))], lr=0.01
+                    [p for p in quantizer.parameters() if p.requires_grad]
+                    or [nn.Parameter(torch.zeros(1))],
+                    lr=0.01,
                 )
                 optimizer.load_state_dict(saved[1])
-                updater = CodebookUpdater(quantizer, optimizer, memory=2.0, seed=99)
+                updater = CodebookUpdater(quantizer, optimizer, decay_tokens=2.0, seed=99)
                 updater.load_state_dict(saved[2])
             out = quantizer(latents(seed=step).requires_grad_())
             optimizer.zero_grad()

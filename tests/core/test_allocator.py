@@ -36,7 +36,13 @@ print(inside - resident())
 @pytest.mark.skipif(memory._glibc() is None, reason="no glibc, or somebody tuned it")
 def test_pages_are_asked_for_once_and_given_back() -> None:
     def run(mode: str) -> list[int]:
-        done = subprocess.run([sys.executable, "-c", _PAGES, mode], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+        done = subprocess.run(
+            [sys.executable, "-c", _PAGES, mode],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=ENVIRONMENT,
+        )
         return [int(line) for line in done.stdout.split()]
 
     faults, given_back = run("on")
@@ -71,7 +77,13 @@ print(returned, kept)
 
 @pytest.mark.skipif(memory._glibc() is None, reason="no glibc, or somebody tuned it")
 def test_memory_is_returned_at_once_where_it_is_asked_for() -> None:
-    done = subprocess.run([sys.executable, "-c", _RETURNED], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", _RETURNED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
+    )
     returned, kept = map(int, done.stdout.split())
     assert returned < 10
     assert kept > 40
@@ -80,12 +92,12 @@ def test_memory_is_returned_at_once_where_it_is_asked_for() -> None:
 def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX_", "1")
     assert memory._glibc() is None
-    with memory.reused_memory():
+    with memory.retain_freed_memory():
         pass
 
 
 def test_it_nests_and_survives_exceptions() -> None:
-    with pytest.raises(RuntimeError), memory.reused_memory(), memory.reused_memory():
+    with pytest.raises(RuntimeError), memory.retain_freed_memory(), memory.retain_freed_memory():
         assert memory._reused.inside == 2
         raise RuntimeError
     assert memory._reused.inside == 0

@@ -20,9 +20,12 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_out_of_memory_names_the_batch_to_try() -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(SmaltoError, match=r"batch of 16\. Try --batch 8"), computing(cpu, "float32", 16):
+    with (
+        pytest.raises(SmaltoError, match=r"batch of 16\. Try --batch 8"),
+        computing(cpu, "float32", 16),
+    ):
         torch.empty(2**50)
-    with pytest.raises(SmaltoError, match="Try smaller pictures"), computing(cpu, "float32", 1):
+    with pytest.raises(SmaltoError, match="Try smaller images"), computing(cpu, "float32", 1):
         raise torch.OutOfMemoryError
     with pytest.raises(RuntimeError, match="something else"), computing(cpu, "float32", 1):
         raise RuntimeError("something else")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from smalto.core.files import aside, name_hash, remove_leftovers, write_atomic
+from smalto.core.files import atomic_path, name_hash, remove_leftovers, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", "old")
-    with pytest.raises(KeyError), aside(tmp_path / "a") as temporary:
+    with pytest.raises(KeyError), atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("half of the ne")
         raise KeyError
     assert (tmp_path / "a").read_text() == "old"
@@ -17,7 +17,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_folders_appear_whole(tmp_path: Path) -> None:
-    with aside(tmp_path / "deep" / "folder") as new:
+    with atomic_path(tmp_path / "deep" / "folder") as new:
         new.mkdir()
         (new / "x").write_text("1")
         assert not (tmp_path / "deep" / "folder").exists()
@@ -25,7 +25,7 @@ def test_folders_appear_whole(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    writer = aside(tmp_path / "model.safetensors")
+    writer = atomic_path(tmp_path / "model.safetensors")
     (writer.__enter__().parent / "new").write_text("half")
     keep = [tmp_path / ".git", tmp_path / ".hidden.file", tmp_path / "folder.abcdefgh"]
     for path in keep:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, smalto_command, write_pictures
+from tests.conftest import ENVIRONMENT, smalto_command, write_images
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
@@ -33,7 +33,9 @@ def test_every_page_is_there_in_both_languages() -> None:
     assert len(ENGLISH) >= 3
 
 
-@pytest.mark.parametrize(("english", "chinese"), list(zip(ENGLISH, CHINESE, strict=True)), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    ("english", "chinese"), list(zip(ENGLISH, CHINESE, strict=True)), ids=lambda page: page.name
+)
 def test_both_languages_show_the_same(english: Path, chinese: Path) -> None:
     assert blocks(english, "python", "bash", "toml") == blocks(chinese, "python", "bash", "toml")
     assert heading_levels(english) == heading_levels(chinese)
@@ -41,8 +43,8 @@ def test_both_languages_show_the_same(english: Path, chinese: Path) -> None:
 
 @pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
 def test_its_code_runs(page: Path, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "photos", 6, 80, 96)
-    (tmp_path / "photos" / "picture00.png").rename(tmp_path / "photos" / "cat.png")
+    write_images(tmp_path / "photos", 6, 80, 96)
+    (tmp_path / "photos" / "image00.png").rename(tmp_path / "photos" / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "my.toml").write_text("\n".join(code for _, code in blocks(page, "toml")))
     found = blocks(page, "python", "bash")
@@ -53,7 +55,14 @@ def test_its_code_runs(page: Path, tmp_path: Path) -> None:
 
 
 def run_python(code: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, code + done.stderr
 
 
@@ -61,10 +70,14 @@ def run_commands(code: str, folder: Path) -> None:
     for line in code.strip().splitlines():
         program, *arguments = shlex.split(line, comments=True)
         if program == "smalto":
-            shorter = ["--steps", "4"] if arguments[0] in ("train", "demo") else []  # of two, the last one counts
+            shorter = (
+                ["--steps", "4"] if arguments[0] in ("train", "demo") else []
+            )  # of two, the last one counts
             smalto_command(*arguments, *shorter, cwd=folder)
         else:
-            assert program in ("make", "pip", "git"), line  # what these do is tried in a fresh clone, not here
+            assert program in ("make", "pip", "git"), (
+                line
+            )  # what these do is tried in a fresh clone, not here
 
 
 @pytest.mark.parametrize("page", [*ENGLISH, *CHINESE], ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""Every figure in the READMEs and the documentation is the stored result's."""
+"""Every metric in the READMEs and the documentation is the stored result's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smalto.evaluation.formatting import figure_rows
+from smalto.evaluation.formatting import metric_rows
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -29,25 +29,45 @@ def table_row(*cells: str) -> str:
 def quality_row(name: str, row: dict[str, float]) -> str:
     shares = f"{row['usage']:.1%}", f"{row['perplexity']:.0f}", f"{row['training_usage']:.1%}"
     return table_row(
-        name, f"{row['psnr']:.2f}", *shares, f"{row['bits_per_pixel']:.3f}", f"{row['parameters']:,.0f}", f"{row['steps_per_second']:.1f}"
+        name,
+        f"{row['psnr']:.2f}",
+        *shares,
+        f"{row['bits_per_pixel']:.3f}",
+        f"{row['parameters']:,.0f}",
+        f"{row['steps_per_second']:.1f}",
     )
 
 
 def search_row(row: dict[str, Any]) -> str:
     times = [f"{row[f'{name}_ms']:.1f} ms" for name in ("smalto", "tiled", "faiss", "cdist")]
-    return table_row(row["shape"], *times, f"{row['ratio']:.1f}", f"{row['smalto_extra_mib']:.0f} MiB", f"{row['cdist_extra_mib']:.0f} MiB")
+    return table_row(
+        row["shape"],
+        *times,
+        f"{row['ratio']:.1f}",
+        f"{row['smalto_extra_mib']:.0f} MiB",
+        f"{row['cdist_extra_mib']:.0f} MiB",
+    )
 
 
 def step_row(row: dict[str, Any]) -> str:
     memory = f"{row['smalto_extra_mib']:.0f} MiB", f"{row['peer_extra_mib']:.0f} MiB"
-    return table_row(row["shape"], f"{row['smalto_ms']:.0f} ms", f"{row['peer_ms']:.0f} ms", f"{row['ratio']:.1f}", *memory)
+    return table_row(
+        row["shape"],
+        f"{row['smalto_ms']:.0f} ms",
+        f"{row['peer_ms']:.0f} ms",
+        f"{row['ratio']:.1f}",
+        *memory,
+    )
 
 
 @on_readmes
 def test_the_demo_ends_as_shown(page: Path) -> None:
     demo, text = result("demo"), page.read_text(encoding="utf-8")
-    for name, value in figure_rows(demo["metrics"]):
-        assert any(line.startswith(name) and line.endswith(value) for line in text.splitlines()), (name, value)
+    for name, value in metric_rows(demo["metrics"]):
+        assert any(line.startswith(name) and line.endswith(value) for line in text.splitlines()), (
+            name,
+            value,
+        )
     assert demo["machine"]["processor"] in text
 
 
@@ -63,7 +83,11 @@ def test_search_is_quoted(page: Path) -> None:
 @on_readmes
 def test_one_token_per_position_is_quoted(page: Path) -> None:
     quality, text = result("quality"), page.read_text(encoding="utf-8")
-    chosen = {name: row for name, row in quality["summary"].items() if "default" in name or "SimpleVQVAE" in name or "vector" in name}
+    chosen = {
+        name: row
+        for name, row in quality["summary"].items()
+        if "default" in name or "SimpleVQVAE" in name or "vector" in name
+    }
     for name, row in chosen.items():
         if row["bits_per_pixel"] < 1:
             assert quality_row(name, row) in text
@@ -92,10 +116,25 @@ on_var = pytest.mark.parametrize("page", VAR, ids=lambda page: page.parent.name)
 def scale_rows(var: dict[str, Any]) -> list[str]:
     held_out, training = var["multi_scale"]["held_out"], var["multi_scale"]["training"]
     rows = []
-    for side, seen, learned in zip((1, 2, 4, 8, 16), held_out["grids"], training["grids"], strict=True):
+    for side, seen, learned in zip(
+        (1, 2, 4, 8, 16), held_out["grids"], training["grids"], strict=True
+    ):
         shares = f"{learned['used']:.1%}", f"{learned['ceiling']:.1%}"
-        rows.append(table_row(f"{side} x {side}", f"{seen['psnr']:.2f}", f"{learned['tokens']:,}", *shares, f"{learned['perplexity']:.0f}"))
-    total = f"{training['num_tokens']:,}", f"{training['used']:.1%}", "100.0%", f"{training['perplexity']:.0f}"
+        rows.append(
+            table_row(
+                f"{side} x {side}",
+                f"{seen['psnr']:.2f}",
+                f"{learned['tokens']:,}",
+                *shares,
+                f"{learned['perplexity']:.0f}",
+            )
+        )
+    total = (
+        f"{training['num_tokens']:,}",
+        f"{training['used']:.1%}",
+        "100.0%",
+        f"{training['perplexity']:.0f}",
+    )
     return [*rows, table_row("Σ", f"{held_out['psnr']:.2f}", *total)]
 
 
@@ -139,8 +178,12 @@ def test_speed_is_quoted(page: Path) -> None:
         assert encode_row(name, row) in text
     assert encode["machine"]["processor"] in text
     bf16 = result("var")["bf16"]
-    for figure in (f"{bf16['equal']:.1%}", f"{bf16['psnr_bf16']:.2f} dB", f"{bf16['psnr_float32']:.2f} dB"):
-        assert figure in text
+    for metric in (
+        f"{bf16['equal']:.1%}",
+        f"{bf16['psnr_bf16']:.2f} dB",
+        f"{bf16['psnr_float32']:.2f} dB",
+    ):
+        assert metric in text
 
 
 def test_what_was_claimed_of_speed_holds() -> None:
@@ -157,11 +200,23 @@ on_training = pytest.mark.parametrize("page", TRAINING, ids=lambda page: page.pa
 
 def train_row(name: str, row: dict[str, float]) -> str:
     ratios = f"{row['times_plain']:.2f}", f"{row['times_peer']:.2f}"
-    return table_row(name, f"{1000 * row['seconds']:.0f} ms", f"{row['images_per_second']:.1f}", *ratios, f"{row['peak_mib']:,.0f} MiB")
+    return table_row(
+        name,
+        f"{1000 * row['seconds']:.0f} ms",
+        f"{row['images_per_second']:.1f}",
+        *ratios,
+        f"{row['peak_mib']:,.0f} MiB",
+    )
 
 
 def codec_row(name: str, row: dict[str, float]) -> str:
-    return table_row(name, f"{row['bits_per_pixel']:.3f}", f"{row['psnr']:.2f} dB", f"{row['ssim']:.4f}", f"{row['lite0_distance']:.4f}")
+    return table_row(
+        name,
+        f"{row['bits_per_pixel']:.3f}",
+        f"{row['psnr']:.2f} dB",
+        f"{row['ssim']:.4f}",
+        f"{row['lite0_distance']:.4f}",
+    )
 
 
 @on_training
@@ -187,12 +242,25 @@ def test_what_was_claimed_of_training_speed_holds() -> None:
 def test_the_discriminators_run_is_quoted(page: Path) -> None:
     vqgan, text = result("vqgan"), page.read_text(encoding="utf-8")
     held_out, adversarial = vqgan["held_out"], vqgan["adversarial"]
-    for name, row in (("tokens", held_out), *((line["codec"], line) for line in held_out["codecs"])):
+    for name, row in (
+        ("tokens", held_out),
+        *((line["codec"], line) for line in held_out["codecs"]),
+    ):
         assert codec_row({"WEBP": "WebP"}.get(name, name), row) in text
     assert f"{held_out['training_seconds'] / 60:.0f} " in text
-    for key in ("psnr_before", "lowest_psnr_after", "mean_of_five_before", "lowest_mean_of_five_after", "last_psnr"):
+    for key in (
+        "psnr_before",
+        "lowest_psnr_after",
+        "mean_of_five_before",
+        "lowest_mean_of_five_after",
+        "last_psnr",
+    ):
         assert f"{adversarial[key]:.2f}" in text, key
-    for key in ("lite0_distance_before", "last_lite0_distance", "gradient_share_in_the_last_quarter"):
+    for key in (
+        "lite0_distance_before",
+        "last_lite0_distance",
+        "gradient_share_in_the_last_quarter",
+    ):
         assert f"{adversarial[key]:.3f}" in text, key
     for value in vqgan["whole_and_in_tiles"].values():
         assert f"{value:.2f} dB" in text
@@ -221,12 +289,17 @@ def bytes_a_row(store: dict[str, Any], tokens: int) -> float:
 
 def size_row(store: dict[str, Any], exponent: int) -> str:
     sizes = [10**exponent * bytes_a_row(store, tokens) for tokens in (256, 680, 1024)]
-    return table_row(f"10^{exponent}", *(f"{size / 1e9:,.2f} GB" if size < 1e12 else f"{size / 1e12:,.2f} TB" for size in sizes))
+    return table_row(
+        f"10^{exponent}",
+        *(f"{size / 1e9:,.2f} GB" if size < 1e12 else f"{size / 1e12:,.2f} TB" for size in sizes),
+    )
 
 
 def job_row(row: dict[str, Any]) -> str:
     speeds = [f"{row[key]:.1f}" for key in ("images_per_second", "model_alone", "cores_bound")]
-    return table_row(row["model"], row["precision"], row["jpeg"], *speeds, f"{row['share_of_bound']:.2f}")
+    return table_row(
+        row["model"], row["precision"], row["jpeg"], *speeds, f"{row['share_of_bound']:.2f}"
+    )
 
 
 @on_store
@@ -236,7 +309,7 @@ def test_sizes_and_speeds_of_the_store_are_quoted(page: Path) -> None:
         assert size_row(store, exponent) in text
     reading, passes = store["reading"], store["passes"]
     appends = store["writing"]["append_4096_rows_ms"]
-    figures = [
+    metrics = [
         f"{store['writing']['bytes_per_token']:.2f}",
         f"{bytes_a_row(store, 0):.0f} ",
         f"{reading['open_ms']:.1f} ",
@@ -249,11 +322,15 @@ def test_sizes_and_speeds_of_the_store_are_quoted(page: Path) -> None:
         f"{reading['look_up_4096_ids_ms']:.0f} ",
     ]
     bends = {row["fragments"]: row for row in store["many_fragments"]}
-    figures += [f"{bends[number]['commit_ms']:.0f} " for number in (1000, 10_000, 100_000)]
+    metrics += [f"{bends[number]['commit_ms']:.0f} " for number in (1000, 10_000, 100_000)]
     most = bends[100_000]
-    figures += [f"{most['open_ms']:.0f} ", f"{most['manifest_mib']:.1f} MiB", f"{most['metadata_mib']:.0f} MiB"]
-    for figure in figures:
-        assert figure in text, figure
+    metrics += [
+        f"{most['open_ms']:.0f} ",
+        f"{most['manifest_mib']:.1f} MiB",
+        f"{most['metadata_mib']:.0f} MiB",
+    ]
+    for metric in metrics:
+        assert metric in text, metric
     assert store["machine"]["processor"] in text
 
 
@@ -271,11 +348,14 @@ def test_the_store_is_quoted(page: Path) -> None:
     store, text = result("store"), page.read_text(encoding="utf-8")
     (line,) = [line for line in text.splitlines() if "benchmarks/store.py" in line]
     faster = store["passes"]["times_as_fast_as"]
-    figures = [f"{store['reading']['open_ms']:.1f} ", f"{store['reading']['random_batch_of_256_ms']:.1f} "]
-    figures += [f"{faster['one .npy file a row']:.0f} ", f"{faster['LMDB of pickled rows']:.1f} "]
-    figures += [f"{min(row['share_of_bound'] for row in result('tokenization')['rows']):.2f} "]
-    for figure in figures:
-        assert figure in line, figure
+    metrics = [
+        f"{store['reading']['open_ms']:.1f} ",
+        f"{store['reading']['random_batch_of_256_ms']:.1f} ",
+    ]
+    metrics += [f"{faster['one .npy file a row']:.0f} ", f"{faster['LMDB of pickled rows']:.1f} "]
+    metrics += [f"{min(row['share_of_bound'] for row in result('tokenization')['rows']):.2f} "]
+    for metric in metrics:
+        assert metric in line, metric
 
 
 def test_what_was_claimed_of_the_store_holds() -> None:

@@ -25,7 +25,9 @@ def lite0() -> Lite0:
 
 
 def images(number: int = 2, height: int = 64, width: int = 80, seed: int = 0) -> Tensor:
-    return torch.rand(number, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (
+        torch.rand(number, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    )
 
 
 def plain_lite0(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,9 @@ def plain_lite0(x: Tensor) -> tuple[Tensor, Tensor]:
             total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
             pads += [total // 2, total - total // 2]
         x = F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
-        mean, variance, gain, shift = (state[f"{norm}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+        mean, variance, gain, shift = (
+            state[f"{norm}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+        )
         return F.batch_norm(x, mean, variance, gain, shift, training=False, eps=1e-3)
 
     x = F.relu6(convolve((x * 127.5 + 127.5 - 127) / 128, "_conv_stem", "_bn0", 2))
@@ -63,23 +67,23 @@ def test_lite0_is_the_network_of_its_weights(lite0: Lite0) -> None:
     torch.testing.assert_close(lite0.pooled(batch), plain_lite0(batch)[1], rtol=1e-4, atol=1e-4)
 
 
-def test_lite0_sees_what_is_in_a_picture() -> None:
+def test_lite0_sees_what_is_in_a_image() -> None:
     """The range and the padding that its weights were trained with are nowhere written down; with these it knows a cat and a coffee."""
     from smalto.images.bundled import bundled_photographs
-    from smalto.images.reading import read_picture
+    from smalto.images.reading import read_image
     from smalto.images.tensors import to_tensor, to_unit_range
 
     paths = {file.name: file.path for file in bundled_photographs()}
     for name, classes in (("chelsea.png", {281, 282, 285}), ("coffee.png", {504, 967, 968})):
-        picture = to_unit_range(to_tensor(read_picture(paths[name])))
-        side = min(picture.shape[1:])
-        top, left = (picture.shape[1] - side) // 2, (picture.shape[2] - side) // 2
-        square = picture[None, :, top : top + side, left : left + side]
+        image = to_unit_range(to_tensor(read_image(paths[name])))
+        side = min(image.shape[1:])
+        top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
+        square = image[None, :, top : top + side, left : left + side]
         small = F.interpolate(square, (224, 224), mode="bilinear", antialias=True)
         assert int(plain_lite0(small)[0].argmax()) in classes
 
 
-def test_distances_are_zero_for_equal_pictures_and_grow_with_noise(lite0: Lite0) -> None:
+def test_distances_are_zero_for_equal_images_and_grow_with_noise(lite0: Lite0) -> None:
     batch = images(3)
     assert lite0.distance(batch, batch).abs().max() < 1e-10
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(1))
@@ -89,7 +93,7 @@ def test_distances_are_zero_for_equal_pictures_and_grow_with_noise(lite0: Lite0)
     torch.testing.assert_close(lite0.distance(batch + 0.05 * noise, batch), near)
 
 
-def test_gradients_reach_pictures_and_not_weights(lite0: Lite0) -> None:
+def test_gradients_reach_images_and_not_weights(lite0: Lite0) -> None:
     batch = images().requires_grad_()
     lite0.distance(batch, images(seed=1)).sum().backward()
     assert batch.grad is not None
@@ -104,15 +108,30 @@ def lpips_state(seed: int = 0) -> dict[str, Tensor]:
     for key, shape in lpips._expected().items():
         value = torch.randn(shape, generator=generator)
         fan_in = value[0].numel() if value.ndim == 4 else 1
-        state[key] = value.abs() if key.startswith("lin") else value * (2 / fan_in) ** 0.5 if value.ndim == 4 else 0.1 * value
+        state[key] = (
+            value.abs()
+            if key.startswith("lin")
+            else value * (2 / fan_in) ** 0.5
+            if value.ndim == 4
+            else 0.1 * value
+        )
     return state
 
 
 def test_lpips_is_vgg_with_weighted_unit_differences(tmp_path: Path) -> None:
     state = lpips_state()
-    torch.save(state | {f"lins.{i}.model.1.weight": state[f"lin{i}.model.1.weight"] for i in range(5)}, tmp_path / "lpips.pth")
+    torch.save(
+        state | {f"lins.{i}.model.1.weight": state[f"lin{i}.model.1.weight"] for i in range(5)},
+        tmp_path / "lpips.pth",
+    )
     layers: list[nn.Module] = []
-    for count, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):  # VGG-16's features, as torchvision numbers them
+    for count, width in (
+        (2, 64),
+        (2, 128),
+        (3, 256),
+        (3, 512),
+        (3, 512),
+    ):  # VGG-16's features, as torchvision numbers them
         for _ in range(count):
             before = layers_width(layers)
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
@@ -121,19 +140,27 @@ def test_lpips_is_vgg_with_weighted_unit_differences(tmp_path: Path) -> None:
         if found := re.match(r"net\.slice\d\.(\d+)\.(\w+)", key):
             getattr(layers[int(found[1])], found[2]).data = value
     a, b = images(2, 48, 40), images(2, 48, 40, seed=1)
-    shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    shift, scale = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
+    )
     x, y, expected, depth = (a - shift) / scale, (b - shift) / scale, torch.zeros(2), 0
     for number, layer in enumerate(layers):
         x, y = layer(x), layer(y)
         if number in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
             units = [v / (v.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for v in (x, y)]
-            expected = expected + ((units[0] - units[1]).square() * state[f"lin{depth}.model.1.weight"]).sum(dim=1).mean(dim=(1, 2))
+            expected = expected + (
+                (units[0] - units[1]).square() * state[f"lin{depth}.model.1.weight"]
+            ).sum(dim=1).mean(dim=(1, 2))
             depth += 1
-    torch.testing.assert_close(LPIPS(tmp_path / "lpips.pth").distance(a, b), expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        LPIPS(tmp_path / "lpips.pth").distance(a, b), expected.detach(), rtol=1e-4, atol=1e-5
+    )
 
 
 def layers_width(layers: list[nn.Module]) -> int:
-    return next((layer.out_channels for layer in reversed(layers) if isinstance(layer, nn.Conv2d)), 3)
+    return next(
+        (layer.out_channels for layer in reversed(layers) if isinstance(layer, nn.Conv2d)), 3
+    )
 
 
 def inception_state() -> tuple[dict[str, Tensor], numpy.random.Generator]:
@@ -154,12 +181,15 @@ def inception_state() -> tuple[dict[str, Tensor], numpy.random.Generator]:
 
 
 def test_inception_is_the_one_of_the_fid(tmp_path: Path) -> None:
-    """The figures are torch-fidelity 0.4.0's ``FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])`` with these weights."""
+    """The metrics are torch-fidelity 0.4.0's ``FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])`` with these weights."""
     state, random = inception_state()
     torch.save(state, tmp_path / "inception.pth")
     pixels = torch.from_numpy(random.integers(0, 256, (2, 3, 64, 80), dtype=numpy.uint8))
     pooled = Inception(tmp_path / "inception.pth").pooled(pixels.float() / 127.5 - 1)
-    first, last = [0.0093154386, 0.0, 0.0, 0.0, 0.0], [0.2068150342, 0.0013161927, 0.1658627987, 0.3759639859, 0.0318220407]
+    first, last = (
+        [0.0093154386, 0.0, 0.0, 0.0, 0.0],
+        [0.2068150342, 0.0013161927, 0.1658627987, 0.3759639859, 0.0318220407],
+    )
     torch.testing.assert_close(pooled[0, :5], torch.tensor(first), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pooled[1, -5:], torch.tensor(last), rtol=1e-4, atol=1e-5)
     assert float(pooled.double().mean()) == pytest.approx(0.2148133726, rel=1e-5)
@@ -174,7 +204,9 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     del state["net.slice3.12.bias"]
     state["lin0.model.1.weight"] = torch.zeros(1, 32, 1, 1)
     torch.save(state, tmp_path / "less.pth")
-    with pytest.raises(DataError, match=r"lacks net\.slice3\.12\.bias.*lin0\.model\.1\.weight is \[1, 32, 1, 1\]"):
+    with pytest.raises(
+        DataError, match=r"lacks net\.slice3\.12\.bias.*lin0\.model\.1\.weight is \[1, 32, 1, 1\]"
+    ):
         LPIPS(tmp_path / "less.pth")
     with pytest.raises(DataError, match="holds no Inception of the FID"):
         Inception(tmp_path / "less.pth")

@@ -1,4 +1,4 @@
-"""Pictures inside zip and tar archives."""
+"""Images inside zip and tar archives."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from PIL import Image
 import smalto
 from smalto.core.errors import DataError
 from smalto.images.archives import open_file
-from smalto.images.finding import find_pictures
-from smalto.images.reading import read_picture
-from smalto.images.worker_pool import Decoder
+from smalto.images.finding import find_images
+from smalto.images.reading import read_image
+from smalto.images.worker_pool import ReaderPool
 from smalto.training.recipe import Recipe
-from tests.conftest import picture, write_pictures
+from tests.conftest import make_image, write_images
 
 
 def png(seed: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture(seed)).save(buffer, "PNG")
+    Image.fromarray(make_image(seed)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -49,31 +49,50 @@ WRITERS = {"zip": write_zip, "tar": write_tar}
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_an_archive_is_a_folder(kind: str, tmp_path: Path) -> None:
-    contents = {f"b/{i}.png": png(i) for i in range(4)} | {"a.png": png(9), "notes.txt": b"x", "empty.png": b"", "broken.png": b"\x89PNG"}
+    contents = {f"b/{i}.png": png(i) for i in range(4)} | {
+        "a.png": png(9),
+        "notes.txt": b"x",
+        "empty.png": b"",
+        "broken.png": b"\x89PNG",
+    }
     contents |= {"__MACOSX/a.png": b"x", "b/.hidden.png": b"x"}
-    files, skipped = find_pictures(WRITERS[kind](tmp_path / f"pictures.{kind}", contents))
-    assert [file.name for file in files] == ["a.png", *(f"b/{i}.png" for i in range(4)), "broken.png"]
+    files, skipped = find_images(WRITERS[kind](tmp_path / f"images.{kind}", contents))
+    assert [file.name for file in files] == [
+        "a.png",
+        *(f"b/{i}.png" for i in range(4)),
+        "broken.png",
+    ]
     assert sorted(reason for _, reason in skipped) == ["empty", "not an image"]
-    assert numpy.array_equal(read_picture(files[2]), picture(1))
+    assert numpy.array_equal(read_image(files[2]), make_image(1))
     for workers in (0, 2):
-        with Decoder(workers, read_picture) as decoder:
+        with ReaderPool(workers, read_image) as decoder:
             outcomes = {file.name: outcome for file, outcome in decoder.in_order(files)}
-        assert numpy.array_equal(outcomes["b/3.png"], picture(3))
-        assert "damaged" in str(outcomes["broken.png"]) or "not an image" in str(outcomes["broken.png"])
+        assert numpy.array_equal(outcomes["b/3.png"], make_image(3))
+        assert "damaged" in str(outcomes["broken.png"]) or "not an image" in str(
+            outcomes["broken.png"]
+        )
 
 
 def test_archives_in_a_folder_are_folders_of_it(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     write_tar(tmp_path / "shard-000.tar", {"000.png": png(1), "000.json": b"{}"})
     write_zip(tmp_path / "more.ZIP", {"x/y.png": png(2)})
-    files, skipped = find_pictures(tmp_path)
-    assert [file.name for file in files] == ["more.ZIP/x/y.png", "picture00.png", "shard-000.tar/000.png"]
+    files, skipped = find_images(tmp_path)
+    assert [file.name for file in files] == [
+        "more.ZIP/x/y.png",
+        "image00.png",
+        "shard-000.tar/000.png",
+    ]
     assert [reason for _, reason in skipped] == ["not an image"]
 
 
 def test_nothing_in_an_archive_escapes_or_blocks(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "odd.tar", "w") as archive:
-        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("pipe.png", tarfile.FIFOTYPE)):
+        for name, kind in (
+            ("link.png", tarfile.SYMTYPE),
+            ("hard.png", tarfile.LNKTYPE),
+            ("pipe.png", tarfile.FIFOTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
@@ -81,59 +100,63 @@ def test_nothing_in_an_archive_escapes_or_blocks(tmp_path: Path) -> None:
         info = tarfile.TarInfo("../../outside.png")
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
-    files, skipped = find_pictures(tmp_path / "odd.tar")
+    files, skipped = find_images(tmp_path / "odd.tar")
     assert sorted(name for name, _ in skipped) == ["hard.png", "link.png", "pipe.png"]
-    assert numpy.array_equal(read_picture(files[0]), picture(5))
+    assert numpy.array_equal(read_image(files[0]), make_image(5))
     smalto.default_tokenizer(16).save(tmp_path / "tokenizer")
-    smalto.tokenize(tmp_path / "odd.tar", tmp_path / "tokenizer", tmp_path / "t.safetensors", workers=0)
+    smalto.tokenize(
+        tmp_path / "odd.tar", tmp_path / "tokenizer", tmp_path / "t.safetensors", workers=0
+    )
     (written,) = smalto.decode(tmp_path / "t.safetensors", tmp_path / "out" / "deep", workers=0)
     assert written.resolve().is_relative_to(tmp_path / "out" / "deep")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_damaged_archive_is_named(kind: str, tmp_path: Path) -> None:
-    whole = WRITERS[kind](tmp_path / f"whole.{kind}", {f"{i}.png": png(i) for i in range(3)}).read_bytes()
+    whole = WRITERS[kind](
+        tmp_path / f"whole.{kind}", {f"{i}.png": png(i) for i in range(3)}
+    ).read_bytes()
     (tmp_path / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
     (tmp_path / f"text.{kind}").write_bytes(b"hello" * 300)
     (tmp_path / f"empty.{kind}").touch()
-    files, skipped = find_pictures(tmp_path)
+    files, skipped = find_images(tmp_path)
     assert {f"whole.{kind}/{i}.png" for i in range(3)} <= {file.name for file in files}
     named = {name for name, reason in skipped if "damaged archive" in reason}
     assert f"text.{kind}" in named
     assert f"cut.{kind}" in named or any(file.name.startswith(f"cut.{kind}/") for file in files)
-    with pytest.raises(DataError, match=r"holds no picture.*damaged archive"):
-        find_pictures(tmp_path / f"text.{kind}")
+    with pytest.raises(DataError, match=r"holds no image.*damaged archive"):
+        find_images(tmp_path / f"text.{kind}")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_run_trains_on_an_archive(kind: str, tmp_path: Path, tiny_recipe: Recipe) -> None:
-    source = WRITERS[kind](tmp_path / f"pictures.{kind}", {f"{i}.png": png(i) for i in range(6)})
+    source = WRITERS[kind](tmp_path / f"images.{kind}", {f"{i}.png": png(i) for i in range(6)})
     trained = smalto.train(source, tiny_recipe, out=tmp_path / "run", workers=1)
-    assert trained.metrics["measured_on"] == "held-out pictures"
+    assert trained.metrics["measured_on"] == "held-out images"
     again = smalto.evaluate(source, tmp_path / "run", workers=0)
-    assert again.figures["num_images"] == trained.metrics["num_images"]
+    assert again.metrics["num_images"] == trained.metrics["num_images"]
     assert smalto.resume(tmp_path / "run", settings={"steps": 8}, workers=0).metrics["steps"] == 8
 
 
 def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "pictures.tar.gz").write_bytes(b"x")
+    (tmp_path / "images.tar.gz").write_bytes(b"x")
     with pytest.raises(DataError, match=r"compressed tar: unpack it, or write it as a plain \.tar"):
-        find_pictures(tmp_path / "pictures.tar.gz")
+        find_images(tmp_path / "images.tar.gz")
 
 
 def test_bytes_come_from_where_the_archive_says(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"x.png": png(0), "y.png": png(1)})
-    files, _ = find_pictures(path)
+    files, _ = find_images(path)
     for file, seed in zip(files, (0, 1), strict=True):
         with open_file(file) as stream:
             assert stream.read() == png(seed)
     os.remove(path)
     with pytest.raises(Exception, match="damaged"):
-        read_picture(files[0])
+        read_image(files[0])
 
 
 def test_a_zip_that_was_written_again_is_read_again(tmp_path: Path) -> None:
     for seed in (0, 1):
-        files, _ = find_pictures(write_zip(tmp_path / "a.zip", {"x.png": png(seed)}))
+        files, _ = find_images(write_zip(tmp_path / "a.zip", {"x.png": png(seed)}))
         os.utime(tmp_path / "a.zip", ns=(seed, seed))
-        assert numpy.array_equal(read_picture(files[0]), picture(seed))
+        assert numpy.array_equal(read_image(files[0]), make_image(seed))

@@ -1,4 +1,4 @@
-"""Crops are a function of seed, epoch and picture; the stream goes on where it stopped."""
+"""Crops are a function of seed, epoch and image; the stream goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch import Tensor
 from smalto.core.errors import DataError, InputError
 from smalto.images import crops
 from smalto.images.crops import CropStream
-from smalto.images.finding import find_pictures
-from smalto.images.image_file import PictureFile
-from smalto.images.image_set import DatasetPictures, FilePictures
-from smalto.images.reading import read_picture
+from smalto.images.finding import find_images
+from smalto.images.image_file import ImageFile
+from smalto.images.image_set import DatasetImages, ImageFiles
+from smalto.images.reading import read_image
 from smalto.images.splits import split, split_by_name
-from smalto.images.tensors import centre_crop, enlarge, to_uint8, to_unit_range
-from smalto.images.worker_pool import Decoder
-from tests.conftest import write_pictures
+from smalto.images.tensors import center_crop, enlarge, to_uint8, to_unit_range
+from smalto.images.worker_pool import ReaderPool
+from tests.conftest import write_images
 
 
 class Numbered(torch.utils.data.Dataset[Tensor]):
-    """Picture i is uint8 and i everywhere, but for its first row and column, which tell where one is."""
+    """Image i is uint8 and i everywhere, but for its first row and column, which tell where one is."""
 
-    def __init__(self, number: int, height: int = 20, width: int = 24, dtype: torch.dtype = torch.uint8) -> None:
+    def __init__(
+        self, number: int, height: int = 20, width: int = 24, dtype: torch.dtype = torch.uint8
+    ) -> None:
         self.number, self.shape, self.dtype = number, (1, height, width), dtype
 
     def __len__(self) -> int:
@@ -36,41 +38,43 @@ class Numbered(torch.utils.data.Dataset[Tensor]):
 
 
 def stream(number: int = 10, **settings: object) -> CropStream:
-    defaults = {"size": 8, "batch": 4, "seed": 0, "crops_per_picture": 3}
-    return CropStream(DatasetPictures(Numbered(number)), list(range(number)), **(defaults | settings))  # type: ignore[arg-type]
+    defaults = {"size": 8, "batch": 4, "seed": 0, "crops_per_image": 3}
+    return CropStream(DatasetImages(Numbered(number)), list(range(number)), **(defaults | settings))  # type: ignore[arg-type]
 
 
 def numbers(batch: Tensor) -> list[int]:
     return [round((float(crop[0, 0, 0]) + 1) * 127.5) for crop in batch]
 
 
-def test_an_epoch_shows_every_picture_equally_and_in_another_order_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crops, "WINDOW", 4)  # one picture a row
+def test_an_epoch_shows_every_image_equally_and_in_another_order_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(crops, "WINDOW", 4)  # one image a row
     source = stream(number=12)
     epochs = [[number for _ in range(9) for number in numbers(next(source))] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(list(range(12)) * 3)
     assert epochs[0] != epochs[1]
 
 
-def test_crops_of_a_few_pictures_are_mixed_in_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crops, "WINDOW", 16)  # four pictures a row
+def test_crops_of_a_few_images_are_mixed_in_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "WINDOW", 16)  # four images a row
     source = stream(number=100)
     rows = numpy.array([numbers(next(source)) for _ in range(30)])
-    assert all(len(set(batch)) == 4 for batch in rows)  # no picture twice in a batch
+    assert all(len(set(batch)) == 4 for batch in rows)  # no image twice in a batch
     for row, column in enumerate(rows.T):
-        first = 3 * (1 + row % 4)  # rows change their pictures at different times
+        first = 3 * (1 + row % 4)  # rows change their images at different times
         assert len(set(column[:first])) == 1 + row % 4
         window = list(column[first : first + 12])
         assert {window.count(number) for number in window} == {3}
-        assert window != sorted(window, key=window.index)  # and not one picture after the other
+        assert window != sorted(window, key=window.index)  # and not one image after the other
 
 
-def test_processes_that_share_the_rows_make_the_same_batches_of_their_own_pictures() -> None:
+def test_processes_that_share_the_rows_make_the_same_batches_of_their_own_images() -> None:
     whole = stream(number=40)
     halves = [stream(number=40, rows=rows) for rows in (range(2), range(2, 4))]
     asked: list[set[int]] = [set(), set()]
     for half, seen in zip(halves, asked, strict=True):
-        half._pictures.ask = seen.update  # type: ignore[method-assign, assignment]
+        half._images.prefetch = seen.update  # type: ignore[method-assign, assignment]
     for _ in range(12):
         assert torch.equal(next(whole), torch.cat([next(half) for half in halves]))
     assert not asked[0] & asked[1] or len(asked[0] | asked[1]) == 40  # each decodes a share
@@ -84,39 +88,46 @@ def test_with_another_batch_it_goes_on_about_where_it_was() -> None:
     visited = sum(visit for _, visit, _ in before.position())
     after = stream(number=200, batch=6, position=before.position())
     assert abs(sum(visit for _, visit, _ in after.position()) - visited) < 6
-    halves = [stream(number=200, batch=6, position=before.position(), rows=rows) for rows in (range(3), range(3, 6))]
+    halves = [
+        stream(number=200, batch=6, position=before.position(), rows=rows)
+        for rows in (range(3), range(3, 6))
+    ]
     assert torch.equal(next(after), torch.cat([next(half) for half in halves]))
 
 
-def test_pictures_that_lie_in_blocks_are_visited_a_few_blocks_at_a_time() -> None:
-    source = stream(number=60, batch=2, crops_per_picture=1)
-    source._pictures.blocks = numpy.arange(60) // 5
+def test_images_that_lie_in_blocks_are_visited_a_few_blocks_at_a_time() -> None:
+    source = stream(number=60, batch=2, crops_per_image=1)
+    source._images.row_groups = numpy.arange(60) // 5
     order = source._order(0)
     assert sorted(order) == list(range(60))
     first = [index // 5 for index in order[:20]]
-    assert len(set(first)) == crops.MIXED_BLOCKS
+    assert len(set(first)) == crops.MIXED_ROW_GROUPS
     assert first != sorted(first)
     assert list(order) != list(source._order(1))
 
 
-def test_colours_change_within_bounds_and_greys_only_in_brightness_and_contrast() -> None:
+def test_colors_change_within_bounds_and_greys_only_in_brightness_and_contrast() -> None:
     images = torch.rand(50, 3, 4, 4) * 2 - 1
     chances = numpy.random.default_rng(0).random((50, 4))
-    assert torch.allclose(crops.change_colours(images, numpy.full((50, 4), 0.5), 1.0), images, atol=1e-6)  # in the middle nothing changes
-    changed = crops.change_colours(images, chances, 1.0)
+    assert torch.allclose(
+        crops.jitter_colors(images, numpy.full((50, 4), 0.5), 1.0), images, atol=1e-6
+    )  # in the middle nothing changes
+    changed = crops.jitter_colors(images, chances, 1.0)
     assert changed.abs().max() <= 1
     assert (changed - images).abs().mean() > 0.1
-    grey = crops.change_colours(images[:, :1].expand(-1, 3, -1, -1), chances, 1.0)
-    assert (grey - grey.mean(dim=1, keepdim=True)).abs().max() < 1e-5
-    assert torch.equal(crops.change_colours(images[:, :1], chances, 1.0), images[:, :1])
+    gray = crops.jitter_colors(images[:, :1].expand(-1, 3, -1, -1), chances, 1.0)
+    assert (gray - gray.mean(dim=1, keepdim=True)).abs().max() < 1e-5
+    assert torch.equal(crops.jitter_colors(images[:, :1], chances, 1.0), images[:, :1])
 
 
-def test_the_same_seed_gives_the_same_crops_and_another_seed_others(pictures: Path) -> None:
-    files, _ = find_pictures(pictures)
+def test_the_same_seed_gives_the_same_crops_and_another_seed_others(image_folder: Path) -> None:
+    files, _ = find_images(image_folder)
 
     def batches(seed: int, workers: int, cache_bytes: int) -> Tensor:
-        with Decoder(workers, read_picture) as decoder:
-            source = CropStream(FilePictures(files, decoder, cache_bytes), list(range(6)), size=16, batch=5, seed=seed)
+        with ReaderPool(workers, read_image) as decoder:
+            source = CropStream(
+                ImageFiles(files, decoder, cache_bytes), list(range(6)), size=16, batch=5, seed=seed
+            )
             return torch.stack([next(source) for _ in range(12)])
 
     here = batches(0, 0, 2**20)
@@ -147,100 +158,118 @@ def test_flips_can_be_off_and_crops_stay_inside() -> None:
             return torch.arange(200, dtype=torch.uint8).expand(3, 9, 200)
 
     def rising(flip: bool) -> set[bool]:
-        source = CropStream(DatasetPictures(Ramp()), [0], size=8, batch=60, seed=0, flip=flip)
+        source = CropStream(DatasetImages(Ramp()), [0], size=8, batch=60, seed=0, flip=flip)
         return {bool((crop[0, 0, 1:] > crop[0, 0, :-1]).all()) for crop in next(source)}
 
     assert rising(False) == {True}
     assert rising(True) == {True, False}
 
 
-def test_small_pictures_are_enlarged_and_counted() -> None:
-    source = CropStream(DatasetPictures(Numbered(3, 5, 9)), [0, 1, 2], size=8, batch=3, seed=0)
+def test_small_images_are_enlarged_and_counted() -> None:
+    source = CropStream(DatasetImages(Numbered(3, 5, 9)), [0, 1, 2], size=8, batch=3, seed=0)
     assert next(source).shape == (3, 1, 8, 8)
     assert source.enlarged == {0, 1, 2} or len(source.enlarged) >= 1
-    strip = CropStream(DatasetPictures(Numbered(1, 1, 100_000)), [0], size=64, batch=8, seed=0)  # the whole strip enlarged has 400 M pixels
+    strip = CropStream(
+        DatasetImages(Numbered(1, 1, 100_000)), [0], size=64, batch=8, seed=0
+    )  # the whole strip enlarged has 400 M pixels
     assert next(strip).shape == (8, 1, 64, 64)
     assert enlarge(torch.zeros(3, 5, 10, dtype=torch.uint8), 20).shape == (3, 20, 40)
 
 
-def test_broken_pictures_are_passed_over_and_none_left_is_an_error(pictures: Path) -> None:
-    (pictures / "picture00.png").write_bytes(b"broken")
-    files, _ = find_pictures(pictures)
-    with Decoder(0, read_picture) as decoder:
-        source = FilePictures(files, decoder, 0)
+def test_broken_images_are_passed_over_and_none_left_is_an_error(image_folder: Path) -> None:
+    (image_folder / "image00.png").write_bytes(b"broken")
+    files, _ = find_images(image_folder)
+    with ReaderPool(0, read_image) as decoder:
+        source = ImageFiles(files, decoder, 0)
         next(CropStream(source, list(range(6)), size=16, batch=40, seed=0))
-        assert [s.name for s in source.skipped] == ["picture00.png"]
-    only_bad = [PictureFile("x", str(pictures / "picture00.png"))]
-    with Decoder(0, read_picture) as decoder, pytest.raises(DataError, match="none of the pictures can be read"):
-        next(CropStream(FilePictures(only_bad, decoder, 0), [0], size=16, batch=1, seed=0))
-    with pytest.raises(DataError, match="no picture to take crops from"):
-        stream(number=1).__class__(DatasetPictures(Numbered(1)), [], size=8, batch=1, seed=0)
+        assert [s.name for s in source.skipped] == ["image00.png"]
+    only_bad = [ImageFile("x", str(image_folder / "image00.png"))]
+    with (
+        ReaderPool(0, read_image) as decoder,
+        pytest.raises(DataError, match="none of the image_folder can be read"),
+    ):
+        next(CropStream(ImageFiles(only_bad, decoder, 0), [0], size=16, batch=1, seed=0))
+    with pytest.raises(DataError, match="no image to take crops from"):
+        stream(number=1).__class__(DatasetImages(Numbered(1)), [], size=8, batch=1, seed=0)
 
 
-def test_the_cache_holds_what_fits(pictures: Path) -> None:
-    files, _ = find_pictures(pictures)
-    with Decoder(0, read_picture) as decoder:
-        source = FilePictures(files, decoder, 2 * 40 * 48 * 3)
+def test_the_cache_holds_what_fits(image_folder: Path) -> None:
+    files, _ = find_images(image_folder)
+    with ReaderPool(0, read_image) as decoder:
+        source = ImageFiles(files, decoder, 2 * 40 * 48 * 3)
         first = [source.get(i) for i in range(6)]
         again = [source.get(i) for i in range(6)]
-    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False, False, False, False]
+    assert [a is b for a, b in zip(first, again, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_datasets_of_floats_tuples_and_nonsense() -> None:
-    floats = DatasetPictures(Numbered(2, dtype=torch.float32))
-    assert torch.equal(next(CropStream(floats, [1], size=4, batch=1, seed=0)), torch.ones(1, 1, 4, 4))
+    floats = DatasetImages(Numbered(2, dtype=torch.float32))
+    assert torch.equal(
+        next(CropStream(floats, [1], size=4, batch=1, seed=0)), torch.ones(1, 1, 4, 4)
+    )
 
     class Labelled(Numbered):
         def __getitem__(self, index: int) -> tuple[Tensor, int]:  # type: ignore[override]
             return super().__getitem__(index), 7
 
-    assert DatasetPictures(Labelled(2)).get(1) is not None
-    for wrong in (torch.zeros(8, 8), torch.zeros(3, 8, 8, dtype=torch.int64), numpy.zeros((3, 8, 8))):
+    assert DatasetImages(Labelled(2)).get(1) is not None
+    for wrong in (
+        torch.zeros(8, 8),
+        torch.zeros(3, 8, 8, dtype=torch.int64),
+        numpy.zeros((3, 8, 8)),
+    ):
         with pytest.raises(InputError, match=r"tensor \[C, H, W\]"):
-            DatasetPictures([wrong]).get(0)  # type: ignore[arg-type]
+            DatasetImages([wrong]).get(0)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="empty"):
-        DatasetPictures([])  # type: ignore[arg-type]
+        DatasetImages([])  # type: ignore[arg-type]
 
 
-def test_the_split_holds_out_at_least_one_readable_picture(tmp_path: Path) -> None:
-    files, _ = find_pictures(write_pictures(tmp_path / "six", 6))
-    with Decoder(0, read_picture) as decoder:
-        training, held_out = split(FilePictures(files, decoder, 0))
+def test_the_split_holds_out_at_least_one_readable_image(tmp_path: Path) -> None:
+    files, _ = find_images(write_images(tmp_path / "six", 6))
+    with ReaderPool(0, read_image) as decoder:
+        training, held_out = split(ImageFiles(files, decoder, 0))
         assert len(held_out) == 1
         assert sorted(training + held_out) == list(range(6))
         (tmp_path / "six" / files[held_out[0]].name).write_bytes(b"broken")
-        _, others = split(FilePictures(files, decoder, 0))
+        _, others = split(ImageFiles(files, decoder, 0))
         assert len(set(others) - set(held_out)) == 1
-    files, _ = find_pictures(write_pictures(tmp_path / "three", 3))
-    with Decoder(0, read_picture) as decoder:
-        assert split(FilePictures(files, decoder, 0)) == ([0, 1, 2], [])
+    files, _ = find_images(write_images(tmp_path / "three", 3))
+    with ReaderPool(0, read_image) as decoder:
+        assert split(ImageFiles(files, decoder, 0)) == ([0, 1, 2], [])
         for file in files:
             Path(file.path).write_bytes(b"broken")
-        with pytest.raises(DataError, match=r"none of the 3 pictures can be read: picture00\.png"):
-            split(FilePictures(files, decoder, 0))
-        assert split_by_name(FilePictures(files, decoder, 0), ["picture01.png"]) == ([0, 2], [1])
+        with pytest.raises(DataError, match=r"none of the 3 images can be read: image00\.png"):
+            split(ImageFiles(files, decoder, 0))
+        assert split_by_name(ImageFiles(files, decoder, 0), ["image01.png"]) == ([0, 2], [1])
 
 
-def test_ranges_and_centre_crops() -> None:
+def test_ranges_and_center_crops() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
     assert torch.equal(to_uint8(to_unit_range(values)), values)
-    assert centre_crop(values, 6).shape == (1, 12, 12)
-    assert centre_crop(values, 6)[0, 0, 0] == values[0, 2, 2]
-    assert centre_crop(torch.zeros(3, 2, 9), 4).shape == (3, 4, 16)
+    assert center_crop(values, 6).shape == (1, 12, 12)
+    assert center_crop(values, 6)[0, 0, 0] == values[0, 2, 2]
+    assert center_crop(torch.zeros(3, 2, 9), 4).shape == (3, 4, 16)
 
 
-def test_a_picture_that_two_rows_wait_for_is_decoded_once(pictures: Path) -> None:
+def test_a_image_that_two_rows_wait_for_is_decoded_once(image_folder: Path) -> None:
     """Without room in the cache, what one row takes must not be lost to the other."""
-    files, _ = find_pictures(pictures)
+    files, _ = find_images(image_folder)
     decoded = []
-    with Decoder(0, read_picture) as decoder:
+    with ReaderPool(0, read_image) as decoder:
         submit = decoder.submit
         decoder.submit = lambda file: decoded.append(file.name) or submit(file)  # type: ignore[method-assign, func-returns-value]
-        source = FilePictures(files, decoder, 0)
-        source.ask([0, 1, 0])
+        source = ImageFiles(files, decoder, 0)
+        source.prefetch([0, 1, 0])
         for index in (0, 0, 1):
             assert source.get(index) is not None
         assert decoded == [files[0].name, files[1].name]
-        assert not source._asked
+        assert not source._requested
         source.get(0)
         assert len(decoded) == 3

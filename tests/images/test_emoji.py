@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from smalto.images.emoji import _base, emoji
-from smalto.images.reading import read_picture
+from smalto.images.reading import read_image
 from smalto.images.sources import open_source
 
 
@@ -17,7 +17,7 @@ def test_all_emoji_lie_in_groups() -> None:
     assert groups["other"] < 100
     assert groups["people-body"] > 2000
     assert 0.05 < len(held_out) / len(files) < 0.15
-    assert read_picture(files[0]).shape == (72, 72, 3)
+    assert read_image(files[0]).shape == (72, 72, 3)
 
 
 def test_an_emoji_and_its_skin_tones_are_on_one_side() -> None:
@@ -26,7 +26,9 @@ def test_an_emoji_and_its_skin_tones_are_on_one_side() -> None:
     assert source.held_out is not None
     names = {file.name for file in source.files}
     out = {_base(name.split("/")[1].removesuffix(".png")) for name in source.held_out}
-    training = {_base(name.split("/")[1].removesuffix(".png")) for name in names - set(source.held_out)}
+    training = {
+        _base(name.split("/")[1].removesuffix(".png")) for name in names - set(source.held_out)
+    }
     assert not out & training
     assert _base("1f44d-1f3fe") == _base("1f44d") == "1f44d"
     assert _base("0023-fe0f-20e3") == "23-20e3"

@@ -1,4 +1,4 @@
-"""Pictures in parquet files, as Hugging Face datasets store them."""
+"""Images in parquet files, as Hugging Face datasets store them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import smalto
 from smalto.core.errors import DataError, MissingExtra
 from smalto.images import parquet
 from smalto.images.archives import open_file
-from smalto.images.finding import find_pictures
-from smalto.images.image_set import FilePictures
-from smalto.images.reading import BadPicture, read_picture
-from smalto.images.worker_pool import Decoder
+from smalto.images.finding import find_images
+from smalto.images.image_set import ImageFiles
+from smalto.images.reading import BadImage, read_image
+from smalto.images.worker_pool import ReaderPool
 from smalto.training.recipe import Recipe
-from tests.conftest import picture
+from tests.conftest import make_image
 
 
 def png(seed: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture(seed)).save(buffer, "PNG")
+    Image.fromarray(make_image(seed)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -35,55 +35,82 @@ def write(path: Path, column: str = "image", number: int = 7, struct: bool = Tru
     return path
 
 
-@pytest.mark.parametrize(("column", "struct"), [("image", True), ("jpg", False), ("photo_of_it", True), ("0.png", False)])
-def test_every_row_is_a_picture(tmp_path: Path, column: str, struct: bool) -> None:
-    files, skipped = find_pictures(write(tmp_path / "train-00000.parquet", column, struct=struct))
+@pytest.mark.parametrize(
+    ("column", "struct"), [("image", True), ("jpg", False), ("photo_of_it", True), ("0.png", False)]
+)
+def test_every_row_is_a_image(tmp_path: Path, column: str, struct: bool) -> None:
+    files, skipped = find_images(write(tmp_path / "train-00000.parquet", column, struct=struct))
     assert not skipped
     assert [file.name for file in files] == [f"{i:08d}" for i in range(7)]
-    assert [(file.block, file.offset) for file in files] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert [(file.row_group, file.offset) for file in files] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (2, 0),
+    ]
     for number, file in enumerate(files):
         assert open_file(file).read() == png(number)
-        assert (read_picture(file) == picture(number)).all()
+        assert (read_image(file) == make_image(number)).all()
 
 
-def test_shards_in_a_folder_beside_other_pictures_and_the_order_of_blocks(tmp_path: Path) -> None:
+def test_shards_in_a_folder_beside_other_images_and_the_order_of_blocks(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet")
     write(tmp_path / "b.parquet", number=2)
     (tmp_path / "c.png").write_bytes(png(0))
-    files, _ = find_pictures(tmp_path)
+    files, _ = find_images(tmp_path)
     assert len(files) == 10
     assert files[0].name == "a.parquet/00000000"
-    with Decoder(0, read_picture) as decoder:
-        blocks = FilePictures(files, decoder, 0).blocks
+    with ReaderPool(0, read_image) as decoder:
+        blocks = ImageFiles(files, decoder, 0).row_groups
     assert blocks is not None
     assert list(blocks) == [0, 0, 0, 1, 1, 1, 2, 3, 3, 4]
 
 
 def test_empty_cells_and_other_files_are_skipped_by_name(tmp_path: Path) -> None:
-    cells = [{"bytes": png(0), "path": ""}, {"bytes": None, "path": "lost"}, None, {"bytes": b"no picture", "path": ""}]
+    cells = [
+        {"bytes": png(0), "path": ""},
+        {"bytes": None, "path": "lost"},
+        None,
+        {"bytes": b"no image", "path": ""},
+    ]
     pyarrow.parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "holes.parquet")
-    files, _ = find_pictures(tmp_path / "holes.parquet")
-    read_picture(files[0])
-    for file, reason in zip(files[1:], ("the cell is empty", "the cell is empty", "not an image"), strict=True):
-        with pytest.raises(BadPicture, match=reason):
-            read_picture(file)
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "number": [1]}), tmp_path / "text.parquet")
+    files, _ = find_images(tmp_path / "holes.parquet")
+    read_image(files[0])
+    for file, reason in zip(
+        files[1:], ("the cell is empty", "the cell is empty", "not an image"), strict=True
+    ):
+        with pytest.raises(BadImage, match=reason):
+            read_image(file)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a"], "number": [1]}), tmp_path / "text.parquet"
+    )
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 no")
-    _, skipped = find_pictures(tmp_path)
+    _, skipped = find_images(tmp_path)
     reasons = dict(skipped)
-    assert "no column holds pictures as bytes; there are text, number" in reasons["text.parquet"]
+    assert "no column holds images as bytes; there are text, number" in reasons["text.parquet"]
     assert "damaged archive" in reasons["damaged.parquet"]
-    with pytest.raises(DataError, match="holds no picture"):
-        find_pictures(tmp_path / "text.parquet")
+    with pytest.raises(DataError, match="holds no image"):
+        find_images(tmp_path / "text.parquet")
 
 
 def test_training_reads_it_in_workers(tmp_path: Path, tiny_recipe: Recipe) -> None:
-    trained = smalto.train(write(tmp_path / "p.parquet", number=9), tiny_recipe, out=tmp_path / "run", device="cpu", workers=1)
+    trained = smalto.train(
+        write(tmp_path / "p.parquet", number=9),
+        tiny_recipe,
+        out=tmp_path / "run",
+        device="cpu",
+        workers=1,
+    )
     assert trained.metrics["num_images"] >= 1
     assert "skipped" not in trained.metrics or not trained.metrics["skipped"]
 
 
-def test_without_pyarrow_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "p.parquet")
 
     def missing() -> None:
@@ -91,4 +118,4 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(parquet, "_pyarrow", missing)
     with pytest.raises(MissingExtra, match=r'pip install "smalto\[parquet\]"'):
-        find_pictures(tmp_path)
+        find_images(tmp_path)

@@ -11,35 +11,43 @@ import numpy
 import pytest
 
 from smalto.core.allocator import _glibc
-from smalto.images.image_file import PictureFile
+from smalto.images.image_file import ImageFile
 from smalto.images.shared_memory import BYTES
-from smalto.images.worker_pool import Decoder
+from smalto.images.worker_pool import ReaderPool
 
 NUMBER = 60
 
 
-def files(number: int = NUMBER) -> list[PictureFile]:
-    return [PictureFile(f"{i:03d}", Path("unused")) for i in range(number)]
+def files(number: int = NUMBER) -> list[ImageFile]:
+    return [ImageFile(f"{i:03d}", Path("unused")) for i in range(number)]
 
 
-def noise(file: PictureFile) -> tuple[numpy.ndarray, str, numpy.ndarray]:
+def noise(file: ImageFile) -> tuple[numpy.ndarray, str, numpy.ndarray]:
     """Arrays of many sizes: most find room beside each other, every tenth is larger than a slot, some are empty."""
     i = int(file.name)
     length = 2 * BYTES if i % 10 == 9 else 7919 * (i % 7)
-    return numpy.random.default_rng(i).integers(0, 256, length, dtype=numpy.uint8), file.name, numpy.arange(i, dtype=numpy.int32)
+    return (
+        numpy.random.default_rng(i).integers(0, 256, length, dtype=numpy.uint8),
+        file.name,
+        numpy.arange(i, dtype=numpy.int32),
+    )
 
 
-def noise_with_a_death(file: PictureFile) -> tuple[numpy.ndarray, str, numpy.ndarray]:
+def noise_with_a_death(file: ImageFile) -> tuple[numpy.ndarray, str, numpy.ndarray]:
     if file.name == "030":
         os._exit(9)
     return noise(file)
 
 
 @pytest.mark.parametrize("together", [1, 8])
-def test_arrays_come_back_whole_and_are_the_receivers_own(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_come_back_whole_and_are_the_receivers_own(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    with Decoder(2, noise) as decoder:
-        found = list(decoder.in_order(files(), together))  # all are kept: a slot that is used again must not change them
+    with ReaderPool(2, noise) as decoder:
+        found = list(
+            decoder.in_order(files(), together)
+        )  # all are kept: a slot that is used again must not change them
     assert [file.name for file, _ in found] == [file.name for file in files()]
     for file, outcome in found:
         assert isinstance(outcome, tuple)
@@ -48,8 +56,8 @@ def test_arrays_come_back_whole_and_are_the_receivers_own(together: int, monkeyp
         assert outcome[0].flags.writeable
 
 
-def pages_cleared(file: PictureFile) -> int:
-    """Page faults of a worker that ten times takes and frees the memory of a picture on its way."""
+def pages_cleared(file: ImageFile) -> int:
+    """Page faults of a worker that ten times takes and frees the memory of an image on its way."""
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -60,9 +68,9 @@ def pages_cleared(file: PictureFile) -> int:
 
 
 @pytest.mark.skipif(_glibc() is None, reason="no glibc, or somebody tuned it")
-def test_workers_keep_the_memory_of_a_picture_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_keep_the_memory_of_a_image_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    with Decoder(1, pages_cleared) as decoder:
+    with ReaderPool(1, pages_cleared) as decoder:
         *_, (_, last) = decoder.in_order(files(20))
     assert isinstance(last, int)
     assert last < 200  # they have 5,860 pages
@@ -70,7 +78,7 @@ def test_workers_keep_the_memory_of_a_picture_for_the_next(monkeypatch: pytest.M
 
 def test_the_death_of_a_worker_mixes_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    with Decoder(2, noise_with_a_death) as decoder:
+    with ReaderPool(2, noise_with_a_death) as decoder:
         found = list(decoder.in_order(files(), 4))
     for file, outcome in found:
         if file.name == "030":

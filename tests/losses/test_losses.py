@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalto.core.errors import ConfigError
-from smalto.losses import AdversarialConfig, LossesConfig, Objective, PatchDiscriminator, PerceptualConfig, Weight
+from smalto.losses import (
+    AdversarialConfig,
+    LossesConfig,
+    Objective,
+    PatchDiscriminator,
+    PerceptualConfig,
+    Weight,
+)
 from smalto.losses.adversarial import fooling, hinge
 from smalto.training.recipe import Recipe, change_recipe
 
@@ -19,7 +26,15 @@ CPU = torch.device("cpu")
 
 def test_a_weight_begins_late_and_grows() -> None:
     weight = Weight(weight=2.0, start=10, ramp=4)
-    assert [weight.at(step) for step in (1, 10, 11, 12, 14, 15, 1000)] == [0, 0, 0.5, 1.0, 2.0, 2.0, 2.0]
+    assert [weight.at(step) for step in (1, 10, 11, 12, 14, 15, 1000)] == [
+        0,
+        0,
+        0.5,
+        1.0,
+        2.0,
+        2.0,
+        2.0,
+    ]
     assert Weight(weight=2.0).at(1) == 2.0
     adversarial = AdversarialConfig(weight=0.1, start=10, lead=4, ramp=2)
     assert [adversarial.learns_at(step) for step in (6, 7, 10, 11)] == [False, True, True, True]
@@ -43,19 +58,24 @@ def test_the_discriminator_answers_patch_by_patch_and_changes_slowly() -> None:
     assert answers.shape == (2, 1, 6, 6)
     for layer in judge.body:
         if isinstance(layer, nn.Conv2d):
-            assert float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) == pytest.approx(1, abs=0.05)
+            assert float(
+                torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
+            ) == pytest.approx(1, abs=0.05)
     patch = images.clone()
     patch[:, :, :8, :8] = 0  # what one answer looks at is 70 pixels wide at most
     assert not torch.equal(judge.eval()(patch)[:, :, 0, 0], answers[:, :, 0, 0])
 
 
-class Decoder(nn.Module):
+class ReaderPool(nn.Module):
     """A stand-in for a tokenizer: a layer, and a last layer."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1).double(), nn.Conv2d(4, 3, 3, padding=1).double()
+        self.first, self.last = (
+            nn.Conv2d(3, 4, 3, padding=1).double(),
+            nn.Conv2d(4, 3, 3, padding=1).double(),
+        )
         for p in self.parameters():
             p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2
 
@@ -64,34 +84,55 @@ class Decoder(nn.Module):
         return self.last(hidden), hidden.square().mean()
 
 
-def setting(**adversarial: Any) -> tuple[LossesConfig, Decoder, PatchDiscriminator, Tensor]:
+def setting(**adversarial: Any) -> tuple[LossesConfig, ReaderPool, PatchDiscriminator, Tensor]:
     torch.manual_seed(0)
     config = LossesConfig(
-        l1=Weight(weight=0.3), l2=Weight(weight=2.0), quantizer=Weight(weight=0.7), adversarial=AdversarialConfig(layers=2, **adversarial)
+        l1=Weight(weight=0.3),
+        l2=Weight(weight=2.0),
+        quantizer=Weight(weight=0.7),
+        adversarial=AdversarialConfig(layers=2, **adversarial),
     )
-    images = torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return config, Decoder(), PatchDiscriminator(3, 4, 2).double(), images
+    images = (
+        torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        * 2
+        - 1
+    )
+    return config, ReaderPool(), PatchDiscriminator(3, 4, 2).double(), images
 
 
-def backward(config: LossesConfig, network: Decoder, judge: PatchDiscriminator, images: Tensor, step: int = 1) -> dict[str, Tensor]:
+def backward(
+    config: LossesConfig,
+    network: ReaderPool,
+    judge: PatchDiscriminator,
+    images: Tensor,
+    step: int = 1,
+) -> dict[str, Tensor]:
     reconstruction, vq_loss = network(images)
-    return Objective(config, network.last.weight, judge, CPU).backward(reconstruction, vq_loss, images, step)
+    return Objective(config, network.last.weight, judge, CPU).backward(
+        reconstruction, vq_loss, images, step
+    )
 
 
 def test_gradients_are_those_of_the_weighted_sum() -> None:
     config, network, judge, images = setting(weight=0.5, adaptive=False)
-    figures = backward(config, network, judge, images)
-    assert all(p.grad is None for p in judge.parameters())  # the tokenizer's step teaches the discriminator nothing
+    metrics = backward(config, network, judge, images)
+    assert all(
+        p.grad is None for p in judge.parameters()
+    )  # the tokenizer's step teaches the discriminator nothing
     assert all(p.requires_grad for p in judge.parameters())
     got = [p.grad.clone() for p in network.parameters() if p.grad is not None]
     network.zero_grad()
     reconstruction, vq_loss = network(images)
-    l1, l2, fooled = F.l1_loss(reconstruction, images), F.mse_loss(reconstruction, images), -judge.eval()(reconstruction).mean()
+    l1, l2, fooled = (
+        F.l1_loss(reconstruction, images),
+        F.mse_loss(reconstruction, images),
+        -judge.eval()(reconstruction).mean(),
+    )
     (0.3 * l1 + 2 * l2 + 0.7 * vq_loss + 0.5 * fooled).backward()
     for ours, plain in zip(got, network.parameters(), strict=True):
         torch.testing.assert_close(ours, plain.grad, rtol=1e-10, atol=1e-12)
-    assert figures["loss"] == pytest.approx((0.3 * l1 + 2 * l2 + 0.7 * vq_loss).item())
-    assert figures["adversarial_loss"] == pytest.approx(fooled.item())
+    assert metrics["loss"] == pytest.approx((0.3 * l1 + 2 * l2 + 0.7 * vq_loss).item())
+    assert metrics["adversarial_loss"] == pytest.approx(fooled.item())
 
 
 def test_an_adaptive_weight_is_a_share_of_the_reconstructions_gradient_at_the_last_layer() -> None:
@@ -101,12 +142,16 @@ def test_an_adaptive_weight_is_a_share_of_the_reconstructions_gradient_at_the_la
     assert network.last.weight.grad is not None
     alone = network.last.weight.grad.clone()
     network.zero_grad()
-    figures = backward(config.model_copy(update={"quantizer": Weight()}), network, judge, images)
+    metrics = backward(config.model_copy(update={"quantizer": Weight()}), network, judge, images)
     share = (network.last.weight.grad - alone).norm() / alone.norm()
     assert float(share) == pytest.approx(0.25)
-    assert float(figures["adversarial_gradient"]) == pytest.approx(0.25)
-    clamped = config.model_copy(update={"adversarial": AdversarialConfig(weight=0.25, layers=2, max_factor=1e-3)})
-    assert float(backward(clamped, network, judge, images)["adversarial_weight"]) == pytest.approx(0.25e-3)
+    assert float(metrics["adversarial_gradient"]) == pytest.approx(0.25)
+    clamped = config.model_copy(
+        update={"adversarial": AdversarialConfig(weight=0.25, layers=2, max_factor=1e-3)}
+    )
+    assert float(backward(clamped, network, judge, images)["adversarial_weight"]) == pytest.approx(
+        0.25e-3
+    )
 
 
 def test_a_discriminator_without_an_opinion_is_not_listened_to_too_closely() -> None:
@@ -116,9 +161,9 @@ def test_a_discriminator_without_an_opinion_is_not_listened_to_too_closely() -> 
     assert isinstance(last, nn.Conv2d)
     judge.body[-1] = nn.Conv2d(16, 1, 4, 1, 1).double()
     nn.init.constant_(judge.body[-1].weight, 1e-12)
-    figures = backward(config, network, judge, images)
-    assert float(figures["adversarial_weight"]) == pytest.approx(0.5 * 100)
-    assert float(figures["adversarial_gradient"]) < 1e-4
+    metrics = backward(config, network, judge, images)
+    assert float(metrics["adversarial_weight"]) == pytest.approx(0.5 * 100)
+    assert float(metrics["adversarial_gradient"]) < 1e-4
 
 
 def test_before_its_start_the_discriminator_is_not_even_asked() -> None:
@@ -137,7 +182,9 @@ def test_a_share_of_the_objective_has_a_share_of_the_gradient() -> None:
     whole = [p.grad.clone() for p in network.parameters() if p.grad is not None]
     network.zero_grad()
     reconstruction, vq_loss = network(images)
-    Objective(config, network.last.weight, judge, CPU).backward(reconstruction, vq_loss, images, 1, share=0.25)
+    Objective(config, network.last.weight, judge, CPU).backward(
+        reconstruction, vq_loss, images, 1, share=0.25
+    )
     for a, p in zip(whole, network.parameters(), strict=True):
         torch.testing.assert_close(0.25 * a, p.grad)
 
@@ -151,5 +198,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         change_recipe(Recipe(), {"losses.adversarial.weight": 0.1, "data.size": 16})
     with pytest.raises(ConfigError, match="more than the 5 steps before its start"):
         change_recipe(Recipe(), {"losses.adversarial.lead": 6, "losses.adversarial.start": 5})
-    with pytest.raises(ConfigError, match="pictures of 3 channels"):
-        change_recipe(Recipe(), {"losses.perceptual.weight": 1, "tokenizer.autoencoder.in_channels": 1})
+    with pytest.raises(ConfigError, match="images of 3 channels"):
+        change_recipe(
+            Recipe(), {"losses.perceptual.weight": 1, "tokenizer.autoencoder.in_channels": 1}
+        )

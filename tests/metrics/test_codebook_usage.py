@@ -19,16 +19,27 @@ def images(seed: int) -> torch.Tensor:
 
 def test_psnr_is_scikit_images() -> None:
     a, b = images(0), images(0) * 0.9
-    expected = [peak_signal_noise_ratio(x.double().numpy(), y.double().numpy(), data_range=2) for x, y in zip(a, b, strict=True)]
+    expected = [
+        peak_signal_noise_ratio(x.double().numpy(), y.double().numpy(), data_range=2)
+        for x, y in zip(a, b, strict=True)
+    ]
     numpy.testing.assert_allclose(psnr(b, a), expected, rtol=1e-5)
     assert psnr(a, a).tolist() == pytest.approx([100] * 3)
-    torch.testing.assert_close(psnr(b + 5, a), psnr(torch.ones_like(a), a))  # the reconstruction is clamped
+    torch.testing.assert_close(
+        psnr(b + 5, a), psnr(torch.ones_like(a), a)
+    )  # the reconstruction is clamped
 
 
 def test_ssim_is_scikit_images() -> None:
     a = images(0)
     b = (a + 0.3 * images(1)).clamp(-1, 1)
-    settings = {"channel_axis": 0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
+    settings = {
+        "channel_axis": 0,
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "data_range": 1,
+    }
     unit = [((x.double() + 1) / 2).numpy() for x in (a, b)]
     expected = [structural_similarity(x, y, **settings) for x, y in zip(*unit, strict=True)]
     numpy.testing.assert_allclose(ssim(b, a), expected, atol=1e-5)
@@ -39,7 +50,9 @@ def test_perplexity_of_known_histograms() -> None:
     assert perplexity(torch.tensor([5, 5, 5, 5])) == pytest.approx(4)
     assert perplexity(torch.tensor([9, 0, 0])) == pytest.approx(1)
     assert perplexity(torch.zeros(4, dtype=torch.int64)) == 0
-    assert perplexity(torch.tensor([1, 3])) == pytest.approx(math.exp(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75))))
+    assert perplexity(torch.tensor([1, 3])) == pytest.approx(
+        math.exp(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+    )
 
 
 def test_usage_looks_at_32_tokens_per_code() -> None:
@@ -52,7 +65,10 @@ def test_usage_looks_at_32_tokens_per_code() -> None:
     share, window = meter.usage()
     assert window == 512
     assert share < 0.2  # codes 1 to 7 are 70 of 300,080 tokens: a window of 512 rarely meets them
-    assert torch.equal(meter.histogram, torch.bincount(torch.cat([tokens, torch.zeros(300_000, dtype=torch.int64)]), minlength=16))
+    assert torch.equal(
+        meter.histogram,
+        torch.bincount(torch.cat([tokens, torch.zeros(300_000, dtype=torch.int64)]), minlength=16),
+    )
 
 
 def test_usage_does_not_depend_on_the_batches() -> None:

@@ -16,7 +16,9 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config, tensors) of one file."""
     with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        return json.loads(file.metadata()["config"]), {
+            key: file.get_tensor(key) for key in file.keys()
+        }
 
 
 def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -26,7 +28,11 @@ def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     state = {name: torch.zeros(shapes[name]) for name in buffers if name in shapes}
     for number, name in enumerate(sorted(set(shapes) - set(buffers))):
         shape = shapes[name]
-        x = numpy.random.RandomState(config["seed"] * 100003 + number).standard_normal(shape).astype("float32")
+        x = (
+            numpy.random.RandomState(config["seed"] * 100003 + number)
+            .standard_normal(shape)
+            .astype("float32")
+        )
         if name == "quantize.embedding.weight":
             x = 0.7 * x
         elif len(shape) > 1 and name.endswith("weight"):

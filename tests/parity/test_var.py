@@ -1,4 +1,4 @@
-"""VAR's tokenizers: the same weights give the same tokens, pictures, losses and gradients."""
+"""VAR's tokenizers: the same weights give the same tokens, images, losses and gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ import torch.nn.functional as F
 import smalto
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.errors import ConfigError, DataError, SmaltoError
-from smalto.interop.var import HITS, constructor_values, load_tokenizer, obstacles, tokenizer_state_dict
+from smalto.interop.var import (
+    HITS,
+    constructor_values,
+    load_tokenizer,
+    obstacles,
+    tokenizer_state_dict,
+)
 from smalto.quantizers import MultiScaleVQConfig
 from smalto.quantizers.multiscale import phi_of_scale
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
@@ -29,7 +35,9 @@ def loaded(name: str) -> tuple[ImageTokenizer, dict[str, Any], dict[str, torch.T
     return load_tokenizer(weights(config), config["v_patch_nums"], **settings), config, tensors
 
 
-def blocks_of(tensors: dict[str, torch.Tensor], number: int, prefix: str = "") -> list[torch.Tensor]:
+def blocks_of(
+    tensors: dict[str, torch.Tensor], number: int, prefix: str = ""
+) -> list[torch.Tensor]:
     return [tensors[f"{prefix}idx.{k}"] for k in range(number)]
 
 
@@ -48,10 +56,10 @@ def test_small_tokenizers(name: str) -> None:
             near(tokenizer.quantize.decode(tokens[:, :length], layout), expected[f"f_hat.{k}"])
         near(tokenizer.idxBl_to_var_input(own), expected["var_input"])
         near(tokenizer.idxBl_to_img(own), expected["reconstruction"])
-        pictures = tokenizer.idxBl_to_img(own, last_one=False)
-        assert len(pictures) == number
-        near(pictures[0], expected["reconstruction_scale0"])
-        near(pictures[-1], expected["reconstruction"])
+        images = tokenizer.idxBl_to_img(own, last_one=False)
+        assert len(images) == number
+        near(images[0], expected["reconstruction_scale0"])
+        near(images[-1], expected["reconstruction"])
         near(tokenizer.idxBl_to_img(own[:1]), expected["reconstruction_scale0"])
 
 
@@ -69,13 +77,17 @@ def test_training_loss_and_gradients(name: str) -> None:
         "quantize.quant_resi.qresi.weight": tokenizer.quantize.phis[0].weight,
         "quantize.quant_resi.qresi_ls.0.weight": tokenizer.quantize.phis[0].weight,
     }
-    gradients = {key.removeprefix("train.grad."): tensor for key, tensor in expected.items() if key.startswith("train.grad.")}
+    gradients = {
+        key.removeprefix("train.grad."): tensor
+        for key, tensor in expected.items()
+        if key.startswith("train.grad.")
+    }
     assert len(gradients) == 3
     for key, gradient in gradients.items():
         near(own[key].grad, gradient)
 
 
-def test_pictures_that_are_not_square() -> None:
+def test_images_that_are_not_square() -> None:
     tokenizer, config, expected = loaded("a")
     grids = config["extra"][0]["patch_hws"]
     images, blocks = expected["extra0.image"], blocks_of(expected, len(grids), "extra0.")
@@ -86,8 +98,8 @@ def test_pictures_that_are_not_square() -> None:
         near(tokenizer.quantize.decode(torch.cat(own, 1), layout), expected["extra0.f_hat_last"])
         near(tokenizer.idxBl_to_img(own, grids), expected["extra0.reconstruction"])
         assert tokenizer.idxBl_to_var_input(own, grids).shape == (1, 6 + 12 + 24, 16)
-        pictures = tokenizer.idxBl_to_img(own, grids, last_one=False)
-        assert torch.equal(tokenizer.idxBl_to_img(own[:2], grids), pictures[1])
+        images = tokenizer.idxBl_to_img(own, grids, last_one=False)
+        assert torch.equal(tokenizer.idxBl_to_img(own[:2], grids), images[1])
 
 
 def test_the_ten_published_scales() -> None:
@@ -98,7 +110,10 @@ def test_the_ten_published_scales() -> None:
         near(tokenizer.encoder(images), expected["feature"])
         own = tokenizer.img_to_idxBl(images)
         assert all(torch.equal(a, b) for a, b in zip(own, blocks_of(expected, 10), strict=True))
-        near(tokenizer.quantize.decode(torch.cat(own, 1), tokenizer.layout(256, 256)), expected["f_hat_last"])
+        near(
+            tokenizer.quantize.decode(torch.cat(own, 1), tokenizer.layout(256, 256)),
+            expected["f_hat_last"],
+        )
         near(tokenizer.idxBl_to_var_input(own), expected["var_input"])
 
 
@@ -134,7 +149,9 @@ def _meta_state(tokenizer: ImageTokenizer) -> dict[str, torch.Tensor]:
 
     own, names = tokenizer.state_dict(), _var_names(tokenizer)
     quantizer = tokenizer.quantize
-    return {name: own[key] for key, name in names.items()} | {HITS: torch.zeros(len(quantizer.scales), quantizer.codebook_size)}
+    return {name: own[key] for key, name in names.items()} | {
+        HITS: torch.zeros(len(quantizer.scales), quantizer.codebook_size)
+    }
 
 
 SMALL: dict[str, Any] = {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "latent_dim": 4}
@@ -163,14 +180,30 @@ def small(autoencoder: dict[str, Any] | None = None, **quantizer: Any) -> ImageT
         small({"attention": False, "quant_conv_kernel": 1, "in_channels": 1, "num_res_blocks": 2}),
         small({"ch_mult": (1, 2, 1)}),
     ],
-    ids=["partial", "shared", "own", "no-phi", "ema", "projected", "cosine", "other-network", "other-levels"],
+    ids=[
+        "partial",
+        "shared",
+        "own",
+        "no-phi",
+        "ema",
+        "projected",
+        "cosine",
+        "other-network",
+        "other-levels",
+    ],
 )
 def test_round_trip_is_bitwise(tokenizer: ImageTokenizer, tmp_path: Path) -> None:
     state, config = tokenizer_state_dict(tokenizer), tokenizer.config.quantizer
     torch.save(state, tmp_path / "vae.pth")
-    settings = {"using_znorm": config.scale.metric == "cosine", "quant_resi": config.phi_ratio, "beta": config.scale.beta}
+    settings = {
+        "using_znorm": config.scale.metric == "cosine",
+        "quant_resi": config.phi_ratio,
+        "beta": config.scale.beta,
+    }
     back = load_tokenizer(tmp_path / "vae.pth", [1, 2, 4], **settings)
-    images = torch.rand(2, tokenizer.in_channels, 4 * tokenizer.stride, 4 * tokenizer.stride) * 2 - 1
+    images = (
+        torch.rand(2, tokenizer.in_channels, 4 * tokenizer.stride, 4 * tokenizer.stride) * 2 - 1
+    )
     own, other = tokenizer.folded().eval(), back
     assert torch.equal(own.encode(images), other.encode(images))
     assert torch.equal(tokenizer.encode(images), other.encode(images))
@@ -199,7 +232,9 @@ def test_wrong_keys_and_shapes_are_named() -> None:
         load_tokenizer({k: v for k, v in good.items() if k != key}, [1, 2, 4])
     with pytest.raises(ConfigError, match=r"'loss.weight' \[2\] is not expected"):
         load_tokenizer(good | {"loss.weight": torch.zeros(2)}, [1, 2, 4])
-    with pytest.raises(ConfigError, match=rf"'{key}' is \[32, 32, 1, 1\], expected \[32, 32, 3, 3\]"):
+    with pytest.raises(
+        ConfigError, match=rf"'{key}' is \[32, 32, 1, 1\], expected \[32, 32, 3, 3\]"
+    ):
         load_tokenizer(good | {key: torch.zeros(32, 32, 1, 1)}, [1, 2, 4])
     with pytest.raises(ConfigError, match=r"ema_vocab_hit_SV' is \[3, 12\].*expected \[10, 12\]"):
         load_tokenizer(good)
@@ -211,10 +246,20 @@ def test_wrong_keys_and_shapes_are_named() -> None:
         load_tokenizer({k: v for k, v in good.items() if "qresi_ls.2" not in k}, [1, 2, 4])
 
 
-@pytest.mark.parametrize("key", ["encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight", "encoder.conv_out.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "encoder.conv_in.weight",
+        "quantize.embedding.weight",
+        "quant_conv.weight",
+        "encoder.conv_out.weight",
+    ],
+)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 0, 0, 0)])
 def test_tensors_of_any_shape_are_errors_that_name_them(key: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=key.replace(".", r"\.") + "|must|multiple|greater|quant_conv_kernel"):
+    with pytest.raises(
+        ConfigError, match=key.replace(".", r"\.") + "|must|multiple|greater|quant_conv_kernel"
+    ):
         load_tokenizer(tokenizer_state_dict(small()) | {key: torch.zeros(shape)}, [1, 2, 4])
 
 
@@ -234,7 +279,9 @@ def test_tensors_of_any_shape_are_errors_that_name_them(key: str, shape: tuple[i
 )
 def test_values_that_are_no_weights_are_named(value: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=rf"encoder\.norm_out\.weight' .*{says}"):
-        load_tokenizer(tokenizer_state_dict(small()) | {"encoder.norm_out.weight": value}, [1, 2, 4])
+        load_tokenizer(
+            tokenizer_state_dict(small()) | {"encoder.norm_out.weight": value}, [1, 2, 4]
+        )
 
 
 @pytest.mark.parametrize(
@@ -256,11 +303,19 @@ def test_settings_of_the_loader_are_checked(settings: dict[str, Any]) -> None:
 
 def test_scales_may_be_numpys() -> None:
     state = tokenizer_state_dict(small())
-    assert load_tokenizer(state, list(numpy.array([1, 2, 4]))).quantize.scales == ((1, 1), (2, 2), (4, 4))
+    assert load_tokenizer(state, list(numpy.array([1, 2, 4]))).quantize.scales == (
+        (1, 1),
+        (2, 2),
+        (4, 4),
+    )
 
 
 def test_a_level_without_weights_is_named() -> None:
-    state = {key: value for key, value in tokenizer_state_dict(small({"ch_mult": (1, 1, 1)})).items() if "encoder.down.1." not in key}
+    state = {
+        key: value
+        for key, value in tokenizer_state_dict(small({"ch_mult": (1, 1, 1)})).items()
+        if "encoder.down.1." not in key
+    }
     with pytest.raises(ConfigError, match=r"encoder\.down\.1\.block\.0\.conv1\.weight' is missing"):
         load_tokenizer(state, [1, 2, 4])
 
@@ -271,14 +326,25 @@ def test_nested_checkpoints(tmp_path: Path) -> None:
     expected = tokenizer.encode(images)
     for nested in (
         {"state_dict": good},
-        {"epoch": 3, "trainer": {"vae_local": good, "var_wo_ddp": {"pos_1LC": torch.zeros(2)}}, "args": {"lr": 1e-4}},
+        {
+            "epoch": 3,
+            "trainer": {"vae_local": good, "var_wo_ddp": {"pos_1LC": torch.zeros(2)}},
+            "args": {"lr": 1e-4},
+        },
         {f"module.{key}": tensor for key, tensor in good.items()},
-        {"model": {f"vae.{key}": tensor for key, tensor in good.items()} | {"optimizer_step": torch.zeros(1)}},
+        {
+            "model": {f"vae.{key}": tensor for key, tensor in good.items()}
+            | {"optimizer_step": torch.zeros(1)}
+        },
     ):
         torch.save(nested, tmp_path / "nested.pth")
-        assert torch.equal(load_tokenizer(tmp_path / "nested.pth", [1, 2, 4]).encode(images), expected)
+        assert torch.equal(
+            load_tokenizer(tmp_path / "nested.pth", [1, 2, 4]).encode(images), expected
+        )
     safetensors.torch.save_file(good, tmp_path / "vae.safetensors")
-    assert torch.equal(load_tokenizer(str(tmp_path / "vae.safetensors"), [1, 2, 4]).encode(images), expected)
+    assert torch.equal(
+        load_tokenizer(str(tmp_path / "vae.safetensors"), [1, 2, 4]).encode(images), expected
+    )
     with pytest.raises(DataError, match=r"2 sets of weights.*\['model'\]; \['ema'\]"):
         load_tokenizer({"model": good, "ema": good}, [1, 2, 4])
     with pytest.raises(DataError, match=r"those at the top; keys that begin with 'ema\.'"):
@@ -297,7 +363,9 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no tokenizer of VAR.*weight"):
         load_tokenizer(tmp_path / "other.pth")
     torch.save({"args": Path("x")}, tmp_path / "objects.pth")
-    with pytest.raises(DataError, match=r"holds a pathlib\.PosixPath beside its tensors, and smalto runs no code"):
+    with pytest.raises(
+        DataError, match=r"holds a pathlib\.PosixPath beside its tensors, and smalto runs no code"
+    ):
         load_tokenizer(tmp_path / "objects.pth")
     for name, content in (
         ("text.pth", b"hello"),
@@ -331,9 +399,16 @@ def test_what_var_cannot_hold(tokenizer: ImageTokenizer, reason: str) -> None:
 
 
 def test_what_var_must_be_given() -> None:
-    tokenizer = small({"ch_mult": (1, 2), "attention": False}, scale={"metric": "cosine"}, num_phis=None)
+    tokenizer = small(
+        {"ch_mult": (1, 2), "attention": False}, scale={"metric": "cosine"}, num_phis=None
+    )
     arguments, fixed = constructor_values(tokenizer)
     assert arguments == {
         "vocab_size": 12, "z_channels": 4, "ch": 32, "using_znorm": True, "share_quant_resi": 0, "v_patch_nums": (1, 2, 4)
     }  # fmt: skip
-    assert fixed == {"ch_mult": (1, 2), "num_res_blocks": 1, "using_sa": False, "using_mid_sa": False}
+    assert fixed == {
+        "ch_mult": (1, 2),
+        "num_res_blocks": 1,
+        "using_sa": False,
+        "using_mid_sa": False,
+    }

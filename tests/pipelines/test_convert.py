@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import smalto
-import smalto.tokenizer as tokenizer_module
+import smalto.tokenizer.saving as tokenizer_module
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.errors import ConfigError, RunError
 from smalto.interop.var import load_tokenizer
@@ -22,7 +22,9 @@ def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = TokenizerConfig(
         autoencoder=CNNAutoencoderConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, latent_dim=4),
-        quantizer=MultiScaleVQConfig(scales=(1, 2, 4), scale=VectorQuantizerConfig(codebook_size=12, latent_dim=4)),
+        quantizer=MultiScaleVQConfig(
+            scales=(1, 2, 4), scale=VectorQuantizerConfig(codebook_size=12, latent_dim=4)
+        ),
     )
     config.build().save(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
@@ -38,7 +40,9 @@ def test_there_and_back_from_the_command_line(folder: Path, tmp_path: Path) -> N
     expected = smalto.load(folder).encode(images)
     assert torch.equal(load_tokenizer(state, [1, 2, 4]).encode(images), expected)
     back = tmp_path / "back"
-    done = smalto_command("convert", tmp_path / "vae.pth", "--to", "smalto", "--patch-nums", "1,2,4", "--out", back)
+    done = smalto_command(
+        "convert", tmp_path / "vae.pth", "--to", "smalto", "--patch-nums", "1,2,4", "--out", back
+    )
     assert "12 codes, scales 1x1 + 2x2 + 4x4" in done.stdout
     assert torch.equal(smalto.load(back).encode(images), expected)
     assert "4x4: 21 tokens for 8 x 8 pixels" in smalto_command("info", back).stdout
@@ -60,17 +64,35 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").touch()
     with pytest.raises(RunError, match="other things in it"):
-        smalto.convert(tmp_path / "there.pth", tmp_path / "full", "smalto", overwrite=True, patch_nums=[1, 2, 4])
+        smalto.convert(
+            tmp_path / "there.pth",
+            tmp_path / "full",
+            "smalto",
+            overwrite=True,
+            patch_nums=[1, 2, 4],
+        )
     smalto.SimpleVQVAE().save(tmp_path / "simple")
     with pytest.raises(ConfigError, match="VAR cannot hold this tokenizer"):
         smalto.convert(tmp_path / "simple", tmp_path / "y.pth")
     assert not (tmp_path / "y.pth").exists()
-    done = smalto_command("convert", folder, "--to", "smalto", "--patch-nums", "a", "--out", tmp_path / "z", check=False)
+    done = smalto_command(
+        "convert",
+        folder,
+        "--to",
+        "smalto",
+        "--patch-nums",
+        "a",
+        "--out",
+        tmp_path / "z",
+        check=False,
+    )
     assert done.returncode == 1
     assert "--patch-nums takes whole numbers" in done.stderr
 
 
-def test_an_interrupted_conversion_leaves_what_was_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_leaves_what_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     smalto.convert(folder, tmp_path / "vae.pth")
     out = tmp_path / "out"
     smalto.convert(tmp_path / "vae.pth", out, "smalto", patch_nums=[1, 2, 4])
@@ -97,7 +119,9 @@ def test_weights_beside_another_config_are_not_loaded(folder: Path, tmp_path: Pa
     smalto.convert(folder, tmp_path / "vae.pth")
     smalto.convert(tmp_path / "vae.pth", tmp_path / "other", "smalto", patch_nums=[1, 3, 4])
     (folder / "config.json").write_bytes((tmp_path / "other" / "config.json").read_bytes())
-    with pytest.raises(RunError, match=r"does not fit config\.json beside it: it was written with another"):
+    with pytest.raises(
+        RunError, match=r"does not fit config\.json beside it: it was written with another"
+    ):
         smalto.load(folder)
 
 

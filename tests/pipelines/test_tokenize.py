@@ -1,4 +1,4 @@
-"""The tokenising job: what it writes, that it goes on, what it does with changed and bad pictures."""
+"""The tokenizing job: what it writes, that it goes on, what it does with changed and bad images."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from PIL import Image
 import smalto
 from smalto.core.errors import ConfigError, DataError, InputError, RunError
 from smalto.core.layout import TokenLayout
-from smalto.images.image_file import PictureFile
-from smalto.images.reading import read_picture
+from smalto.images.image_file import ImageFile
+from smalto.images.reading import read_image
 from smalto.images.tensors import to_tensor, to_unit_range
 from smalto.pipelines.tokenize import Tokenized
 from smalto.pipelines.verify import verify
 from smalto.store.token_store import TokenStore
-from tests.conftest import ENVIRONMENT, picture, smalto_command, write_pictures
-from tests.odd_pictures import write_odd_folder
+from tests.conftest import ENVIRONMENT, make_image, smalto_command, write_images
+from tests.odd_images import write_odd_folder
 
 
 @pytest.fixture(scope="module")
@@ -49,97 +49,156 @@ def tokens_by_id(path: Path) -> dict[str, list[int]]:
     return dict(zip(rows["id"], (row.tolist() for row in rows["tokens"]), strict=True))
 
 
-def test_a_second_run_writes_nothing(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    (pictures / "bad.png").write_bytes(b"no picture")
-    (pictures / "notes.txt").write_text("notes")
-    first = tokenize(pictures, tokenizer, tmp_path / "t")
-    assert (first.num_images, first.num_known, [s.name for s in first.skipped], first.num_ignored) == (6, 0, ["bad.png"], 1)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").rglob("*") if path.is_file() and path.name != ".lock"}
-    second = tokenize(pictures, tokenizer, tmp_path / "t")
+def test_a_second_run_writes_nothing(image_folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    (image_folder / "bad.png").write_bytes(b"no image")
+    (image_folder / "notes.txt").write_text("notes")
+    first = tokenize(image_folder, tokenizer, tmp_path / "t")
+    assert (
+        first.num_images,
+        first.num_known,
+        [s.name for s in first.skipped],
+        first.num_ignored,
+    ) == (6, 0, ["bad.png"], 1)
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "t").rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+    second = tokenize(image_folder, tokenizer, tmp_path / "t")
     assert (second.num_images, second.num_known, second.num_rows) == (0, 6, 6)
     assert [s.name for s in second.skipped] == ["bad.png"]
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").rglob("*") if path.is_file() and path.name != ".lock"}
+    after = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "t").rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     assert before == after
 
 
-def test_new_pictures_are_added_and_changed_ones_said(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    tokenize(pictures, tokenizer, tmp_path / "t", flip=True)
+def test_new_images_are_added_and_changed_ones_said(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    tokenize(image_folder, tokenizer, tmp_path / "t", flip=True)
     before = tokens_by_id(tmp_path / "t")
-    Image.fromarray(picture(50)).save(pictures / "new.png")
-    os.utime(pictures / "picture01.png", (1, 1))  # touched, and the same
-    Image.fromarray(picture(51)).save(pictures / "picture02.png")
-    done = tokenize(pictures, tokenizer, tmp_path / "t", flip=True)
-    assert (done.num_images, done.num_known, done.changed, done.num_rows) == (1, 5, ["picture02.png"], 14)
-    assert {id: row for id, row in tokens_by_id(tmp_path / "t").items() if "new" not in id} == before
-    again = tokenize(pictures, tokenizer, tmp_path / "t", flip=True, update=True)
-    assert (again.num_images, again.changed, again.num_rows) == (1, ["picture02.png"], 14)
+    Image.fromarray(make_image(50)).save(image_folder / "new.png")
+    os.utime(image_folder / "image01.png", (1, 1))  # touched, and the same
+    Image.fromarray(make_image(51)).save(image_folder / "image02.png")
+    done = tokenize(image_folder, tokenizer, tmp_path / "t", flip=True)
+    assert (done.num_images, done.num_known, done.changed, done.num_rows) == (
+        1,
+        5,
+        ["image02.png"],
+        14,
+    )
+    assert {
+        id: row for id, row in tokens_by_id(tmp_path / "t").items() if "new" not in id
+    } == before
+    again = tokenize(image_folder, tokenizer, tmp_path / "t", flip=True, update=True)
+    assert (again.num_images, again.changed, again.num_rows) == (1, ["image02.png"], 14)
     after = tokens_by_id(tmp_path / "t")
-    assert {id for id in before if before[id] != after[id]} == {"picture02.png", "picture02.png?flip"}
-    assert tokenize(pictures, tokenizer, tmp_path / "t", flip=True, update=True).changed == []
+    assert {id for id in before if before[id] != after[id]} == {"image02.png", "image02.png?flip"}
+    assert tokenize(image_folder, tokenizer, tmp_path / "t", flip=True, update=True).changed == []
     assert verify(tmp_path / "t", 14, tokenizer=tokenizer).ok
 
 
-def test_a_bad_picture_that_is_mended_is_taken_and_forgotten(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    (pictures / "bad.png").write_bytes(b"no picture")
-    tokenize(pictures, tokenizer, tmp_path / "t")
+def test_a_bad_image_that_is_mended_is_taken_and_forgotten(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    (image_folder / "bad.png").write_bytes(b"no image")
+    tokenize(image_folder, tokenizer, tmp_path / "t")
     assert list(TokenStore.open(tmp_path / "t").errors()) == ["bad.png"]
-    Image.fromarray(picture(9)).save(pictures / "bad.png")
-    done = tokenize(pictures, tokenizer, tmp_path / "t")
+    Image.fromarray(make_image(9)).save(image_folder / "bad.png")
+    done = tokenize(image_folder, tokenizer, tmp_path / "t")
     assert (done.num_images, done.skipped, done.num_rows) == (1, [], 7)
     assert TokenStore.open(tmp_path / "t").errors() == {}
 
 
 def test_views_are_rows_of_their_own(tokenizer: Path, tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "p", 2, 80, 120)
+    source = write_images(tmp_path / "p", 2, 80, 120)
     done = tokenize(source, tokenizer, tmp_path / "t", size=40, crops=5, flip=True, batch=3)
     store = TokenStore.open(tmp_path / "t")
     assert (done.num_images, len(store)) == (2, 20)
-    model, whole = smalto.load(tokenizer), to_tensor(read_picture(str(source / "picture00.png")))
-    small = to_tensor(numpy.asarray(Image.fromarray(picture(0, 80, 120)).resize((60, 40), Image.Resampling.BICUBIC, reducing_gap=3.0)))
+    model, whole = smalto.load(tokenizer), to_tensor(read_image(str(source / "image00.png")))
+    small = to_tensor(
+        numpy.asarray(
+            Image.fromarray(make_image(0, 80, 120)).resize(
+                (60, 40), Image.Resampling.BICUBIC, reducing_gap=3.0
+            )
+        )
+    )
     assert whole.shape == (3, 80, 120)
-    rows = {id: row for id, row in zip(store.rows()["id"], store.token_rows(0, 20), strict=True) if "picture00" in id}
+    rows = {
+        id: row
+        for id, row in zip(store.rows()["id"], store.token_rows(0, 20), strict=True)
+        if "image00" in id
+    }
     for view, left, crop in (
         ("", 10, (0, 20, 80, 80)),
         ("?top-left", 0, (0, 0, 80, 80)),
         ("?bottom-right", 20, (0, 40, 80, 80)),
     ):
         image = to_unit_range(small[:, :, left : left + 40])[None]
-        row, flipped = rows["picture00.png" + view], rows["picture00.png" + (f"{view}-flip" if view else "?flip")]
-        assert torch.equal(model.encode(image)[0], torch.from_numpy(numpy.asarray(row.tokens).astype(numpy.int64)))
-        assert torch.equal(model.encode(image.flip(-1))[0], torch.from_numpy(numpy.asarray(flipped.tokens).astype(numpy.int64)))
-        assert (row.crop, row.height, row.width, row.layout) == (crop, 80, 120, TokenLayout.single(10, 10))
+        row, flipped = (
+            rows["image00.png" + view],
+            rows["image00.png" + (f"{view}-flip" if view else "?flip")],
+        )
+        assert torch.equal(
+            model.encode(image)[0], torch.from_numpy(numpy.asarray(row.tokens).astype(numpy.int64))
+        )
+        assert torch.equal(
+            model.encode(image.flip(-1))[0],
+            torch.from_numpy(numpy.asarray(flipped.tokens).astype(numpy.int64)),
+        )
+        assert (row.crop, row.height, row.width, row.layout) == (
+            crop,
+            80,
+            120,
+            TokenLayout.single(10, 10),
+        )
     assert verify(tmp_path / "t", 20).ok
     paths = smalto.decode(tmp_path / "t", tmp_path / "decoded", device="cpu")
     assert len(set(paths)) == 20
-    assert (tmp_path / "decoded" / "picture00.top-left-flip.png").is_file()
+    assert (tmp_path / "decoded" / "image00.top-left-flip.png").is_file()
 
 
 def test_a_batch_changes_no_token(tokenizer: Path, tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "p", 7, 32, 48)
+    source = write_images(tmp_path / "p", 7, 32, 48)
     for batch in (1, 3, 32):
         tokenize(source, tokenizer, tmp_path / f"t{batch}", batch=batch)
-    assert tokens_by_id(tmp_path / "t1") == tokens_by_id(tmp_path / "t3") == tokens_by_id(tmp_path / "t32")
+    assert (
+        tokens_by_id(tmp_path / "t1")
+        == tokens_by_id(tmp_path / "t3")
+        == tokens_by_id(tmp_path / "t32")
+    )
 
 
 def test_labels_come_from_folders_shards_and_tables(tokenizer: Path, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    source = write_pictures(tmp_path / "p" / "cats", 1).parent
-    write_pictures(source, 1)
-    data = (source / "picture00.png").read_bytes()
+    source = write_images(tmp_path / "p" / "cats", 1).parent
+    write_images(source, 1)
+    data = (source / "image00.png").read_bytes()
     with tarfile.open(source / "shard.tar", "w") as tar:
-        for name, content in (("7.cls", b"12\n"), ("7.png", data), ("dogs/8.png", data), ("9.png", b"first"), ("9.png", data)):
+        for name, content in (
+            ("7.cls", b"12\n"),
+            ("7.png", data),
+            ("dogs/8.png", data),
+            ("9.png", b"first"),
+            ("9.png", data),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    pyarrow.parquet.write_table(pyarrow.table({"image": [data, data], "label": [3, None]}), source / "table.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [data, data], "label": [3, None]}), source / "table.parquet"
+    )
     done = tokenize(source, tokenizer, tmp_path / "t")
     assert done.skipped == []  # of two members of one name the last one counts
     store = TokenStore.open(tmp_path / "t")
     assert dict(zip(store.ids(), store.labels(), strict=True)) == {
-        "cats/picture00.png": "cats",
-        "picture00.png": "",
+        "cats/image00.png": "cats",
+        "image00.png": "",
         "shard.tar/7.png": "12",
         "shard.tar/dogs/8.png": "dogs",
         "shard.tar/9.png": "",
@@ -150,19 +209,25 @@ def test_labels_come_from_folders_shards_and_tables(tokenizer: Path, tmp_path: P
     assert verify(tmp_path / "t", 7).num_sampled == 7
 
 
-def test_the_original_size_is_that_of_the_upright_picture(tokenizer: Path, tmp_path: Path) -> None:
+def test_the_original_size_is_that_of_the_upright_image(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(picture(0, 400, 1200)).save(tmp_path / "p" / "turned.jpg", exif=exif)
+    Image.fromarray(make_image(0, 400, 1200)).save(tmp_path / "p" / "turned.jpg", exif=exif)
     tokenize(tmp_path / "p", tokenizer, tmp_path / "t", size=64)
     row = TokenStore.open(tmp_path / "t")[0]
-    assert (int(row["height"]), int(row["width"]), row["crop"].tolist()) == (1200, 400, [400, 0, 400, 400])
+    assert (int(row["height"]), int(row["width"]), row["crop"].tolist()) == (
+        1200,
+        400,
+        [400, 0, 400, 400],
+    )
 
 
 def test_odd_and_broken_files_are_noted_once(tokenizer: Path, tmp_path: Path) -> None:
     bad = write_odd_folder(tmp_path / "odd")
-    (tmp_path / "odd" / os.fsdecode(b"not\xffutf8.png")).write_bytes((tmp_path / "odd" / "plain.png").read_bytes())
+    (tmp_path / "odd" / os.fsdecode(b"not\xffutf8.png")).write_bytes(
+        (tmp_path / "odd" / "plain.png").read_bytes()
+    )
     done = tokenize(tmp_path / "odd", tokenizer, tmp_path / "t", size=32, workers=1)
     store = TokenStore.open(tmp_path / "t")
     ignored = {name for name in bad if name.endswith((".txt", ".html", ".mp4", ".eps"))}
@@ -176,32 +241,37 @@ def test_odd_and_broken_files_are_noted_once(tokenizer: Path, tmp_path: Path) ->
     assert TokenStore.open(tmp_path / "t").version == version
 
 
-def test_a_folder_of_bad_pictures_stops_the_job(tokenizer: Path, tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "p", 3)
+def test_a_folder_of_bad_images_stops_the_job(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "p", 3)
     for i in range(8):
-        (source / f"x{i}.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"stopped at 6 bad pictures among the first \d+: is this the right folder\? .*--max-errors"):
+        (source / f"x{i}.png").write_bytes(b"no image")
+    with pytest.raises(
+        DataError,
+        match=r"stopped at 6 bad images among the first \d+: is this the right folder\? .*--max-errors",
+    ):
         tokenize(source, tokenizer, tmp_path / "t", max_errors=5, batch=1)
     assert len(TokenStore.open(tmp_path / "t")) == 3  # what was good is kept
     assert tokenize(source, tokenizer, tmp_path / "t", max_errors=8).num_known == 3
     with pytest.raises(ConfigError, match="max_errors"):
         tokenize(source, tokenizer, tmp_path / "t", max_errors=-1)
     (tmp_path / "q").mkdir()
-    (tmp_path / "q" / "x.png").write_bytes(b"no picture")
+    (tmp_path / "q" / "x.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"nothing in .*q could be used"):
         tokenize(tmp_path / "q", tokenizer, tmp_path / "u")
     assert not (tmp_path / "u").exists()  # the next attempt may be of another kind
 
 
-def test_a_store_is_replaced_only_by_what_there_is(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
+def test_a_store_is_replaced_only_by_what_there_is(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    tokenize(image_folder, tokenizer, tmp_path / "t", size=32)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"there is nothing in .*empty"):
         tokenize(tmp_path / "empty", tokenizer, tmp_path / "t", size=32, overwrite=True)
     with pytest.raises(DataError, match="there is nothing in the list of files"):
         tokenize([], tokenizer, tmp_path / "t", size=32, overwrite=True)
     with pytest.raises(ConfigError, match="workers"):
-        tokenize(pictures, tokenizer, tmp_path / "t", size=32, overwrite=True, workers=-1)
+        tokenize(image_folder, tokenizer, tmp_path / "t", size=32, overwrite=True, workers=-1)
     (tmp_path / "link").symlink_to(tmp_path / "t")
     for same in ("t", "link"):
         with pytest.raises(ConfigError, match="cannot be its own source"):
@@ -210,14 +280,14 @@ def test_a_store_is_replaced_only_by_what_there_is(pictures: Path, tokenizer: Pa
 
 
 def test_odd_labels_times_and_archives_stop_nothing(tokenizer: Path, tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "p", 3)
+    source = write_images(tmp_path / "p", 3)
     shutil.copytree(source, tmp_path / "p" / os.fsdecode(b"z\xff"))
-    os.utime(source / "picture00.png", (13_569_465_600, 13_569_465_600))  # the year 2400
-    (source / "bad.png").write_bytes(b"no picture")
+    os.utime(source / "image00.png", (13_569_465_600, 13_569_465_600))  # the year 2400
+    (source / "bad.png").write_bytes(b"no image")
     os.utime(source / "bad.png", (13_569_465_600, 13_569_465_600))
     (source / "/".join("d" * 510)).mkdir(parents=True)
     with zipfile.ZipFile(source / "z.zip", "w") as archive:
-        archive.write(source / "picture01.png", "a.png")
+        archive.write(source / "image01.png", "a.png")
     done = tokenize(source, tokenizer, tmp_path / "t", size=32)
     assert (done.num_images, len(done.skipped)) == (7, 2)
     assert TokenStore.open(tmp_path / "t").classes() == ["z%FF"]
@@ -233,54 +303,82 @@ def test_odd_labels_times_and_archives_stop_nothing(tokenizer: Path, tmp_path: P
     assert skipped["strip.png"].startswith("oversized")
 
 
-def test_a_picture_that_turned_bad_is_noted_once(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
-    (pictures / "picture01.png").write_bytes(b"no picture any more")
-    assert len(tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=True).skipped) == 1
+def test_a_image_that_turned_bad_is_noted_once(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    tokenize(image_folder, tokenizer, tmp_path / "t", size=32)
+    (image_folder / "image01.png").write_bytes(b"no image any more")
+    assert len(tokenize(image_folder, tokenizer, tmp_path / "t", size=32, update=True).skipped) == 1
     version = TokenStore.open(tmp_path / "t")._errors().version
     for update in (True, False, True):
-        assert len(tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=update).skipped) == 1
+        assert (
+            len(tokenize(image_folder, tokenizer, tmp_path / "t", size=32, update=update).skipped)
+            == 1
+        )
     assert TokenStore.open(tmp_path / "t")._errors().version == version
-    assert set(TokenStore.open(tmp_path / "t").errors()) == {"picture01.png"}
-    write_pictures(pictures, 2, 50, 50)
-    tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=True)
+    assert set(TokenStore.open(tmp_path / "t").errors()) == {"image01.png"}
+    write_images(image_folder, 2, 50, 50)
+    tokenize(image_folder, tokenizer, tmp_path / "t", size=32, update=True)
     assert not TokenStore.open(tmp_path / "t").errors()
 
 
-def test_settings_that_do_not_fit_are_named(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_settings_that_do_not_fit_are_named(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="multiple of the tokenizer's stride 4; got 30"):
-        tokenize(pictures, tokenizer, tmp_path / "t", size=30)
-    with pytest.raises(ConfigError, match="crops of a picture need a size"):
-        tokenize(pictures, tokenizer, tmp_path / "t", crops=5)
+        tokenize(image_folder, tokenizer, tmp_path / "t", size=30)
+    with pytest.raises(ConfigError, match="crops of an image need a size"):
+        tokenize(image_folder, tokenizer, tmp_path / "t", crops=5)
     with pytest.raises(DataError, match="nowhere does not exist"):
         tokenize(tmp_path / "nowhere", tokenizer, tmp_path / "t")
     assert not (tmp_path / "t").exists()
-    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
-    with pytest.raises(RunError, match=r"layout: 8x8 in the store, 16x16 now; transform: shorter side to 32.* store, shorter side to 64"):
-        tokenize(pictures, tokenizer, tmp_path / "t", size=64)
+    tokenize(image_folder, tokenizer, tmp_path / "t", size=32)
+    with pytest.raises(
+        RunError,
+        match=r"layout: 8x8 in the store, 16x16 now; transform: shorter side to 32.* store, shorter side to 64",
+    ):
+        tokenize(image_folder, tokenizer, tmp_path / "t", size=64)
     with pytest.raises(RunError, match=r"layout: 8x8 in the store, varying now"):
-        tokenize(pictures, tokenizer, tmp_path / "t")
+        tokenize(image_folder, tokenizer, tmp_path / "t")
     with pytest.raises(RunError, match="precision: float32 in the store, bf16 now"):
-        tokenize(pictures, tokenizer, tmp_path / "t", size=32, precision="bf16")
-    assert tokenize(pictures, tokenizer, tmp_path / "t", size=64, overwrite=True).num_images == 6
+        tokenize(image_folder, tokenizer, tmp_path / "t", size=32, precision="bf16")
+    assert (
+        tokenize(image_folder, tokenizer, tmp_path / "t", size=64, overwrite=True).num_images == 6
+    )
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="is no token store"):
-        tokenize(pictures, tokenizer, tmp_path / "folder", overwrite=True)
+        tokenize(image_folder, tokenizer, tmp_path / "folder", overwrite=True)
     assert (
         "leave out --keep-shape"
-        in smalto_command("tokenize", pictures, "--tokenizer", tokenizer, "--size", 32, "--keep-shape", check=False).stderr
+        in smalto_command(
+            "tokenize",
+            image_folder,
+            "--tokenizer",
+            tokenizer,
+            "--size",
+            32,
+            "--keep-shape",
+            check=False,
+        ).stderr
     )
 
 
-def test_two_pictures_of_one_name_are_refused_wherever_they_stand(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    files = [PictureFile(name, str(pictures / f"picture0{i}.png")) for i, name in enumerate(["a", "b", "c", "a"])]
-    with pytest.raises(InputError, match="every row needs an id of its own; 'a' is there more than once"):
+def test_two_images_of_one_name_are_refused_wherever_they_stand(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    files = [
+        ImageFile(name, str(image_folder / f"image0{i}.png"))
+        for i, name in enumerate(["a", "b", "c", "a"])
+    ]
+    with pytest.raises(
+        InputError, match="every row needs an id of its own; 'a' is there more than once"
+    ):
         tokenize(files, tokenizer, tmp_path / "t", batch=1)
     assert len(TokenStore.open(tmp_path / "t")) == 0
 
 
 def test_shuffling_changes_the_order_and_nothing_else(tokenizer: Path, tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "p", 20, 16, 16)
+    source = write_images(tmp_path / "p", 20, 16, 16)
     tokenize(source, tokenizer, tmp_path / "t")
     tokenize(source, tokenizer, tmp_path / "s", shuffle=True)
     assert TokenStore.open(tmp_path / "t").ids() == sorted(TokenStore.open(tmp_path / "t").ids())
@@ -290,14 +388,21 @@ def test_shuffling_changes_the_order_and_nothing_else(tokenizer: Path, tmp_path:
 
 def test_another_store_is_a_source(tokenizer: Path, tmp_path: Path) -> None:
     for number, name in ((4, "a"), (6, "b")):
-        tokenize(write_pictures(tmp_path / name, number), tokenizer, tmp_path / f"{name}.lance", size=32)
+        tokenize(
+            write_images(tmp_path / name, number), tokenizer, tmp_path / f"{name}.lance", size=32
+        )
     done = tokenize(tmp_path / "a.lance", tokenizer, tmp_path / "all.lance")
     assert (done.num_images, done.num_known) == (4, 0)
     more = tokenize(tmp_path / "b.lance", tokenizer, tmp_path / "all.lance")
     assert (more.num_images, more.num_rows) == (2, 6)
     assert tokens_by_id(tmp_path / "all.lance") == tokens_by_id(tmp_path / "b.lance")
-    store = TokenStore.open(tmp_path / "all.lance")  # rows that know nothing of their files tell of no changes
-    store.append([row._replace(size=0, modified=0, digest=b"") for row in store.token_rows(0, 2)], replace=True)
+    store = TokenStore.open(
+        tmp_path / "all.lance"
+    )  # rows that know nothing of their files tell of no changes
+    store.append(
+        [row._replace(size=0, modified=0, digest=b"") for row in store.token_rows(0, 2)],
+        replace=True,
+    )
     again = tokenize(tmp_path / "b.lance", tokenizer, tmp_path / "all.lance", update=True)
     assert (again.changed, again.num_images) == ([], 0)
     with pytest.raises(ConfigError, match="are copied as they are: leave out size"):
@@ -307,8 +412,10 @@ def test_another_store_is_a_source(tokenizer: Path, tmp_path: Path) -> None:
         tokenize(tmp_path / "a.lance", tmp_path / "other", tmp_path / "c.lance")
 
 
-def test_verify_finds_tokens_that_are_not_the_pictures(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
+def test_verify_finds_tokens_that_are_not_the_images(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    tokenize(image_folder, tokenizer, tmp_path / "t", size=32)
     store = TokenStore.open(tmp_path / "t")
     row = store.token_rows(2, 3)[0]
     wrong = numpy.asarray(row.tokens).copy()
@@ -319,24 +426,38 @@ def test_verify_finds_tokens_that_are_not_the_pictures(pictures: Path, tokenizer
     assert found.differing == [(row.id, 1, 5)]
     done = smalto_command("store", "verify", tmp_path / "t", check=False)
     assert done.returncode == 1
-    assert f"row {row.id!r}: 1 tokens differ when the picture is encoded again, the first at 5" in done.stdout
-    write_pictures(pictures, 1, 50, 50)
+    assert (
+        f"row {row.id!r}: 1 tokens differ when the image is encoded again, the first at 5"
+        in done.stdout
+    )
+    write_images(image_folder, 1, 50, 50)
     other, (first, *_) = verify(tmp_path / "t", 6), store.ids()
-    assert (other.changed, other.num_sampled, [id for id, *_ in other.differing]) == ([first], 5, [row.id])  # no damage
-    assert "1 have changed since they were tokenized" in smalto_command("store", "verify", tmp_path / "t", check=False).stdout
-    tokenize(pictures, tokenizer, tmp_path / "t", size=32, update=True)
-    (pictures / row.id).unlink()
+    assert (other.changed, other.num_sampled, [id for id, *_ in other.differing]) == (
+        [first],
+        5,
+        [row.id],
+    )  # no damage
+    assert (
+        "1 have changed since they were tokenized"
+        in smalto_command("store", "verify", tmp_path / "t", check=False).stdout
+    )
+    tokenize(image_folder, tokenizer, tmp_path / "t", size=32, update=True)
+    (image_folder / row.id).unlink()
     assert verify(tmp_path / "t", 6).not_found == [row.id]
     (tmp_path / "elsewhere").mkdir()
-    nothing = smalto_command("store", "verify", tmp_path / "t", "--source", tmp_path / "elsewhere", check=False)
+    nothing = smalto_command(
+        "store", "verify", tmp_path / "t", "--source", tmp_path / "elsewhere", check=False
+    )
     assert nothing.returncode == 1
     assert "name their folder with --source" in nothing.stderr
-    moved = shutil.move(pictures, tmp_path / "moved")
+    moved = shutil.move(image_folder, tmp_path / "moved")
     assert verify(tmp_path / "t", 6, source=moved).num_sampled == 5
 
 
-def test_verify_takes_a_sample_without_the_index_and_names_what_is_lost_first(pictures: Path, tokenizer: Path, tmp_path: Path) -> None:
-    tokenize(pictures, tokenizer, tmp_path / "t", size=32)
+def test_verify_takes_a_sample_without_the_index_and_names_what_is_lost_first(
+    image_folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    tokenize(image_folder, tokenizer, tmp_path / "t", size=32)
     TokenStore.open(tmp_path / "t").compact()
     shutil.rmtree(tmp_path / "t" / "_indices")
     found = verify(tmp_path / "t", 6)
@@ -351,12 +472,31 @@ def test_verify_takes_a_sample_without_the_index_and_names_what_is_lost_first(pi
 
 
 def test_an_interrupted_job_keeps_what_it_made_and_goes_on(tokenizer: Path, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "p", 90, 400, 600)
-    script = "from smalto.data import store_writer; store_writer.ROWS_PER_COMMIT = 4; from smalto.cli import main; main()"
-    command = [sys.executable, "-c", script, "tokenize", "p", "--tokenizer", str(tokenizer), "--out", "t", "--batch", "2", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    write_images(tmp_path / "p", 90, 400, 600)
+    script = "from smalto.store import writer as store_writer; store_writer.ROWS_PER_COMMIT = 4; from smalto.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "tokenize",
+        "p",
+        "--tokenizer",
+        str(tokenizer),
+        "--out",
+        "t",
+        "--batch",
+        "2",
+        "--workers",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 60
-    while not ((tmp_path / "t").exists() and len(TokenStore.open(tmp_path / "t"))) and time.monotonic() < deadline:
+    while (
+        not ((tmp_path / "t").exists() and len(TokenStore.open(tmp_path / "t")))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]

@@ -14,7 +14,13 @@ from torch import Tensor
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, InputError
 from smalto.core.layout import TokenLayout
-from smalto.quantizers import CodebookUpdater, MultiScaleVQ, MultiScaleVQConfig, VectorQuantizerConfig, multiscale
+from smalto.quantizers import (
+    CodebookUpdater,
+    MultiScaleVQ,
+    MultiScaleVQConfig,
+    VectorQuantizerConfig,
+    multiscale,
+)
 
 SCALE: dict[str, Any] = {"codebook_size": 24, "latent_dim": 5}
 
@@ -32,7 +38,9 @@ def latents(batch: int = 2, height: int = 4, width: int = 4) -> Tensor:
     return torch.randn(batch, 5, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def plain(quantizer: MultiScaleVQ, z: Tensor, grids: list[tuple[int, int]], phis: list[int]) -> tuple[list[Tensor], Tensor]:
+def plain(
+    quantizer: MultiScaleVQ, z: Tensor, grids: list[tuple[int, int]], phis: list[int]
+) -> tuple[list[Tensor], Tensor]:
     """The method written out, in float64 with brute force: tokens of each scale and the result."""
     z, codes = z.double(), quantizer.scale.codes().detach().double()
     result, tokens = torch.zeros_like(z), []
@@ -55,9 +63,13 @@ def plain(quantizer: MultiScaleVQ, z: Tensor, grids: list[tuple[int, int]], phis
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize(("num_phis", "order"), [(4, [0, 2, 3]), (1, [0, 0, 0]), (None, [0, 1, 2]), (2, [0, 0, 1])])
+@pytest.mark.parametrize(
+    ("num_phis", "order"), [(4, [0, 2, 3]), (1, [0, 0, 0]), (None, [0, 1, 2]), (2, [0, 0, 1])]
+)
 @pytest.mark.parametrize("size", [(4, 4), (6, 3), (8, 12)])
-def test_against_the_method_written_out(metric: str, num_phis: int | None, order: list[int], size: tuple[int, int]) -> None:
+def test_against_the_method_written_out(
+    metric: str, num_phis: int | None, order: list[int], size: tuple[int, int]
+) -> None:
     quantizer, z = build(num_phis=num_phis, scale={"metric": metric}), latents(3, *size)
     layout = quantizer.layout(*size)
     tokens, result = plain(quantizer, z, list(layout.grids), order)
@@ -102,7 +114,9 @@ def test_scales_chosen_for_one_call() -> None:
     tokens = quantizer.encode(z, layout)
     expected, result = plain(quantizer, z, list(layout.grids), [0, 1, 2, 2, 3])
     assert torch.equal(tokens, torch.cat(expected, dim=1))
-    torch.testing.assert_close(quantizer.decode(tokens, layout).double(), result, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        quantizer.decode(tokens, layout).double(), result, rtol=1e-5, atol=1e-5
+    )
     with pytest.raises(InputError, match="whole latent map"):
         quantizer.encode(z, TokenLayout(((1, 1), (4, 4))))
 
@@ -129,14 +143,20 @@ def test_an_ema_codebook_teaches_phi_all_the_same() -> None:
 
 def test_the_residual_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, pooled = multiscale._pool, []
-    monkeypatch.setattr(multiscale, "_pool", lambda latent_map, grid: (pooled.append(latent_map), pool(latent_map, grid))[1])
+    monkeypatch.setattr(
+        multiscale,
+        "_pool",
+        lambda latent_map, grid: (pooled.append(latent_map), pool(latent_map, grid))[1],
+    )
     quantizer, z = build(tuple(range(1, 9))), latents(1, 8, 8).requires_grad_()
     seen: list[Tensor] = []
     nearest = quantizer.scale.nearest
-    nearest.listener = lambda module, vectors, codes, indices, valid: seen.append(vectors)
+    nearest.observer = lambda module, vectors, codes, indices, valid: seen.append(vectors)
     out = quantizer(z)
     assert len(seen) == 8
-    assert len(pooled) == 2 * 7  # what is left, and which of it is usable, on all scales but the last
+    assert (
+        len(pooled) == 2 * 7
+    )  # what is left, and which of it is usable, on all scales but the last
     assert not any(tensor.requires_grad for tensor in [*seen, *pooled])
     gradient = torch.autograd.grad(out.quantized.sum(), z)[0]
     assert torch.equal(gradient, torch.ones_like(z))
@@ -146,14 +166,14 @@ def test_the_start_uses_the_vectors_of_all_scales() -> None:
     quantizer, z = build((1, 2, 4), phi_ratio=0.0, scale={"codebook": "ema"}), latents(64) * 0.1 + 3
     seen = []
     updater = CodebookUpdater(quantizer)
-    listener = quantizer.scale.nearest.listener
-    assert listener is not None
+    observer = quantizer.scale.nearest.observer
+    assert observer is not None
 
     def listen(module: Any, vectors: Tensor, *rest: Tensor) -> None:
         seen.append(len(vectors))
-        listener(module, vectors, *rest)
+        observer(module, vectors, *rest)
 
-    quantizer.scale.nearest.listener = listen
+    quantizer.scale.nearest.observer = listen
     updater.start(z)
     assert seen[:3] == [64, 64 * 4, 64 * 16]
     quantizer.train()
@@ -172,8 +192,8 @@ def test_updater_counts_all_scales_as_one_codebook() -> None:
     updater = CodebookUpdater(quantizer, keep_codes=True)
     quantizer.train()
     quantizer(z)
-    (book,) = updater._books.values()
-    assert int(book.statistics.counts.sum()) == 8 * (1 + 4 + 16)
+    (tracker,) = updater._trackers.values()
+    assert int(tracker.statistics.counts.sum()) == 8 * (1 + 4 + 16)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ from smalto.quantizers.statistics import Statistics, add_op
 SIZE = 50
 
 
-def statistics(by_error: bool = False, salt: int = 1, sample_size: int = SIZE, dtype: torch.dtype = torch.float32) -> Statistics:
+def statistics(
+    by_error: bool = False,
+    salt: int = 1,
+    sample_size: int = SIZE,
+    dtype: torch.dtype = torch.float32,
+) -> Statistics:
     made = Statistics(4, 3, torch.zeros(0, dtype=dtype))
     made.clear(sample_size, salt, by_error)
     return made
@@ -19,7 +24,9 @@ def statistics(by_error: bool = False, salt: int = 1, sample_size: int = SIZE, d
 
 def take(into: Statistics, vectors: Tensor, codes: Tensor | None = None) -> Statistics:
     codes = torch.zeros(4, 3, dtype=vectors.dtype) if codes is None else codes
-    into.add(vectors, codes, torch.zeros(len(vectors), dtype=torch.int64), vectors.isfinite().all(dim=1))
+    into.add(
+        vectors, codes, torch.zeros(len(vectors), dtype=torch.int64), vectors.isfinite().all(dim=1)
+    )
     return into
 
 
@@ -34,7 +41,9 @@ def test_the_sample_does_not_depend_on_split_or_order(by_error: bool, dtype: tor
     assert torch.equal(whole.keys, parts.keys)
     assert torch.equal(whole.sample, parts.sample)
     assert torch.equal(whole.counts, parts.counts)
-    assert not torch.equal(take(statistics(by_error, salt=2, dtype=dtype), vectors).sample, whole.sample)
+    assert not torch.equal(
+        take(statistics(by_error, salt=2, dtype=dtype), vectors).sample, whole.sample
+    )
 
 
 def test_packed_and_summed_is_what_one_would_have_seen() -> None:
@@ -92,5 +101,13 @@ def test_every_vector_has_the_same_chance() -> None:
 
 def test_the_operator_is_registered_as_torch_wants_it() -> None:
     made = statistics()
-    inputs = torch.randn(9, 3), torch.randn(4, 3), torch.randint(4, (9,)), torch.ones(9, dtype=torch.bool)
-    torch.library.opcheck(add_op, (*inputs, made.salt, True, made.counts, made.sums, made.num_calls, made.keys, made.sample))
+    inputs = (
+        torch.randn(9, 3),
+        torch.randn(4, 3),
+        torch.randint(4, (9,)),
+        torch.ones(9, dtype=torch.bool),
+    )
+    torch.library.opcheck(
+        add_op,
+        (*inputs, made.salt, True, made.counts, made.sums, made.num_calls, made.keys, made.sample),
+    )

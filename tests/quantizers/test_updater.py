@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 import smalto
 from smalto.core.errors import ConfigError, InputError
-from smalto.quantizers import CodebookUpdater, EMACodebook, ProductVQ, ResidualVQ, Revive, VectorQuantizer
+from smalto.quantizers import (
+    CodebookUpdater,
+    EMACodebook,
+    ProductVQ,
+    ResidualVQ,
+    Revive,
+    VectorQuantizer,
+)
 from smalto.quantizers.kmeans import kmeans
 
 
@@ -29,7 +36,7 @@ def started(quantizer: VectorQuantizer, **settings: object) -> CodebookUpdater:
 def test_ema_follows_its_closed_form() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(6, 4, codebook="ema")
-    updater = started(quantizer, revive=None, memory=20.0)
+    updater = started(quantizer, revive=None, decay_tokens=20.0)
     counts, sums = torch.ones(6), quantizer.embedding.weight.clone()
     for step in range(5):
         z = latents(30, seed=step)
@@ -103,13 +110,15 @@ def test_rows_that_are_not_finite_leave_the_codebook_alone() -> None:
 
 def test_the_first_step_starts_by_k_means_on_what_it_saw() -> None:
     torch.manual_seed(0)
-    centres = torch.randn(8, 4) * 20
-    z = (centres.repeat_interleave(50, 0) + torch.randn(400, 4) * 0.1).T[None, :, :, None]
+    centers = torch.randn(8, 4) * 20
+    z = (centers.repeat_interleave(50, 0) + torch.randn(400, 4) * 0.1).T[None, :, :, None]
     quantizer = VectorQuantizer(8, 4, codebook="ema")
     updater = CodebookUpdater(quantizer)
     quantizer(z)
     updater.step()
-    assert quantizer(z).loss.item() < 1000  # k-means may put two codes into one cluster, but none stays at its random place
+    assert (
+        quantizer(z).loss.item() < 1000
+    )  # k-means may put two codes into one cluster, but none stays at its random place
     assert len(quantizer.encode(z).unique()) == 8
 
 
@@ -130,16 +139,16 @@ def test_start_takes_batches_and_leaves_the_mode_alone() -> None:
 
 def test_k_means_places_a_code_on_every_distinct_vector_when_there_are_few() -> None:
     vectors = torch.tensor([[0.0, 0], [1, 0], [0, 0], [1, 0], [5, 5]])
-    centres = kmeans(vectors, 8, "l2", torch.Generator().manual_seed(0))
-    assert sorted(centres.tolist()) == [[0, 0], [1, 0], [5, 5]]
+    centers = kmeans(vectors, 8, "l2", torch.Generator().manual_seed(0))
+    assert sorted(centers.tolist()) == [[0, 0], [1, 0], [5, 5]]
 
 
 def test_k_means_lowers_the_error() -> None:
     vectors = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
 
     def error(iterations: int) -> float:
-        centres = kmeans(vectors, 20, "l2", torch.Generator().manual_seed(1), iterations)
-        return float(torch.cdist(vectors, centres).min(1).values.square().mean())
+        centers = kmeans(vectors, 20, "l2", torch.Generator().manual_seed(1), iterations)
+        return float(torch.cdist(vectors, centers).min(1).values.square().mean())
 
     assert error(10) < 0.9 * error(0)
 
@@ -150,9 +159,11 @@ def test_revival_touches_only_dead_rows_and_zeroes_their_moments(kind: str) -> N
     quantizer = VectorQuantizer(10, 4, codebook=kind)  # type: ignore[arg-type]
     holder = nn.ModuleDict({"quantizer": quantizer, "encoder": nn.Conv2d(4, 4, 1)})
     optimizer = torch.optim.AdamW(holder.parameters(), weight_decay=0.0)
-    updater = CodebookUpdater(quantizer, optimizer, Revive(0.1), memory=1.0, keep_codes=True)
+    updater = CodebookUpdater(quantizer, optimizer, Revive(0.1), decay_tokens=1.0, keep_codes=True)
     with torch.no_grad():
-        quantizer.embedding.weight[7:] = 100.0 + torch.arange(3.0)[:, None]  # out of reach of everything
+        quantizer.embedding.weight[7:] = (
+            100.0 + torch.arange(3.0)[:, None]
+        )  # out of reach of everything
     if isinstance(quantizer.embedding, EMACodebook):
         quantizer.embedding.ema_sums.copy_(quantizer.embedding.weight)
     for step in range(6):
@@ -196,9 +207,11 @@ def test_a_toy_that_collapses_without_revival_and_not_with_it() -> None:
     def used(revive: Revive | None) -> int:
         torch.manual_seed(0)
         quantizer = VectorQuantizer(64, 4, codebook="ema")
-        updater = started(quantizer, revive=revive, memory=4.0)
+        updater = started(quantizer, revive=revive, decay_tokens=4.0)
         with torch.no_grad():
-            quantizer.embedding.weight.mul_(0.01).add_(5)  # far from the data: the nearest few take it all
+            quantizer.embedding.weight.mul_(0.01).add_(
+                5
+            )  # far from the data: the nearest few take it all
             quantizer.embedding.ema_sums.copy_(quantizer.embedding.weight)
         for step in range(100):
             quantizer(latents(512, seed=step))
@@ -213,14 +226,14 @@ def test_a_saved_updater_goes_on_bit_for_bit() -> None:
     def run(stop: int | None) -> Tensor:
         torch.manual_seed(0)
         quantizer = VectorQuantizer(32, 4, codebook="learned")
-        updater = CodebookUpdater(quantizer, memory=1.0, seed=3)
+        updater = CodebookUpdater(quantizer, decay_tokens=1.0, seed=3)
         for step in range(12):
             if step == stop:
                 state, weights = copy.deepcopy(updater.state_dict()), quantizer.state_dict()
                 updater.close()
                 quantizer = VectorQuantizer(32, 4, codebook="learned")
                 quantizer.load_state_dict(weights)
-                updater = CodebookUpdater(quantizer, memory=1.0, seed=99)
+                updater = CodebookUpdater(quantizer, decay_tokens=1.0, seed=99)
                 updater.load_state_dict(state)
             quantizer(latents(40, seed=step))
             updater.step()
@@ -253,7 +266,7 @@ def test_closing_stops_listening_and_wrong_use_is_named() -> None:
     with pytest.raises(InputError, match="holds no VectorQuantizer"):
         CodebookUpdater(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="memory"):
-        CodebookUpdater(quantizer, memory=0)
+        CodebookUpdater(quantizer, decay_tokens=0)
     with pytest.raises(ConfigError, match="share of uniform use"):
         Revive(2.0)
 
@@ -297,7 +310,9 @@ def test_copies_of_the_model_feed_nobody() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(6, 4, codebook="ema")
     updater = started(quantizer)
-    assert b"CodebookUpdater" not in pickle.dumps(quantizer)  # goes to another process without its updater
+    assert b"CodebookUpdater" not in pickle.dumps(
+        quantizer
+    )  # goes to another process without its updater
     copy.deepcopy(quantizer)(latents(20))
     with pytest.raises(RuntimeError, match="saw no forward pass"):
         updater.step()
@@ -321,7 +336,7 @@ def test_a_collapsed_encoder_does_not_end_the_run() -> None:
     model = smalto.SimpleVQVAE(16, 8, 8, encoder_relu=True)
     with torch.no_grad():
         model.encoder[2].bias.fill_(-5)  # every latent is zero
-    updater = CodebookUpdater(model, memory=1.0)
+    updater = CodebookUpdater(model, decay_tokens=1.0)
     for _ in range(20):
         model(torch.randn(2, 3, 16, 16))
         updater.step()
@@ -398,7 +413,7 @@ def test_a_frozen_codebook_stays_as_it_is() -> None:
     quantizer = VectorQuantizer(64, 4)
     quantizer.embedding.weight.requires_grad_(False)
     before = quantizer.embedding.weight.clone()
-    updater = CodebookUpdater(quantizer, memory=1.0)
+    updater = CodebookUpdater(quantizer, decay_tokens=1.0)
     updater.start(latents(400))
     for step in range(20):
         quantizer(latents(40, seed=step) * 0.01)

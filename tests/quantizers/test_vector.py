@@ -66,7 +66,9 @@ def test_learned_loss_is_codebook_plus_beta_commitment() -> None:
     quantizer = VectorQuantizer(8, 4, beta=0.7)
     latents = torch.randn(2, 4, 3, 3, requires_grad=True)
     out = quantizer(latents)
-    codes = F.embedding(out.indices, quantizer.embedding.weight).view(2, 3, 3, 4).permute(0, 3, 1, 2)
+    codes = (
+        F.embedding(out.indices, quantizer.embedding.weight).view(2, 3, 3, 4).permute(0, 3, 1, 2)
+    )
     expected = F.mse_loss(codes, latents.detach()) + 0.7 * F.mse_loss(latents, codes.detach())
     torch.testing.assert_close(out.loss, expected)
     got = torch.autograd.grad(out.loss, [latents, quantizer.embedding.weight], retain_graph=True)
@@ -92,7 +94,9 @@ def test_losses_pass_gradcheck() -> None:
     assert out.loss.dtype == torch.float64
 
     def commitment(z: torch.Tensor) -> torch.Tensor:
-        codes = quantizer.embedding.weight.detach()[out.indices].view(1, 2, 2, 3).permute(0, 3, 1, 2)
+        codes = (
+            quantizer.embedding.weight.detach()[out.indices].view(1, 2, 2, 3).permute(0, 3, 1, 2)
+        )
         return 0.5 * F.mse_loss(z, codes)
 
     moving = latents.clone().requires_grad_()
@@ -106,7 +110,9 @@ def test_straight_through_gives_the_code_bitwise_and_the_identity_gradient() -> 
     latents, codes = torch.randn(200, requires_grad=True), torch.randn(200)
     value = straight_through(latents, codes)
     assert torch.equal(value, codes)
-    assert not torch.equal(latents + (codes - latents).detach(), codes)  # the usual order rounds: this is why ours differs
+    assert not torch.equal(
+        latents + (codes - latents).detach(), codes
+    )  # the usual order rounds: this is why ours differs
     (gradient,) = torch.autograd.grad(value.sum(), latents)
     assert torch.equal(gradient, torch.ones(200))
 
@@ -131,7 +137,11 @@ def test_rows_that_are_not_finite_take_code_0_and_harm_nothing(quantizer: Vector
     torch.testing.assert_close(out.loss, quantizer(finite).loss)
     (out.loss + out.quantized.sum()).backward()
     assert broken.grad is not None
-    assert all(bool(p.grad.isfinite().all()) for p in [broken, *quantizer.parameters()] if p.grad is not None)
+    assert all(
+        bool(p.grad.isfinite().all())
+        for p in [broken, *quantizer.parameters()]
+        if p.grad is not None
+    )
     assert float(broken.grad[0, :, 0, 1].abs().sum()) == 0
 
 
@@ -141,26 +151,36 @@ def test_an_empty_batch_gives_finite_empty_results(quantizer: VectorQuantizer) -
     assert out.indices.shape == (0,)
     assert out.loss.item() == 0
     assert quantizer.encode(torch.zeros(0, 6, 4, 4)).shape == (0, 16)
-    assert quantizer.decode(torch.zeros(0, 16, dtype=torch.int64), TokenLayout.single(4, 4)).shape == (0, 6, 4, 4)
+    assert quantizer.decode(
+        torch.zeros(0, 16, dtype=torch.int64), TokenLayout.single(4, 4)
+    ).shape == (0, 6, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_quantized_keeps_the_dtype_and_the_loss_is_at_least_float32(quantizer: VectorQuantizer, dtype: torch.dtype) -> None:
+def test_quantized_keeps_the_dtype_and_the_loss_is_at_least_float32(
+    quantizer: VectorQuantizer, dtype: torch.dtype
+) -> None:
     if dtype is torch.float64:
         quantizer = copy.deepcopy(quantizer).double()
     out = quantizer(torch.randn(1, 6, 2, 2).to(dtype))
     assert out.quantized.dtype == dtype
     assert out.loss.dtype == torch.promote_types(dtype, torch.float32)
-    assert torch.equal(out.quantized, quantizer.decode(out.indices.view(1, -1), quantizer.layout(2, 2)).to(dtype))
+    assert torch.equal(
+        out.quantized, quantizer.decode(out.indices.view(1, -1), quantizer.layout(2, 2)).to(dtype)
+    )
 
 
 @pytest.mark.parametrize("module", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("latents", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_any_mix_of_precisions_works(quantizer: VectorQuantizer, module: torch.dtype, latents: torch.dtype) -> None:
+def test_any_mix_of_precisions_works(
+    quantizer: VectorQuantizer, module: torch.dtype, latents: torch.dtype
+) -> None:
     mixed = copy.deepcopy(quantizer).to(module)
     out = mixed(torch.randn(2, 6, 3, 3).to(latents) * 20)
     assert out.quantized.dtype == latents
-    assert out.loss.dtype == torch.promote_types(torch.promote_types(latents, module), torch.float32)
+    assert out.loss.dtype == torch.promote_types(
+        torch.promote_types(latents, module), torch.float32
+    )
     assert bool(out.loss.isfinite())
     decoded = mixed.decode(out.indices.view(2, -1), mixed.layout(3, 3))
     torch.testing.assert_close(decoded.to(latents), out.quantized, rtol=1e-2, atol=1e-2)
@@ -169,7 +189,9 @@ def test_any_mix_of_precisions_works(quantizer: VectorQuantizer, module: torch.d
 def test_it_compiles_in_one_graph(quantizer: VectorQuantizer) -> None:
     latents = torch.randn(2, 6, 3, 4)
     compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
-    assert all(torch.equal(a, b) for a, b in zip(compiled(latents), quantizer(latents), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(compiled(latents), quantizer(latents), strict=True)
+    )
 
 
 def test_autocast_changes_nothing(quantizer: VectorQuantizer) -> None:
@@ -188,14 +210,20 @@ def test_autocast_changes_nothing(quantizer: VectorQuantizer) -> None:
 def test_encoding_decoded_tokens_gives_them_back(tokens: list[int]) -> None:
     quantizer = VectorQuantizer(20, 6)
     with torch.no_grad():
-        quantizer.embedding.weight.copy_(torch.eye(20, 6).cumsum(0) * 3 + torch.arange(20.0)[:, None])
+        quantizer.embedding.weight.copy_(
+            torch.eye(20, 6).cumsum(0) * 3 + torch.arange(20.0)[:, None]
+        )
     indices = torch.tensor([tokens])
-    assert torch.equal(quantizer.encode(quantizer.decode(indices, TokenLayout.single(2, 3))), indices)
+    assert torch.equal(
+        quantizer.encode(quantizer.decode(indices, TokenLayout.single(2, 3))), indices
+    )
 
 
 def test_encode_is_independent_of_the_batch_split(quantizer: VectorQuantizer) -> None:
     latents = torch.randn(5, 6, 3, 3)
-    assert torch.equal(quantizer.encode(latents), torch.cat([quantizer.encode(part) for part in latents.split(2)]))
+    assert torch.equal(
+        quantizer.encode(latents), torch.cat([quantizer.encode(part) for part in latents.split(2)])
+    )
 
 
 def test_a_learned_quantizer_has_one_parameter_and_no_other_state() -> None:
@@ -229,7 +257,9 @@ def test_wrong_latents_are_named(quantizer: VectorQuantizer, latents: torch.Tens
         (torch.zeros(1, 4, dtype=torch.bool), "whole numbers"),
     ],
 )
-def test_wrong_indices_are_named(quantizer: VectorQuantizer, indices: torch.Tensor, says: str) -> None:
+def test_wrong_indices_are_named(
+    quantizer: VectorQuantizer, indices: torch.Tensor, says: str
+) -> None:
     with pytest.raises(InputError, match=says):
         quantizer.decode(indices, TokenLayout.single(2, 2))
 
@@ -244,7 +274,10 @@ def test_wrong_indices_are_named(quantizer: VectorQuantizer, indices: torch.Tens
         ({"beta": -1.0}, "beta: .*greater than or equal to 0"),
         ({"beta": math.nan}, "beta: .*finite"),
         ({"unit_codes": True}, 'unit_codes .* metric="cosine"'),
-        ({"codebook": "ema", "estimator": "diveq"}, "'diveq' teaches codes by gradient and .* takes none"),
+        (
+            {"codebook": "ema", "estimator": "diveq"},
+            "'diveq' teaches codes by gradient and .* takes none",
+        ),
     ],
 )
 def test_wrong_settings_are_named(arguments: dict[str, Any], says: str) -> None:

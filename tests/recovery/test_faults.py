@@ -19,7 +19,7 @@ from smalto.core.errors import RunError
 from smalto.training.checkpoint import SUMS_FILE
 from smalto.training.recipe import Recipe
 from smalto.training.run_folder import RunFolder, read_jsonl
-from tests.conftest import ENVIRONMENT, smalto_command, tiny_sets, write_pictures
+from tests.conftest import ENVIRONMENT, smalto_command, tiny_sets, write_images
 
 ENDLESS = ["--steps", "100000", "--workers", "0", "--device", "cpu"]
 
@@ -27,7 +27,13 @@ ENDLESS = ["--steps", "100000", "--workers", "0", "--device", "cpu"]
 def mounted(folder: Path, options: str) -> bool:
     folder.mkdir(exist_ok=True)
     tool = shutil.which("mount")
-    return tool is not None and subprocess.run([tool, "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode == 0
+    return (
+        tool is not None
+        and subprocess.run(
+            [tool, "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture
@@ -41,20 +47,43 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def started(arguments: list[str], cwd: Path, steps: int = 4) -> subprocess.Popen[bytes]:
     """Begin a command that trains into ``run``, and wait until it has made some steps."""
-    process = subprocess.Popen([sys.executable, "-m", "smalto", *arguments], cwd=cwd, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smalto", *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
     end = time.monotonic() + 60
-    while len(read_jsonl(cwd / "run" / "log.jsonl")) < steps and time.monotonic() < end and process.poll() is None:
+    while (
+        len(read_jsonl(cwd / "run" / "log.jsonl")) < steps
+        and time.monotonic() < end
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     return process
 
 
-def test_a_full_disk_ends_with_advice_and_the_run_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 6)
-    smalto_command("train", tmp_path / "pictures", "--out", small_disk / "run", *tiny_sets(), "--steps", 4, "--workers", 0)
+def test_a_full_disk_ends_with_advice_and_the_run_goes_on_when_there_is_room(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "images", 6)
+    smalto_command(
+        "train",
+        tmp_path / "images",
+        "--out",
+        small_disk / "run",
+        *tiny_sets(),
+        "--steps",
+        4,
+        "--workers",
+        0,
+    )
     saved = RunFolder(small_disk / "run").restore()
     with open(small_disk / "filler", "wb") as filler:
         filler.write(bytes(shutil.disk_usage(small_disk).free - 20_000))
-    done = smalto_command("train", "--resume", small_disk / "run", "--steps", 200, "--workers", 0, check=False)
+    done = smalto_command(
+        "train", "--resume", small_disk / "run", "--steps", 200, "--workers", 0, check=False
+    )
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
     assert "free some space and resume" in done.stderr
@@ -62,26 +91,56 @@ def test_a_full_disk_ends_with_advice_and_the_run_goes_on_when_there_is_room(sma
     assert RunFolder(small_disk / "run").restore().step >= saved.step
     (small_disk / "filler").unlink()
     smalto_command("train", "--resume", small_disk / "run", "--steps", 8, "--workers", 0)
-    smalto_command("train", tmp_path / "pictures", "--out", tmp_path / "whole", *tiny_sets(), "--steps", 4, "--workers", 0)
+    smalto_command(
+        "train",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "whole",
+        *tiny_sets(),
+        "--steps",
+        4,
+        "--workers",
+        0,
+    )
     smalto_command("train", "--resume", tmp_path / "whole", "--steps", 8, "--workers", 0)
-    assert (small_disk / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (small_disk / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
 
-def test_a_disk_too_small_for_a_run_says_so_and_leaves_nothing(small_disk: Path, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 6)
+def test_a_disk_too_small_for_a_run_says_so_and_leaves_nothing(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "images", 6)
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
-    done = smalto_command("train", tmp_path / "pictures", "--out", small_disk / "run", *tiny_sets(), "--workers", 0, check=False)
+    done = smalto_command(
+        "train",
+        tmp_path / "images",
+        "--out",
+        small_disk / "run",
+        *tiny_sets(),
+        "--workers",
+        0,
+        check=False,
+    )
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 6)
+    write_images(tmp_path / "images", 6)
     if not mounted(tmp_path / "disk", "ro,size=1m"):
         pytest.skip("needs leave to mount a tmpfs")
     try:
-        done = smalto_command("train", tmp_path / "pictures", "--out", tmp_path / "disk" / "run", *tiny_sets(), check=False)
+        done = smalto_command(
+            "train",
+            tmp_path / "images",
+            "--out",
+            tmp_path / "disk" / "run",
+            *tiny_sets(),
+            check=False,
+        )
     finally:
         subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
     assert done.returncode == 1
@@ -89,10 +148,10 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path: Path
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 6)
-    first = started(["train", "pictures", "--out", "run", *tiny_sets(), *ENDLESS], tmp_path)
+    write_images(tmp_path / "images", 6)
+    first = started(["train", "images", "--out", "run", *tiny_sets(), *ENDLESS], tmp_path)
     try:
-        for arguments in (["--resume", "run"], ["pictures", "--out", "run", "--overwrite"]):
+        for arguments in (["--resume", "run"], ["images", "--out", "run", "--overwrite"]):
             done = smalto_command("train", *arguments, "--workers", 0, check=False, cwd=tmp_path)
             assert done.returncode == 1
             assert "run is being trained by another process" in done.stderr
@@ -103,15 +162,19 @@ def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
     log = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))  # only one has written
     step = RunFolder(tmp_path / "run").steps()[-1]
-    smalto_command("train", "--resume", "run", "--steps", step + 2, "--workers", 0, cwd=tmp_path)  # the lock went with the process
+    smalto_command(
+        "train", "--resume", "run", "--steps", step + 2, "--workers", 0, cwd=tmp_path
+    )  # the lock went with the process
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "config.json", SUMS_FILE])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "state.safetensors", "config.json", SUMS_FILE]
+)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_used(
-    pictures: Path, tiny_recipe: Recipe, tmp_path: Path, name: str, damage: str
+    image_folder: Path, tiny_recipe: Recipe, tmp_path: Path, name: str, damage: str
 ) -> None:
-    smalto.train(pictures, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+    smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     expected = (tmp_path / "run" / "model.safetensors").read_bytes()
     file = RunFolder(tmp_path / "run").checkpoint(6) / name
     data = bytearray(file.read_bytes())
@@ -123,27 +186,45 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_used(
     with pytest.raises(RunError, match="step-00000006"):
         RunFolder(tmp_path / "run").read(6)
     assert smalto.resume(tmp_path / "run", device="cpu", workers=0).metrics["steps"] == 6
-    (event,) = [row for row in read_jsonl(tmp_path / "run" / "events.jsonl") if row["event"] == "damaged checkpoint"]
+    (event,) = [
+        row
+        for row in read_jsonl(tmp_path / "run" / "events.jsonl")
+        if row["event"] == "damaged checkpoint"
+    ]
     assert "step-00000006" in event["text"]
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == expected
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch without gloo")
-def test_a_process_that_dies_ends_the_job_and_it_goes_on_with_another_number(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 6)
+def test_a_process_that_dies_ends_the_job_and_it_goes_on_with_another_number(
+    tmp_path: Path,
+) -> None:
+    write_images(tmp_path / "images", 6)
     sets = [*tiny_sets(), "--set", "checkpoint.every=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "smalto"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "-m",
+        "smalto",
+    ]
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     with open(tmp_path / "messages", "w") as messages:
         job = subprocess.Popen(
-            [*torchrun, "train", "pictures", "--out", "run", *sets, *ENDLESS],
+            [*torchrun, "train", "images", "--out", "run", *sets, *ENDLESS],
             cwd=tmp_path,
             env=environment,
             stdout=messages,
             stderr=messages,
         )
     end = time.monotonic() + 90
-    while len(read_jsonl(tmp_path / "run" / "log.jsonl")) < 6 and time.monotonic() < end and job.poll() is None:
+    while (
+        len(read_jsonl(tmp_path / "run" / "log.jsonl")) < 6
+        and time.monotonic() < end
+        and job.poll() is None
+    ):
         time.sleep(0.05)
     os.kill(_second_process(job.pid), signal.SIGKILL)
     assert job.wait(timeout=60) != 0
@@ -151,7 +232,9 @@ def test_a_process_that_dies_ends_the_job_and_it_goes_on_with_another_number(tmp
     assert "lost touch with another process of this run" in text
     steps = RunFolder(tmp_path / "run").steps()
     assert steps[-1] >= 2
-    done = smalto_command("train", "--resume", "run", "--steps", steps[-1] + 5, "--workers", 0, cwd=tmp_path)
+    done = smalto_command(
+        "train", "--resume", "run", "--steps", steps[-1] + 5, "--workers", 0, cwd=tmp_path
+    )
     assert f"going on after step {steps[-1]}" in done.stderr
     log = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert [row["step"] for row in log] == list(range(1, steps[-1] + 6))

@@ -23,7 +23,7 @@ from smalto.images.image_file import Skipped
 from smalto.store.check import check_store
 from smalto.store.schema import rows_to_table
 from smalto.store.token_store import TokenStore
-from tests.conftest import ENVIRONMENT, store_header, token_rows, write_pictures
+from tests.conftest import ENVIRONMENT, store_header, token_rows, write_images
 
 
 def make(path: Path, commits: int = 5, rows: int = 6) -> TokenStore:
@@ -34,13 +34,20 @@ def make(path: Path, commits: int = 5, rows: int = 6) -> TokenStore:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def contents(path: Path) -> dict[str, Any]:
     """All that is known of every row, by id."""
     store = TokenStore.open(path)
-    return {row.id: (*row._replace(tokens=()), list(row.tokens)) for row in store.token_rows(0, len(store))}
+    return {
+        row.id: (*row._replace(tokens=()), list(row.tokens))
+        for row in store.token_rows(0, len(store))
+    }
 
 
 def data_files(path: Path) -> list[Path]:
@@ -65,13 +72,24 @@ def test_1_opening_again_and_again_adds_nothing(tmp_path: Path) -> None:
 def bloat(path: Path, commits: int) -> None:
     store = TokenStore.create(path, store_header())
     for row in token_rows(commits):
-        store._table.append(rows_to_table([row], store.header))  # as append does, which looks for its id in all files too
+        store._table.append(
+            rows_to_table([row], store.header)
+        )  # as append does, which looks for its id in all files too
     assert len(manifests(path)) >= commits
     store.compact()
     assert len(manifests(path)) <= 2
     assert len(data_files(path)) == 1
-    assert sum(len(data) for name, data in everything(path).items() if name.startswith(("_versions", "_transactions"))) < 20_000
-    assert [row.id for row in TokenStore.open(path).token_rows(0, commits)] == [row.id for row in token_rows(commits)]
+    assert (
+        sum(
+            len(data)
+            for name, data in everything(path).items()
+            if name.startswith(("_versions", "_transactions"))
+        )
+        < 20_000
+    )
+    assert [row.id for row in TokenStore.open(path).token_rows(0, commits)] == [
+        row.id for row in token_rows(commits)
+    ]
 
 
 def test_2_metadata_of_many_small_commits_is_compacted(tmp_path: Path) -> None:
@@ -92,11 +110,21 @@ def test_3_a_missing_data_file_is_an_error_that_names_it(tmp_path: Path, name: s
     shutil.move(gone, tmp_path / "moved")
     store = TokenStore.open(path)
     assert len(store) == 30  # not fewer
-    for read in (lambda: store.batch([0, 13]), store.rows, lambda: store.tokens(0, 30, []), store.ids, lambda: store.token_rows(12, 18)):
-        with pytest.raises(DataError, match=f"^{re.escape(str(gone))} is missing, .* restore that one from a copy"):
+    for read in (
+        lambda: store.batch([0, 13]),
+        store.rows,
+        lambda: store.tokens(0, 30, []),
+        store.ids,
+        lambda: store.token_rows(12, 18),
+    ):
+        with pytest.raises(
+            DataError, match=f"^{re.escape(str(gone))} is missing, .* restore that one from a copy"
+        ):
             read()
     others = [*range(12), *range(18, 30)]
-    assert store.batch(others)["id"] == [row.id for row in token_rows(30) if row.id not in {r.id for r in token_rows(6, first=12)}]
+    assert store.batch(others)["id"] == [
+        row.id for row in token_rows(30) if row.id not in {r.id for r in token_rows(6, first=12)}
+    ]
     found = check_store(store)
     assert (found.ok, found.num_checked, found.num_problems) == (False, 24, 1)
     assert gone.name in found.problems[0]
@@ -113,11 +141,16 @@ def test_3_a_missing_index_is_made_anew(tmp_path: Path, whole_folder: bool) -> N
     store = TokenStore.open(tmp_path / "t.lance")
     (problem,) = check_store(store).problems
     assert "the index of ids is damaged" in problem
-    with pytest.raises(DataError, match=rf"^{re.escape(str(folder))}.* is missing\. No row is lost: `smalto store compact .*t\.lance`"):
+    with pytest.raises(
+        DataError,
+        match=rf"^{re.escape(str(folder))}.* is missing\. No row is lost: `smalto store compact .*t\.lance`",
+    ):
         store.known([token_rows(1)[0].id])
     store.compact()
     assert check_store(store).ok
-    assert set(TokenStore.open(tmp_path / "t.lance").known([row.id for row in token_rows(31)])) == {row.id for row in token_rows(30)}
+    assert set(TokenStore.open(tmp_path / "t.lance").known([row.id for row in token_rows(31)])) == {
+        row.id for row in token_rows(30)
+    }
 
 
 def test_a_flipped_byte_in_the_index_is_found_and_mended(tmp_path: Path) -> None:
@@ -130,14 +163,19 @@ def test_a_flipped_byte_in_the_index_is_found_and_mended(tmp_path: Path) -> None
     page.write_bytes(data.replace(name, name[:-1] + b"~"))
     store = TokenStore.open(tmp_path / "t")
     (problem,) = check_store(store).problems
-    assert f"does not find {name.decode()!r}. No row is lost; remove {tmp_path / 't' / '_indices'}" in problem
+    assert (
+        f"does not find {name.decode()!r}. No row is lost; remove {tmp_path / 't' / '_indices'}"
+        in problem
+    )
     shutil.rmtree(tmp_path / "t" / "_indices")
     store.compact()
     assert check_store(TokenStore.open(tmp_path / "t")).ok
 
 
 @pytest.mark.parametrize("from_end", [9, 13])
-def test_a_footer_that_claims_too_much_is_damage_and_no_abort(tmp_path: Path, from_end: int) -> None:
+def test_a_footer_that_claims_too_much_is_damage_and_no_abort(
+    tmp_path: Path, from_end: int
+) -> None:
     make(tmp_path / "t")
     file = data_files(tmp_path / "t")[1]
     data = bytearray(file.read_bytes())
@@ -153,24 +191,30 @@ def test_the_footer_of_an_index_too(tmp_path: Path) -> None:
     for file in (tmp_path / "t" / "_indices").glob("*/*.lance"):
         whole = file.read_bytes()
         file.write_bytes(whole[:-13] + bytes([whole[-13] ^ 0x80]) + whole[-12:])
-        assert "the index of ids is damaged" in check_store(TokenStore.open(tmp_path / "t")).problems[0]
+        assert (
+            "the index of ids is damaged"
+            in check_store(TokenStore.open(tmp_path / "t")).problems[0]
+        )
         file.write_bytes(whole)
     assert check_store(TokenStore.open(tmp_path / "t")).ok
 
 
-def test_verify_finds_a_damaged_table_of_bad_pictures(tmp_path: Path) -> None:
+def test_verify_finds_a_damaged_table_of_bad_images(tmp_path: Path) -> None:
     store = make(tmp_path / "t")
     store.add_errors([(Skipped("x.png", "damaged"), 1, 2)])
     assert check_store(store).ok
     for file in (tmp_path / "t" / "_errors" / "data").iterdir():
         file.unlink()
     (problem,) = check_store(TokenStore.open(tmp_path / "t")).problems
-    assert problem.startswith(f"the table of bad pictures: {file} is missing")
+    assert problem.startswith(f"the table of bad images: {file} is missing")
 
 
 def test_4_appending_after_reopening_rewrites_nothing(tmp_path: Path) -> None:
     make(tmp_path / "t")
-    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in [*data_files(tmp_path / "t"), *manifests(tmp_path / "t")]}
+    before = {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in [*data_files(tmp_path / "t"), *manifests(tmp_path / "t")]
+    }
     TokenStore.open(tmp_path / "t").append(token_rows(6, first=30))
     assert before == {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before}
     assert len(data_files(tmp_path / "t")) == 6
@@ -179,7 +223,7 @@ def test_4_appending_after_reopening_rewrites_nothing(tmp_path: Path) -> None:
 
 _KILLED_WRITE = """
 import os, sys
-from smalto.data import lance_table
+from smalto.store import lance_table
 from smalto.store.token_store import TokenStore
 from tests.conftest import token_rows
 store = TokenStore.open(sys.argv[1])
@@ -199,11 +243,18 @@ store.append(token_rows(6, first=36))
         ("lance_table.write_atomic = die", 42),
     ],
 )
-def test_5_a_write_killed_in_the_middle_leaves_the_committed_batches(tmp_path: Path, where: str, rows: int) -> None:
+def test_5_a_write_killed_in_the_middle_leaves_the_committed_batches(
+    tmp_path: Path, where: str, rows: int
+) -> None:
     make(tmp_path / "t")
     script = _KILLED_WRITE.format(where=where)
     environment = ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
-    assert subprocess.run([sys.executable, "-c", script, tmp_path / "t"], env=environment, check=False).returncode == 9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script, tmp_path / "t"], env=environment, check=False
+        ).returncode
+        == 9
+    )
     store = TokenStore.open(tmp_path / "t")
     assert store.ids() == [row.id for row in token_rows(rows)]
     store.append(token_rows(50 - rows, first=rows))
@@ -227,7 +278,10 @@ def test_6_orphaned_files_are_ignored_and_then_cleaned(tmp_path: Path) -> None:
     assert TokenStore.open(tmp_path / "t").ids() == [row.id for row in token_rows(12)]
 
 
-@pytest.mark.parametrize("damage", ["missing", "all missing", "cut", "empty", "zeros", "flipped", "head missing", "head damaged"])
+@pytest.mark.parametrize(
+    "damage",
+    ["missing", "all missing", "cut", "empty", "zeros", "flipped", "head missing", "head damaged"],
+)
 def test_7_a_missing_or_damaged_manifest_is_an_error(tmp_path: Path, damage: str) -> None:
     make(tmp_path / "t")
     newest = manifests(tmp_path / "t")[0]
@@ -244,7 +298,11 @@ def test_7_a_missing_or_damaged_manifest_is_an_error(tmp_path: Path, damage: str
         case _:
             middle = len(data) // 2
             flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-            newest.write_bytes({"cut": data[:middle], "empty": b"", "zeros": bytes(len(data)), "flipped": flipped}[damage])
+            newest.write_bytes(
+                {"cut": data[:middle], "empty": b"", "zeros": bytes(len(data)), "flipped": flipped}[
+                    damage
+                ]
+            )
     before = everything(tmp_path / "t")
     for attempt in (
         lambda: TokenStore.open(tmp_path / "t"),
@@ -258,10 +316,14 @@ def test_7_a_missing_or_damaged_manifest_is_an_error(tmp_path: Path, damage: str
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: bytes(len(data))], ids=["cut", "empty", "zeros"]
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: bytes(len(data))],
+    ids=["cut", "empty", "zeros"],
 )
 @pytest.mark.parametrize("table", ["", "_errors"])
-def test_a_commit_that_a_power_failure_cut_off_is_none(tmp_path: Path, damage: Callable[[bytes], bytes], table: str) -> None:
+def test_a_commit_that_a_power_failure_cut_off_is_none(
+    tmp_path: Path, damage: Callable[[bytes], bytes], table: str
+) -> None:
     """Its manifest is there and not whole, and nobody was told of it: head.json names the one before."""
     store = make(tmp_path / "t")
     store.add_errors([(Skipped("bad.png", "empty"), 0, 0)])
@@ -302,7 +364,7 @@ def test_a_flipped_byte_in_a_data_file_is_found_or_changes_nothing(tmp_path: Pat
 
 JOB = """
 import sys
-from smalto.data import store_writer
+from smalto.store import writer as store_writer
 store_writer.ROWS_PER_COMMIT, store_writer.MANY_SMALL_FILES = 8, 5
 from smalto.cli import main
 main()
@@ -311,30 +373,54 @@ main()
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures in folders and a tokenizer."""
+    """Images in folders and a tokenizer."""
     folder = tmp_path_factory.mktemp("collection")
     for label in ("cats", "dogs"):
-        write_pictures(folder / "pictures" / label, 100, 24, 32)
-    (folder / "pictures" / "bad.png").write_bytes(b"no picture")
+        write_images(folder / "images" / label, 100, 24, 32)
+    (folder / "images" / "bad.png").write_bytes(b"no image")
     torch.manual_seed(0)
     smalto.default_tokenizer(64).save(folder / "tokenizer")
     return folder
 
 
 def job(collection: Path, out: Path, *more: str) -> list[str]:
-    arguments = ["tokenize", str(collection / "pictures"), "--tokenizer", str(collection / "tokenizer"), "--out", str(out), "--batch", "4"]
-    return [sys.executable, "-c", JOB, *arguments, "--flip", "--workers", "1", "--device", "cpu", *more]
+    arguments = [
+        "tokenize",
+        str(collection / "images"),
+        "--tokenizer",
+        str(collection / "tokenizer"),
+        "--out",
+        str(out),
+        "--batch",
+        "4",
+    ]
+    return [
+        sys.executable,
+        "-c",
+        JOB,
+        *arguments,
+        "--flip",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def kill_jobs(collection: Path, tmp_path: Path, kills: int, seed: int) -> None:
     chance = random.Random(seed)
     environment = ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
-    subprocess.run(job(collection, tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    subprocess.run(
+        job(collection, tmp_path / "whole"), env=environment, check=True, capture_output=True
+    )
     expected, before, killed, finished = contents(tmp_path / "whole"), 0, 0, 0
     assert len(expected) == 400
     out = tmp_path / "t"
     while killed < kills or not finished:
-        process = subprocess.Popen(job(collection, out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            job(collection, out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         assert process.stderr is not None
         process.stderr.readline()  # it says its device, and begins
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -357,7 +443,9 @@ def kill_jobs(collection: Path, tmp_path: Path, kills: int, seed: int) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_jobs_that_are_killed_lose_nothing_and_end_as_one_that_was_not(collection: Path, tmp_path: Path) -> None:
+def test_jobs_that_are_killed_lose_nothing_and_end_as_one_that_was_not(
+    collection: Path, tmp_path: Path
+) -> None:
     kill_jobs(collection, tmp_path, 5, seed=0)
 
 
@@ -370,14 +458,22 @@ def test_jobs_that_are_killed_fifty_times_lose_nothing(collection: Path, tmp_pat
 def test_two_jobs_on_one_store(collection: Path, tmp_path: Path) -> None:
     environment = ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
     both = [
-        subprocess.Popen(job(collection, tmp_path / "t"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            job(collection, tmp_path / "t"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(2)
     ]
     said = [process.communicate()[1] for process in both]
     codes = [process.returncode for process in both]
     assert 0 in codes, said
     for code, text in zip(codes, said, strict=True):
-        assert code == 0 or "another process is writing to" in text or "exists already" in text, text
+        assert code == 0 or "another process is writing to" in text or "exists already" in text, (
+            text
+        )
         assert "Traceback" not in text
     store = TokenStore.open(tmp_path / "t")
     assert len(store) == 400

@@ -26,7 +26,9 @@ every_metric = pytest.mark.parametrize("metric", ["l2", "cosine"])
     spread=st.sampled_from([1e-3, 1.0, 1e3]),
     seed=st.integers(0, 2**20),
 )
-def test_the_best_code_up_to_rounding(num_queries: int, num_codes: int, dim: int, spread: float, seed: int) -> None:
+def test_the_best_code_up_to_rounding(
+    num_queries: int, num_codes: int, dim: int, spread: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(num_queries, dim, generator=generator) * spread
     codebook = torch.randn(num_codes, dim, generator=generator) * spread
@@ -56,7 +58,9 @@ def test_where_the_best_are_further_apart_than_rounding_both_backends_agree(metr
 def test_equal_codes_go_to_the_lowest_index(metric: Metric, dim: int) -> None:
     codes = torch.randn(4500, dim)
     codebook = torch.cat([codes, codes.flip(0), codes])  # in one tile and in several
-    queries = codebook[torch.randint(len(codebook), (128_000 // dim + 1,))] + 1e-3 * torch.randn(128_000 // dim + 1, dim)
+    queries = codebook[torch.randint(len(codebook), (128_000 // dim + 1,))] + 1e-3 * torch.randn(
+        128_000 // dim + 1, dim
+    )
     assert int(nearest_codes(queries, codebook, metric, backend="faiss").max()) < 4500
 
 
@@ -74,9 +78,15 @@ def test_wild_queries_are_searched_by_the_reference(metric: Metric) -> None:
 def test_what_is_zero_has_no_angle() -> None:
     queries, codebook = torch.randn(20_000, 8), torch.randn(300, 8)
     queries[7] = 0
-    assert torch.equal(nearest_codes(queries, codebook, "cosine"), nearest_codes(queries, codebook, "cosine", backend="tiled"))
+    assert torch.equal(
+        nearest_codes(queries, codebook, "cosine"),
+        nearest_codes(queries, codebook, "cosine", backend="tiled"),
+    )
     codebook[5] = 0  # cosine 0: beats every code on the other side
-    assert torch.equal(nearest_codes(queries, codebook, "cosine"), nearest_codes(queries, codebook, "cosine", backend="tiled"))
+    assert torch.equal(
+        nearest_codes(queries, codebook, "cosine"),
+        nearest_codes(queries, codebook, "cosine", backend="tiled"),
+    )
 
 
 @needs_faiss
@@ -89,14 +99,18 @@ def test_a_far_away_codebook_does_not_lose_precision() -> None:
 @needs_faiss
 def test_the_rule() -> None:
     def chosen(num_queries: int, num_codes: int, dim: int) -> bool:
-        return faiss_search.is_faster(torch.zeros(1).expand(num_queries, dim), torch.zeros(1).expand(num_codes, dim))
+        return faiss_search.is_faster(
+            torch.zeros(1).expand(num_queries, dim), torch.zeros(1).expand(num_codes, dim)
+        )
 
     assert chosen(16384, 16384, 8)
     assert chosen(8192, 65536, 16)
     assert not chosen(16384, 1024, 64)  # matrix products either way
     assert not chosen(4096, 262144, 8)  # too few queries for faiss's fast loop
     assert not chosen(2**20, 2**20, 8)  # would copy a large codebook
-    assert not faiss_search.is_faster(torch.zeros(16384, 8, device="meta"), torch.zeros(16384, 8, device="meta"))
+    assert not faiss_search.is_faster(
+        torch.zeros(16384, 8, device="meta"), torch.zeros(16384, 8, device="meta")
+    )
 
 
 def test_asking_for_what_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

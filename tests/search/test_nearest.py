@@ -51,7 +51,9 @@ def assert_within_bound(queries: Tensor, codebook: Tensor, indices: Tensor) -> N
     offset=st.sampled_from([0.0, 10.0]),
     seed=st.integers(0, 2**20),
 )
-def test_l2_is_the_best_code_up_to_rounding(num_queries: int, num_codes: int, dim: int, spread: float, offset: float, seed: int) -> None:
+def test_l2_is_the_best_code_up_to_rounding(
+    num_queries: int, num_codes: int, dim: int, spread: float, offset: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(num_queries, dim, generator=generator) * spread + offset
     codebook = torch.randn(num_codes, dim, generator=generator) * spread + offset
@@ -66,7 +68,9 @@ def test_a_far_away_codebook_does_not_lose_precision() -> None:
     # Without the shift by the mean, |c|² of 1e8 leaves float32 no digits for distances near 1.
     queries = torch.randn(500, 8) + 1e4
     codebook = torch.randn(300, 8) + 1e4
-    assert torch.equal(nearest_codes(queries, codebook), brute_force_distances(queries, codebook).argmin(1))
+    assert torch.equal(
+        nearest_codes(queries, codebook), brute_force_distances(queries, codebook).argmin(1)
+    )
 
 
 def test_many_tiles_and_blocks_agree_with_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +79,11 @@ def test_many_tiles_and_blocks_agree_with_brute_force(monkeypatch: pytest.Monkey
     assert torch.equal(nearest_codes(queries, codebook), expected)
     monkeypatch.setattr(tiled, "CODES_PER_TILE", 32)
     monkeypatch.setattr(tiled, "QUERIES_PER_TILE", 37)
-    monkeypatch.setattr(tiled, "_BLOCK_QUERIES", 101)
+    monkeypatch.setattr(tiled, "QUERIES_PER_CHUNK", 101)
     assert torch.equal(nearest_codes(queries, codebook), expected)
-    assert torch.equal(torch.cat([nearest_codes(part, codebook) for part in queries.split(999)]), expected)
+    assert torch.equal(
+        torch.cat([nearest_codes(part, codebook) for part in queries.split(999)]), expected
+    )
 
 
 def test_cosine_takes_the_smallest_angle() -> None:
@@ -97,12 +103,16 @@ def test_equal_codes_go_to_the_lowest_index() -> None:
     codes = torch.randn(300, 16)
     codebook = torch.cat([codes, codes, codes.flip(0)])  # duplicates in the same tile and in others
     assert int(nearest_codes(torch.randn(3000, 16), codebook).max()) < 300
-    assert torch.equal(nearest_codes(torch.randn(5, 4), torch.ones(1000, 4)), torch.zeros(5, dtype=torch.int64))
+    assert torch.equal(
+        nearest_codes(torch.randn(5, 4), torch.ones(1000, 4)), torch.zeros(5, dtype=torch.int64)
+    )
 
 
 @pytest.mark.parametrize("num_codes", [5, 17, 31, 33, 255, 257, 513, 1025])
 @pytest.mark.parametrize("dim", [3, 8, 64])
-def test_equal_codes_at_the_edge_of_a_tile_go_to_the_lowest_index_too(num_codes: int, dim: int) -> None:
+def test_equal_codes_at_the_edge_of_a_tile_go_to_the_lowest_index_too(
+    num_codes: int, dim: int
+) -> None:
     # Edge kernels of a matrix product round in another way, so without padding the higher of two equal codes wins now and then.
     torch.manual_seed(num_codes)
     codebook = torch.randn(num_codes, dim)
@@ -128,9 +138,13 @@ def test_settings_come_back_after_searches_in_many_threads() -> None:
 
 
 def test_a_wide_codebook_stays_in_memory_bounds() -> None:
-    assert tiled._Codes(torch.zeros(70, 2**16), cosine=False).per_tile * 2**16 <= tiled.BLOCK_FLOATS
+    assert (
+        tiled._Codes(torch.zeros(70, 2**16), cosine=False).per_tile * 2**16 <= tiled.BUFFER_FLOATS
+    )
     queries, codebook = torch.randn(3, 2**16), torch.randn(70, 2**16)
-    assert torch.equal(nearest_codes(queries, codebook), brute_force_distances(queries, codebook).argmin(1))
+    assert torch.equal(
+        nearest_codes(queries, codebook), brute_force_distances(queries, codebook).argmin(1)
+    )
 
 
 def test_rows_that_are_not_finite_get_index_0_and_leave_the_others_alone() -> None:
@@ -161,7 +175,9 @@ def test_reduced_float32_products_are_off_inside_and_back_on_after() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch without switches per backend")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="torch without switches per backend"
+)
 def test_the_switches_per_backend_are_off_inside_and_back_on_after() -> None:
     queries, codebook = torch.randn(2000, 64), torch.randn(512, 64)
     expected = nearest_codes(queries, codebook)
@@ -180,22 +196,28 @@ def test_the_switches_per_backend_are_off_inside_and_back_on_after() -> None:
 
 def test_no_n_by_k_matrix_is_ever_made() -> None:
     queries, codebook = torch.randn(20_000, 4), torch.randn(2_000, 4)
-    with LargestTensor() as guard:
-        tiled.search(queries, codebook, cosine=False)  # the body itself: a custom op hides its inner operations
-    assert 0 < guard.elements <= tiled.BLOCK_FLOATS < queries.shape[0] * codebook.shape[0]
+    with LargestTensor() as monitor:
+        tiled.search(
+            queries, codebook, cosine=False
+        )  # the body itself: a custom op hides its inner operations
+    assert 0 < monitor.elements <= tiled.BUFFER_FLOATS < queries.shape[0] * codebook.shape[0]
 
 
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize(("num_queries", "num_codes"), [(60_000, 2), (2, 60_000)])
-def test_few_codes_or_few_queries_make_no_large_copies(num_queries: int, num_codes: int, cosine: bool) -> None:
+def test_few_codes_or_few_queries_make_no_large_copies(
+    num_queries: int, num_codes: int, cosine: bool
+) -> None:
     queries, codebook = torch.randn(num_queries, 100), torch.randn(num_codes, 100)
-    with LargestTensor() as guard:
+    with LargestTensor() as monitor:
         tiled.search(queries, codebook, cosine)
-    assert 0 < guard.elements <= tiled.BLOCK_FLOATS < 6_000_000
+    assert 0 < monitor.elements <= tiled.BUFFER_FLOATS < 6_000_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("shape", [(65536, 65536, 8), (4096, 262144, 15), (2048, 131072, 64), (16384, 16384, 255)])
+@pytest.mark.parametrize(
+    "shape", [(65536, 65536, 8), (4096, 262144, 15), (2048, 131072, 64), (16384, 16384, 255)]
+)
 def test_extra_memory_stays_under_64_mib(shape: tuple[int, int, int]) -> None:
     script = f"""
 import torch
@@ -210,7 +232,9 @@ before = peak()
 nearest_codes(queries, codebook)
 print((peak() - before) / 1024)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert 1 < float(done.stdout) < 64
 
 
@@ -219,7 +243,9 @@ def test_exact_settles_what_float32_leaves_open() -> None:
     # Pairs of codes that differ by less than float32 can see beside their length; float64 sees which is nearer.
     codebook = torch.randn(300, 8, dtype=torch.float64) + 30
     codebook = torch.cat([codebook, codebook + 1e-9 * torch.randn(300, 8, dtype=torch.float64)])
-    queries = codebook[torch.randint(600, (2000,))] + 0.05 * torch.randn(2000, 8, dtype=torch.float64)
+    queries = codebook[torch.randint(600, (2000,))] + 0.05 * torch.randn(
+        2000, 8, dtype=torch.float64
+    )
     expected = brute_force_distances(queries, codebook).argmin(1)
     assert torch.equal(nearest_codes(queries, codebook, exact=True), expected)
     assert not torch.equal(nearest_codes(queries, codebook), expected)
@@ -233,7 +259,9 @@ def test_exact_settles_what_float32_leaves_open() -> None:
     offset=st.sampled_from([0.0, 100.0]),
     seed=st.integers(0, 2**20),
 )
-def test_exact_is_brute_force(num_queries: int, num_codes: int, dim: int, offset: float, seed: int) -> None:
+def test_exact_is_brute_force(
+    num_queries: int, num_codes: int, dim: int, offset: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(num_queries, dim, generator=generator) + offset
     codebook = torch.randn(num_codes, dim, generator=generator) + offset
@@ -241,10 +269,20 @@ def test_exact_is_brute_force(num_queries: int, num_codes: int, dim: int, offset
     indices = nearest_codes(queries, codebook, exact=True)
     if num_queries:
         best = distances.min(1).values
-        assert bool((distances.gather(1, indices[:, None])[:, 0] - best <= 1e-12 * (best + offset**2 * dim)).all())
+        assert bool(
+            (
+                distances.gather(1, indices[:, None])[:, 0] - best
+                <= 1e-12 * (best + offset**2 * dim)
+            ).all()
+        )
     cosines = torch.nn.functional.normalize(codebook.double(), dim=1) @ queries.double().T
     indices = nearest_codes(queries, codebook, "cosine", exact=True)
-    assert bool((cosines.amax(0) - cosines.T.gather(1, indices[:, None])[:, 0] <= 1e-12 * (1 + offset) * dim).all())
+    assert bool(
+        (
+            cosines.amax(0) - cosines.T.gather(1, indices[:, None])[:, 0]
+            <= 1e-12 * (1 + offset) * dim
+        ).all()
+    )
 
 
 def test_exact_keeps_to_the_lowest_of_equal_codes_and_to_zero_for_nan() -> None:
@@ -269,7 +307,9 @@ def test_the_operator_is_registered_as_torch_wants_it() -> None:
 def test_searching_does_not_import_torchs_compiler() -> None:
     """It takes seconds and 100 MB, which programs that only encode can do without."""
     code = "import sys, torch; from smalto.search import nearest_codes; nearest_codes(torch.ones(4, 2), torch.ones(3, 2))"
-    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,7 +324,9 @@ def test_searching_does_not_import_torchs_compiler() -> None:
         (None, torch.zeros(2, 2), "l2", "must be tensors"),
     ],
 )
-def test_wrong_arguments_say_what_is_expected(queries: Tensor, codebook: Tensor, metric: str, says: str) -> None:
+def test_wrong_arguments_say_what_is_expected(
+    queries: Tensor, codebook: Tensor, metric: str, says: str
+) -> None:
     with pytest.raises(InputError, match=says):
         nearest_codes(queries, codebook, metric)  # type: ignore[arg-type]
 

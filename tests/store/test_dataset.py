@@ -26,7 +26,10 @@ NUMBER = 203
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """203 rows in several files; the first two tokens of each are its number."""
     made = TokenStore.create(tmp_path_factory.mktemp("store") / "t", store_header())
-    rows = [row._replace(tokens=[i // 100, i % 100, 1, 2, 3, 4]) for i, row in enumerate(token_rows(NUMBER))]
+    rows = [
+        row._replace(tokens=[i // 100, i % 100, 1, 2, 3, 4])
+        for i, row in enumerate(token_rows(NUMBER))
+    ]
     for start in range(0, NUMBER, 30):
         made.append(rows[start : start + 30])
     return made.path
@@ -41,10 +44,12 @@ def flat(lists: Iterable[list[int]]) -> list[int]:
 
 
 def loader(store: Path, workers: int = 0, **settings: Any) -> TokenLoader:
-    return TokenLoader(TokenDataset(store, 16, **({"block_rows": 8, "blocks_mixed": 5} | settings)), workers)
+    return TokenLoader(
+        TokenDataset(store, 16, **({"chunk_rows": 8, "chunks_mixed": 5} | settings)), workers
+    )
 
 
-@pytest.mark.parametrize("shuffle", ["blocks", "rows", "none"])
+@pytest.mark.parametrize("shuffle", ["chunks", "rows", "none"])
 def test_an_epoch_has_every_row_once(store: Path, shuffle: Any) -> None:
     batches = numbers(loader(store, shuffle=shuffle))
     assert [len(batch) for batch in batches] == [16] * 12 + [11]
@@ -53,15 +58,24 @@ def test_an_epoch_has_every_row_once(store: Path, shuffle: Any) -> None:
     assert (rows == list(range(NUMBER))) == (shuffle == "none")
 
 
-@pytest.mark.parametrize("block_rows", [1, 7, 16, 64, 4096])
-@pytest.mark.parametrize("blocks_mixed", [1, 3, 100])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 16, 64, 4096])
+@pytest.mark.parametrize("chunks_mixed", [1, 3, 100])
 @pytest.mark.parametrize("batch", [1, 16, 50, 500])
-def test_any_sizes_give_every_row_once(store: Path, block_rows: int, blocks_mixed: int, batch: int) -> None:
-    dataset = TokenDataset(store, batch, block_rows=block_rows, blocks_mixed=blocks_mixed)
+def test_any_sizes_give_every_row_once(
+    store: Path, chunk_rows: int, chunks_mixed: int, batch: int
+) -> None:
+    dataset = TokenDataset(store, batch, chunk_rows=chunk_rows, chunks_mixed=chunks_mixed)
     batches = numbers(dataset)
     assert len(batches) == len(dataset)
     assert sorted(flat(batches)) == list(range(NUMBER))
-    shares = [numbers(TokenDataset(store, batch, block_rows=block_rows, blocks_mixed=blocks_mixed, rank=r, world_size=3)) for r in range(3)]
+    shares = [
+        numbers(
+            TokenDataset(
+                store, batch, chunk_rows=chunk_rows, chunks_mixed=chunks_mixed, rank=r, world_size=3
+            )
+        )
+        for r in range(3)
+    ]
     assert len({len(share) for share in shares}) == 1
     seen = flat(flat(share) for share in shares)
     assert len(seen) == len(set(seen)) == NUMBER // 3 * 3
@@ -76,7 +90,7 @@ def test_block_shuffling_mixes_blocks(store: Path) -> None:
     assert numbers(both) != numbers(both)  # another epoch, another order
 
 
-@pytest.mark.parametrize("shuffle", ["blocks", "rows", "none"])
+@pytest.mark.parametrize("shuffle", ["chunks", "rows", "none"])
 def test_it_goes_on_with_the_batch_that_would_have_come(store: Path, shuffle: Any) -> None:
     whole = loader(store, shuffle=shuffle)
     expected = numbers(whole) + numbers(whole)
@@ -97,8 +111,10 @@ def test_it_goes_on_with_the_batch_that_would_have_come(store: Path, shuffle: An
         assert got == expected
 
 
-@pytest.mark.parametrize("shuffle", ["blocks", "rows"])
-def test_spawned_workers_give_the_same_batches_in_the_same_order(store: Path, shuffle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shuffle", ["chunks", "rows"])
+def test_spawned_workers_give_the_same_batches_in_the_same_order(
+    store: Path, shuffle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     expected = numbers(loader(store, shuffle=shuffle))
     assert numbers(loader(store, workers=2, shuffle=shuffle)) == expected
@@ -108,9 +124,13 @@ def test_spawned_workers_give_the_same_batches_in_the_same_order(store: Path, sh
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.filterwarnings("ignore:lance is not fork-safe", "ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:lance is not fork-safe", "ignore:This process.*is multi-threaded:DeprecationWarning"
+)
 def test_a_forked_worker_is_refused_and_does_not_hang(store: Path) -> None:
-    forked: DataLoader[Any] = DataLoader(TokenDataset(store, 16), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    forked: DataLoader[Any] = DataLoader(
+        TokenDataset(store, 16), batch_size=None, num_workers=1, multiprocessing_context="fork"
+    )
     with pytest.raises(InputError, match=r'forked.*multiprocessing_context="spawn"'):
         next(iter(forked))
 
@@ -124,8 +144,14 @@ def test_labels_are_numbers_of_the_classes(store: Path) -> None:
 
 def test_next_scale_models_get_blocks_and_their_input(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    quantizer = {"kind": "multiscale", "scale": {"codebook_size": 32, "latent_dim": 8}, "scales": [1, 2, 4]}
-    config = smalto.TokenizerConfig(autoencoder={"latent_dim": 8, "hidden_dim": 8}, quantizer=quantizer)
+    quantizer = {
+        "kind": "multiscale",
+        "scale": {"codebook_size": 32, "latent_dim": 8},
+        "scales": [1, 2, 4],
+    }
+    config = smalto.TokenizerConfig(
+        autoencoder={"latent_dim": 8, "hidden_dim": 8}, quantizer=quantizer
+    )
     model = config.build().eval()
     layout = model.layout(16, 16)
     images = torch.rand(10, 3, 16, 16) * 2 - 1
@@ -133,18 +159,22 @@ def test_next_scale_models_get_blocks_and_their_input(tmp_path: Path) -> None:
     made.append([TokenRow(str(i), row) for i, row in enumerate(model.encode(images))])
     (batch,) = TokenDataset(made.path, 10, shuffle="none", model=model)
     blocks = model.img_to_idxBl(images)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch["idx_Bl"], blocks, strict=True))
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(batch["idx_Bl"], blocks, strict=True)
+    )
     assert torch.equal(batch["var_input"], model.idxBl_to_var_input(blocks).detach())
 
 
-def test_pictures_that_keep_their_shape_come_as_lists(tmp_path: Path) -> None:
+def test_images_that_keep_their_shape_come_as_lists(tmp_path: Path) -> None:
     made = TokenStore.create(tmp_path / "t", store_header(fixed=False))
     rows = token_rows(20, fixed=False)
     made.append(rows)
-    for shuffle in ("blocks", "rows"):
+    for shuffle in ("chunks", "rows"):
         (batch,) = TokenDataset(made.path, 20, shuffle=shuffle)
-        assert sorted(row.tolist() for row in batch["tokens"]) == sorted(list(row.tokens) for row in rows)
-    with pytest.raises(InputError, match="keeps the shapes of pictures"):
+        assert sorted(row.tolist() for row in batch["tokens"]) == sorted(
+            list(row.tokens) for row in rows
+        )
+    with pytest.raises(InputError, match="keeps the shapes of images"):
         TokenDataset(made.path, 4, model=object())
 
 
@@ -156,7 +186,7 @@ def test_wrong_settings_and_positions_are_named(store: Path, tmp_path: Path) -> 
     state = loader(store).state_dict()
     with pytest.raises(InputError, match="saved with num_rows 7; it is 203 now"):
         loader(store).load_state_dict(state | {"num_rows": 7})
-    for key, other in (("seed", 5), ("batch_size", 3), ("block_rows", 7), ("shuffle", "rows")):
+    for key, other in (("seed", 5), ("batch_size", 3), ("chunk_rows", 7), ("shuffle", "rows")):
         with pytest.raises(InputError, match=f"saved with {key} {other}"):
             loader(store).load_state_dict(state | {key: other})
     with pytest.raises(InputError, match="no position of a TokenLoader"):

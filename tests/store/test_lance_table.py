@@ -11,7 +11,9 @@ import pytest
 from smalto.store import lance_table
 from smalto.store.lance_table import LanceTable, pyarrow
 
-SCHEMA = pyarrow.schema([pyarrow.field("id", pyarrow.string(), nullable=False), pyarrow.field("value", pyarrow.int64())])
+SCHEMA = pyarrow.schema(
+    [pyarrow.field("id", pyarrow.string(), nullable=False), pyarrow.field("value", pyarrow.int64())]
+)
 
 
 def rows(contents: dict[str, int]) -> pyarrow.Table:
@@ -29,7 +31,19 @@ def test_rows_are_as_in_a_dict(seed: int, tmp_path: Path, monkeypatch: pytest.Mo
     chance, expected, next_id = random.Random(seed), dict[str, int](), 0
     table = LanceTable.create(tmp_path / "t", SCHEMA)
     for step in range(60):
-        match chance.choice(["append", "append", "append", "replace", "replace", "delete", "compact", "compact lazily", "open"]):
+        match chance.choice(
+            [
+                "append",
+                "append",
+                "append",
+                "replace",
+                "replace",
+                "delete",
+                "compact",
+                "compact lazily",
+                "open",
+            ]
+        ):
             case "append":
                 new = {f"row'{i}": step for i in range(next_id, next_id + chance.randrange(1, 12))}
                 next_id += len(new)
@@ -52,9 +66,17 @@ def test_rows_are_as_in_a_dict(seed: int, tmp_path: Path, monkeypatch: pytest.Mo
             case "open":
                 table = LanceTable.open(tmp_path / "t")
         assert contents(table) == sorted(expected.items())
-        asked = [*chance.sample(sorted(expected), min(len(expected), 20)), "nobody", f"row'{next_id}"]
+        asked = [
+            *chance.sample(sorted(expected), min(len(expected), 20)),
+            "nobody",
+            f"row'{next_id}",
+        ]
         found = table.find(asked, ["id", "value"]).to_pylist()
-        assert sorted((row["id"], row["value"]) for row in found) == sorted((id, expected[id]) for id in asked if id in expected)
+        assert sorted((row["id"], row["value"]) for row in found) == sorted(
+            (id, expected[id]) for id in asked if id in expected
+        )
         if expected:
             places = sorted(chance.sample(range(len(expected)), min(len(expected), 7)))
-            assert table.take(places).to_pylist() == [table.read(place, place + 1).to_pylist()[0] for place in places]
+            assert table.take(places).to_pylist() == [
+                table.read(place, place + 1).to_pylist()[0] for place in places
+            ]

@@ -55,14 +55,20 @@ def test_what_is_appended_is_read_back(tmp_path: Path, fixed: bool, codebook_siz
         assert batch["id"][place] == rows[i].id
         assert batch["tokens"][place].tolist() == list(rows[i].tokens)
         assert batch["layout"][place] == rows[i].layout
-        assert (batch["label"][place], int(batch["height"][place]), batch["crop"][place].tolist()) == (
+        assert (
+            batch["label"][place],
+            int(batch["height"][place]),
+            batch["crop"][place].tolist(),
+        ) == (
             rows[i].label,
             rows[i].height,
             list(rows[i].crop),
         )
     assert store[-1]["id"] == rows[29].id
     assert store[-1]["tokens"].dtype == torch.int64
-    assert [row._replace(tokens=()) for row in store.token_rows(0, 30)] == [row._replace(tokens=()) for row in rows]
+    assert [row._replace(tokens=()) for row in store.token_rows(0, 30)] == [
+        row._replace(tokens=()) for row in rows
+    ]
     assert store.classes() == sorted({row.label for row in rows if row.label})
     assert check_store(store).ok
     width = str(store._table.schema.field("tokens").type)
@@ -84,17 +90,22 @@ def test_tokens_of_another_kind_are_refused_with_both_values(tmp_path: Path) -> 
     torch.manual_seed(0)
     model, other = smalto.SimpleVQVAE(16, hidden_dim=8), smalto.SimpleVQVAE(16, hidden_dim=8)
     layout = TokenLayout.single(2, 2)
-    store = TokenStore.create(tmp_path / "t", model, layout=layout, transform="centre crop")
+    store = TokenStore.create(tmp_path / "t", model, layout=layout, transform="center crop")
     row = TokenRow("a", [1, 2, 3, 4])
-    store.append([row], tokenizer=model, layout=layout, transform="centre crop", precision="float32")
-    for facts, says in (
-        ({"tokenizer": other}, f"tokenizer: {model.fingerprint()}.* in the store, {other.fingerprint()}"),
+    store.append(
+        [row], tokenizer=model, layout=layout, transform="center crop", precision="float32"
+    )
+    for metadata, says in (
+        (
+            {"tokenizer": other},
+            f"tokenizer: {model.fingerprint()}.* in the store, {other.fingerprint()}",
+        ),
         ({"layout": TokenLayout.single(4, 1)}, "layout: 2x2 in the store, 4x1 now"),
-        ({"transform": "squeezed"}, "transform: centre crop in the store, squeezed now"),
+        ({"transform": "squeezed"}, "transform: center crop in the store, squeezed now"),
         ({"precision": "bf16"}, "precision: float32 in the store, bf16 now"),
     ):
         with pytest.raises(RunError, match=says):
-            store.append([row._replace(id="b")], **facts)
+            store.append([row._replace(id="b")], **metadata)
     assert len(TokenStore.open(tmp_path / "t")) == 1
 
 
@@ -105,7 +116,10 @@ def test_tokens_of_another_kind_are_refused_with_both_values(tmp_path: Path) -> 
         (TokenRow("b", [0, 1, 2, 3, 4, 512]), r"tokens lie in \[0, 512\); got 0 to 512"),
         (TokenRow("b", [-1, 1, 2, 3, 4, 5]), r"got -1 to 5"),
         (TokenRow("b", numpy.zeros(6)), "whole numbers; got float64"),
-        (TokenRow("b", [0] * 6, TokenLayout.single(3, 2)), "has the layout 3x2; all rows of this store have 2x3"),
+        (
+            TokenRow("b", [0] * 6, TokenLayout.single(3, 2)),
+            "has the layout 3x2; all rows of this store have 2x3",
+        ),
         (TokenRow("", [0] * 6), "every row needs an id; got"),
         (TokenRow("image0000.png", [0] * 6), "are in .* already, such as 'image0000.png'"),
     ],
@@ -137,7 +151,9 @@ def test_rows_are_replaced_in_one_commit(tmp_path: Path) -> None:
 
 def test_errors_are_noted_once_and_forgotten(tmp_path: Path) -> None:
     store = TokenStore.create(tmp_path / "t", store_header())
-    store.add_errors([(Skipped("bad\udcff.png", "empty"), 0, 0), (Skipped("b.png", "damaged: x"), 12, 5)])
+    store.add_errors(
+        [(Skipped("bad\udcff.png", "empty"), 0, 0), (Skipped("b.png", "damaged: x"), 12, 5)]
+    )
     store.add_errors([(Skipped("b.png", "damaged: y"), 13, 6)])
     assert store.errors() == {"bad\udcff.png": ("empty", 0, 0), "b.png": ("damaged: y", 13, 6)}
     store.forget_errors(["b.png"])
@@ -195,16 +211,21 @@ class _Like:
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_export_comes_back_as_the_same_rows(tmp_path: Path, format: str, fixed: bool) -> None:
     store = TokenStore.create(tmp_path / "t", store_header(fixed))
-    rows = [*token_rows(25, fixed), token_rows(1, fixed)[0]._replace(id="x%0Ay?flip", label='odd "label"\n', height=0)]
+    rows = [
+        *token_rows(25, fixed),
+        token_rows(1, fixed)[0]._replace(id="x%0Ay?flip", label='odd "label"\n', height=0),
+    ]
     store.append(rows)
     if format == "var" and not fixed:
-        with pytest.raises(ConfigError, match="VAR takes pictures of one layout"):
+        with pytest.raises(ConfigError, match="VAR takes images of one layout"):
             export_store(store, format, tmp_path / "e")
         return
     export_store(store, format, tmp_path / "e")
     again = import_store(tmp_path / "e", tmp_path / "again")
     assert again.header == store.header
-    plain = lambda store: [(*row[:1], list(row.tokens), *row[2:7]) for row in store.token_rows(0, len(store))]  # noqa: E731
+    plain = lambda store: [
+        (*row[:1], list(row.tokens), *row[2:7]) for row in store.token_rows(0, len(store))
+    ]
     assert plain(again) == plain(store)
     with pytest.raises(RunError, match="exists already"):
         export_store(store, format, tmp_path / "e")
@@ -223,9 +244,15 @@ def test_exports_are_what_others_read(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # webdataset leaves a file open
-        samples = list(webdataset.WebDataset(str(tmp_path / "w" / "shard-00000.tar"), shardshuffle=False).decode())
+        samples = list(
+            webdataset.WebDataset(
+                str(tmp_path / "w" / "shard-00000.tar"), shardshuffle=False
+            ).decode()
+        )
         gc.collect()
-    assert [sample["tokens.npy"].tolist() for sample in samples] == [list(row.tokens) for row in rows]
+    assert [sample["tokens.npy"].tolist() for sample in samples] == [
+        list(row.tokens) for row in rows
+    ]
     assert [sample.get("cls") for sample in samples] == [None, 0, 1, None, 0]  # a, b
 
 
@@ -233,7 +260,9 @@ def test_numpy_and_var_exports_are_plain_files(tmp_path: Path) -> None:
     import safetensors.torch
 
     layout = TokenLayout(((1, 1), (1, 2), (1, 3)))
-    store = TokenStore.create(tmp_path / "t", store_header().model_copy(update={"grids": layout.grids}))
+    store = TokenStore.create(
+        tmp_path / "t", store_header().model_copy(update={"grids": layout.grids})
+    )
     rows = [row._replace(layout=layout) for row in token_rows(5)]
     store.append(rows)
     export_store(store, "numpy", tmp_path / "n")
@@ -242,15 +271,21 @@ def test_numpy_and_var_exports_are_plain_files(tmp_path: Path) -> None:
     assert tokens.tolist() == [list(row.tokens) for row in rows]
     export_store(store, "var", tmp_path / "v")
     shard = safetensors.torch.load_file(tmp_path / "v" / "shard-00000.safetensors")
-    assert torch.cat([shard[f"idx_{k}"].long() for k in range(3)], 1).tolist() == [list(row.tokens) for row in rows]
+    assert torch.cat([shard[f"idx_{k}"].long() for k in range(3)], 1).tolist() == [
+        list(row.tokens) for row in rows
+    ]
     classes = json.loads((tmp_path / "v" / "header.json").read_text())["classes"]
-    assert [classes[i] if i >= 0 else "" for i in shard["label_B"].tolist()] == [row.label for row in rows]
+    assert [classes[i] if i >= 0 else "" for i in shard["label_B"].tolist()] == [
+        row.label for row in rows
+    ]
 
 
 def test_exports_of_wrong_formats_and_folders_are_named(tmp_path: Path) -> None:
     store = TokenStore.create(tmp_path / "t", store_header())
     store.append(token_rows(3))
-    with pytest.raises(ConfigError, match="format must be one of numpy, var, parquet, webdataset; got 'csv'"):
+    with pytest.raises(
+        ConfigError, match="format must be one of numpy, var, parquet, webdataset; got 'csv'"
+    ):
         export_store(store, "csv", tmp_path / "e")
     with pytest.raises(DataError, match="is no export"):
         import_store(tmp_path, tmp_path / "again")

@@ -19,7 +19,9 @@ def store(tmp_path: Path) -> TokenStore:
     return TokenStore.create(tmp_path / "t", store_header())
 
 
-def test_rows_are_committed_by_number_by_time_and_at_the_end(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_committed_by_number_by_time_and_at_the_end(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_writer, "ROWS_PER_COMMIT", 10)
     monkeypatch.setattr(store_writer, "SECONDS_PER_COMMIT", 0.5)
 
@@ -40,7 +42,9 @@ def test_rows_are_committed_by_number_by_time_and_at_the_end(store: TokenStore, 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("rows_per_commit", [1, 4096], ids=["at once", "with the last commit"])
-def test_an_error_of_the_writing_reaches_whoever_puts(store: TokenStore, rows_per_commit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_writing_reaches_whoever_puts(
+    store: TokenStore, rows_per_commit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_writer, "ROWS_PER_COMMIT", rows_per_commit)
     store.append(token_rows(1))
     with pytest.raises(InputError, match=r"are in .* already"), StoreWriter(store) as writer:
@@ -49,7 +53,9 @@ def test_an_error_of_the_writing_reaches_whoever_puts(store: TokenStore, rows_pe
     assert len(TokenStore.open(store.path)) == 1
 
 
-def test_an_error_elsewhere_is_the_one_that_is_raised_and_what_was_put_is_kept(store: TokenStore) -> None:
+def test_an_error_elsewhere_is_the_one_that_is_raised_and_what_was_put_is_kept(
+    store: TokenStore,
+) -> None:
     with pytest.raises(ZeroDivisionError), StoreWriter(store) as writer:
         writer.put(token_rows(5))
         raise ZeroDivisionError

@@ -16,7 +16,13 @@ import smalto
 from smalto.autoencoders import CNNAutoencoderConfig, SimpleAutoencoderConfig
 from smalto.core.errors import ConfigError, InputError, RunError
 from smalto.core.layout import TokenLayout
-from smalto.quantizers import MultiScaleVQConfig, ProductVQConfig, ProjectedCodebook, ResidualVQConfig, VectorQuantizerConfig
+from smalto.quantizers import (
+    MultiScaleVQConfig,
+    ProductVQConfig,
+    ProjectedCodebook,
+    ResidualVQConfig,
+    VectorQuantizerConfig,
+)
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 
 
@@ -45,7 +51,12 @@ def test_the_published_example_runs() -> None:
 
 def test_names_and_state_keys_are_the_published_ones(vqvae: smalto.SimpleVQVAE) -> None:
     assert (vqvae.vocab_size, vqvae.embedding_dim, vqvae.hidden_dim) == (16, 8, 8)
-    layers = [f"{part}.{number}.{name}" for part in ("encoder", "decoder") for number in (0, 2) for name in ("weight", "bias")]
+    layers = [
+        f"{part}.{number}.{name}"
+        for part in ("encoder", "decoder")
+        for number in (0, 2)
+        for name in ("weight", "bias")
+    ]
     assert sorted(vqvae.state_dict()) == sorted([*layers, "quantize.embedding.weight"])
     assert torch.equal(vqvae.get_codebook(), vqvae.quantize.embedding.weight)
 
@@ -53,7 +64,9 @@ def test_names_and_state_keys_are_the_published_ones(vqvae: smalto.SimpleVQVAE) 
 # Faults of the published sketch (design 3.3).
 
 
-def test_sketch_fault_losses_compare_each_vector_with_its_own_code(vqvae: smalto.SimpleVQVAE) -> None:
+def test_sketch_fault_losses_compare_each_vector_with_its_own_code(
+    vqvae: smalto.SimpleVQVAE,
+) -> None:
     # The sketch compared [B,C,H,W] with [B,H,W,C]. Latents that are exactly codes have no loss, on any shape.
     codes = vqvae.quantize.decode(torch.randint(16, (2, 15)), TokenLayout.single(3, 5))
     assert vqvae.quantize(codes).loss.item() == 0
@@ -97,22 +110,24 @@ def test_sketch_fault_no_one_hot_matrix() -> None:
 
     vqvae = smalto.SimpleVQVAE(vocab_size=4096, embedding_dim=4, hidden_dim=4)
     images = torch.randn(1, 3, 256, 256)
-    with LargestTensor() as guard:
+    with LargestTensor() as monitor:
         vqvae(images).vq_loss.backward()
-    assert guard.elements < 64 * 64 * 4096 / 10
+    assert monitor.elements < 64 * 64 * 4096 / 10
 
 
 # Blocks.
 
 
-def test_diagonal_blocks_are_the_two_quadrants_and_cannot_be_decoded(vqvae: smalto.SimpleVQVAE) -> None:
+def test_diagonal_blocks_are_the_two_quadrants_and_cannot_be_decoded(
+    vqvae: smalto.SimpleVQVAE,
+) -> None:
     images = torch.randn(2, 3, 24, 16)
     index_map = vqvae.encode(images).view(2, 6, 4)
     blocks = vqvae.img_to_idxBl(images, blocks="diagonal")
     assert torch.equal(blocks[0], index_map[:, :3, :2].flatten(1))
     assert torch.equal(blocks[1], index_map[:, 3:, 2:].flatten(1))
     assert vqvae.idxBl_to_var_input(blocks).shape == (2, 12, 8)
-    with pytest.raises(InputError, match="half of the picture"):
+    with pytest.raises(InputError, match="half of the image"):
         vqvae.idxBl_to_img(blocks, patch_hws=[(3, 2), (3, 2)])
 
 
@@ -125,7 +140,9 @@ def test_one_block_for_other_tokenizers(tokenizer: smalto.ImageTokenizer) -> Non
 def test_var_input_is_the_codes_in_order(tokenizer: smalto.ImageTokenizer) -> None:
     images = torch.randn(2, 3, 16, 24)
     blocks = tokenizer.img_to_idxBl(images, blocks="halves")
-    torch.testing.assert_close(tokenizer.idxBl_to_var_input(blocks), tokenizer.get_codebook()[torch.cat(blocks, 1)])
+    torch.testing.assert_close(
+        tokenizer.idxBl_to_var_input(blocks), tokenizer.get_codebook()[torch.cat(blocks, 1)]
+    )
     assert not blocks[0].requires_grad
 
 
@@ -147,7 +164,9 @@ def test_square_maps_decode_without_patch_hws(vqvae: smalto.SimpleVQVAE) -> None
         ([0, 0], [(0, 3), (0, 3)]),
     ],
 )
-def test_blocks_that_do_not_fit_ask_for_patch_hws(vqvae: smalto.SimpleVQVAE, lengths: list[int], patch_hws: Any) -> None:
+def test_blocks_that_do_not_fit_ask_for_patch_hws(
+    vqvae: smalto.SimpleVQVAE, lengths: list[int], patch_hws: Any
+) -> None:
     blocks = [torch.zeros(1, n, dtype=torch.int64) for n in lengths]
     with pytest.raises(InputError, match="patch_hws"):
         vqvae.idxBl_to_img(blocks, patch_hws)
@@ -160,7 +179,17 @@ def test_a_map_of_one_row_has_an_empty_upper_half(vqvae: smalto.SimpleVQVAE) -> 
     assert vqvae.idxBl_to_img(blocks, [(0, 3), (1, 3)]).shape == images.shape
 
 
-@pytest.mark.parametrize("blocks", [torch.zeros(1, 4), [], [torch.zeros(1, 4), torch.zeros(2, 4)], [torch.zeros(4)], None, [[1, 2]]])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        torch.zeros(1, 4),
+        [],
+        [torch.zeros(1, 4), torch.zeros(2, 4)],
+        [torch.zeros(4)],
+        None,
+        [[1, 2]],
+    ],
+)
 def test_what_is_no_list_of_blocks_is_named(vqvae: smalto.SimpleVQVAE, blocks: Any) -> None:
     with pytest.raises(InputError, match=r"idx_Bl must be a list|every block must be"):
         vqvae.idxBl_to_var_input(blocks)
@@ -207,7 +236,10 @@ def test_any_number_of_channels() -> None:
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"images.float\(\) / 127.5 - 1"),
         (torch.zeros(1, 3, 18, 16), "multiples of 4; got 18 x 16.* for example to 16 x 16"),
         (torch.zeros(1, 3, 16, 0), "multiples of 4; got 16 x 0"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.float64), r"images are torch.float64 and the tokenizer is torch.float32"),
+        (
+            torch.zeros(1, 3, 16, 16, dtype=torch.float64),
+            r"images are torch.float64 and the tokenizer is torch.float32",
+        ),
         (torch.zeros(1, 3, 16, 16).numpy(), "must be a tensor"),
     ],
 )
@@ -229,7 +261,10 @@ def test_tokens_of_another_layout_or_tokenizer_are_named(vqvae: smalto.SimpleVQV
 # Files.
 
 
-@pytest.mark.parametrize("make", [lambda: smalto.SimpleVQVAE(16, 8, 8, encoder_relu=True), lambda: smalto.default_tokenizer(32)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: smalto.SimpleVQVAE(16, 8, 8, encoder_relu=True), lambda: smalto.default_tokenizer(32)],
+)
 def test_saved_and_loaded_is_the_same(make: Any, tmp_path: Path) -> None:
     tokenizer = make().eval()
     tokenizer.save(tmp_path / "t")
@@ -237,12 +272,20 @@ def test_saved_and_loaded_is_the_same(make: Any, tmp_path: Path) -> None:
     assert type(loaded) is type(tokenizer)
     assert loaded.config == tokenizer.config
     assert loaded.fingerprint() == tokenizer.fingerprint()
-    assert all(torch.equal(value, tokenizer.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["config.json", "model.safetensors"]
+    assert all(
+        torch.equal(value, tokenizer.state_dict()[name])
+        for name, value in loaded.state_dict().items()
+    )
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_precision_of_the_weights_is_kept(tokenizer: smalto.ImageTokenizer, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_precision_of_the_weights_is_kept(
+    tokenizer: smalto.ImageTokenizer, tmp_path: Path, dtype: torch.dtype
+) -> None:
     narrow = tokenizer.to(dtype)
     narrow.save(tmp_path)
     loaded = smalto.load(tmp_path)
@@ -287,7 +330,9 @@ def test_what_cannot_be_loaded_is_named(vqvae: smalto.SimpleVQVAE, tmp_path: Pat
     with pytest.raises(RunError, match=r"does not fit config\.json"):
         smalto.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:500])
+    (tmp_path / "model.safetensors").write_bytes(
+        (tmp_path / "model.safetensors").read_bytes()[:500]
+    )
     with pytest.raises(RunError, match="cannot be read"):
         smalto.load(tmp_path)
 
@@ -303,10 +348,16 @@ def test_parts_that_do_not_fit_are_an_error() -> None:
 def several_grids(kind: str) -> smalto.ImageTokenizer:
     torch.manual_seed(0)
     if kind == "residual":
-        stage = VectorQuantizerConfig(codebook_size=20, latent_dim=8, code_dim=4, codebook="projected")
-        return TokenizerConfig(autoencoder=SMALL, quantizer=ResidualVQConfig(num_stages=3, stage=stage)).build()
+        stage = VectorQuantizerConfig(
+            codebook_size=20, latent_dim=8, code_dim=4, codebook="projected"
+        )
+        return TokenizerConfig(
+            autoencoder=SMALL, quantizer=ResidualVQConfig(num_stages=3, stage=stage)
+        ).build()
     head = VectorQuantizerConfig(codebook_size=20, latent_dim=4, codebook="ema")
-    return TokenizerConfig(autoencoder=SMALL, quantizer=ProductVQConfig(num_heads=2, head=head)).build()
+    return TokenizerConfig(
+        autoencoder=SMALL, quantizer=ProductVQConfig(num_heads=2, head=head)
+    ).build()
 
 
 SMALL = SimpleAutoencoderConfig(latent_dim=8, hidden_dim=8)
@@ -335,7 +386,7 @@ def test_several_grids_are_several_blocks(kind: str, tmp_path: Path) -> None:
     assert torch.equal(smalto.load(tmp_path).encode(images), tokenizer.encode(images))
 
 
-def test_the_first_blocks_are_a_picture_of_the_first_stages() -> None:
+def test_the_first_blocks_are_a_image_of_the_first_stages() -> None:
     tokenizer, images = several_grids("residual"), torch.rand(2, 3, 16, 16) * 2 - 1
     blocks = tokenizer.img_to_idxBl(images)
     coarse = tokenizer(images, num_stages=2).reconstruction
@@ -345,7 +396,9 @@ def test_the_first_blocks_are_a_picture_of_the_first_stages() -> None:
 def test_a_projected_codebook_folds_for_saving(tmp_path: Path) -> None:
     tokenizer, images = several_grids("residual"), torch.rand(2, 3, 16, 16) * 2 - 1
     folded = tokenizer.folded()
-    assert any(isinstance(module, ProjectedCodebook) for module in tokenizer.modules())  # the original stays
+    assert any(
+        isinstance(module, ProjectedCodebook) for module in tokenizer.modules()
+    )  # the original stays
     folded.save(tmp_path)
     loaded = smalto.load(tmp_path)
     assert not any(isinstance(module, ProjectedCodebook) for module in loaded.modules())
@@ -366,7 +419,9 @@ def test_a_folded_tokenizer_decodes_in_its_own_precision(dtype: torch.dtype) -> 
 def small_cnn() -> ImageTokenizer:
     torch.manual_seed(0)
     autoencoder = CNNAutoencoderConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, latent_dim=8)
-    quantizer = MultiScaleVQConfig(scales=(1, 2, 4, 8), scale=VectorQuantizerConfig(codebook_size=32, latent_dim=8))
+    quantizer = MultiScaleVQConfig(
+        scales=(1, 2, 4, 8), scale=VectorQuantizerConfig(codebook_size=32, latent_dim=8)
+    )
     return TokenizerConfig(autoencoder=autoencoder, quantizer=quantizer).build().eval()
 
 
@@ -379,7 +434,9 @@ def test_for_inference_in_float32_gives_the_same_tokens(make: Callable[[], Image
     fast, state = tokenizer.for_inference(), copy.deepcopy(tokenizer.state_dict())
     tokens, layout = tokenizer.encode(images), tokenizer.layout(16, 24)
     assert torch.equal(fast.encode(images), tokens)
-    torch.testing.assert_close(fast.decode(tokens, layout), tokenizer.decode(tokens, layout), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        fast.decode(tokens, layout), tokenizer.decode(tokens, layout), rtol=1e-4, atol=1e-5
+    )
     assert fast.fingerprint() == tokenizer.fingerprint()
     assert not any(p.requires_grad for p in fast.parameters())
     assert all(p.requires_grad for p in tokenizer.encoder.parameters())
@@ -409,19 +466,23 @@ def test_for_inference_in_bf16_searches_in_float32(make: Callable[[], ImageToken
 
 
 @torch.no_grad()
-def test_pictures_after_each_scale() -> None:
+def test_images_after_each_scale() -> None:
     tokenizer, images = small_cnn(), torch.rand(2, 3, 16, 24) * 2 - 1
     blocks, grids = tokenizer.img_to_idxBl(images), tokenizer.layout(16, 24).grids
     assert [tuple(block.shape) for block in blocks] == [(2, h * w) for h, w in grids]
-    pictures = tokenizer.idxBl_to_img(blocks, grids, last_one=False)
-    assert len(pictures) == 4
-    for number, expected in enumerate(pictures, start=1):
+    images = tokenizer.idxBl_to_img(blocks, grids, last_one=False)
+    assert len(images) == 4
+    for number, expected in enumerate(images, start=1):
         assert torch.equal(tokenizer.idxBl_to_img(blocks[:number], grids), expected)
-    assert torch.equal(pictures[-1], tokenizer(images).reconstruction.clamp(-1, 1))
-    assert float(tokenizer.idxBl_to_img(blocks, grids, False, clamp=False)[-1].abs().max()) >= float(pictures[-1].abs().max())
+    assert torch.equal(images[-1], tokenizer(images).reconstruction.clamp(-1, 1))
+    assert float(
+        tokenizer.idxBl_to_img(blocks, grids, False, clamp=False)[-1].abs().max()
+    ) >= float(images[-1].abs().max())
     square = torch.rand(1, 3, 16, 16)
     own = tokenizer.img_to_idxBl(square)  # the configured scales: no patch_hws needed
-    assert torch.equal(tokenizer.idxBl_to_img(own[:2]), tokenizer.idxBl_to_img(own, last_one=False)[1])
+    assert torch.equal(
+        tokenizer.idxBl_to_img(own[:2]), tokenizer.idxBl_to_img(own, last_one=False)[1]
+    )
     assert tokenizer.idxBl_to_var_input(own).shape == (1, 4 + 16 + 64, 8)
     chosen = tokenizer.img_to_idxBl(square, [1, (2, 3), 8])
     assert tokenizer.idxBl_to_img(chosen, [1, (2, 3), 8]).shape == square.shape

@@ -15,11 +15,11 @@ import torch
 from smalto.core.errors import RunError
 from smalto.core.progress import Progress
 from smalto.images.crops import CropStream
-from smalto.images.image_set import DatasetPictures
+from smalto.images.image_set import DatasetImages
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.monitor import MAX_SKIPPED, SETTLED, WINDOW, Guard
+from smalto.training.monitor import MAX_SKIPPED, SETTLED, WINDOW, TrainingMonitor
 from smalto.training.random_state import random_state, seeded, set_random_state
-from smalto.training.recipe import GuardConfig, Recipe, change_recipe
+from smalto.training.recipe import MonitorConfig, Recipe, change_recipe
 from smalto.training.run_folder import RunFolder, read_jsonl
 from smalto.training.trainer import MAX_RETURNS, Trainer
 from tests.conftest import TINY
@@ -27,24 +27,30 @@ from tests.conftest import TINY
 CPU = torch.device("cpu")
 
 
-def watch(figures: list[dict[str, float]], **settings: Any) -> dict[int, list[str]]:
+def watch(metrics: list[dict[str, float]], **settings: Any) -> dict[int, list[str]]:
     """Steps at which the guard said something, and what."""
-    guard = Guard(GuardConfig(**settings))
-    said = {step: guard.look(step, row) for step, row in enumerate(figures, start=1)}
+    monitor = TrainingMonitor(MonitorConfig(**settings))
+    said = {step: monitor.check(step, row) for step, row in enumerate(metrics, start=1)}
     return {step: texts for step, texts in said.items() if texts}
 
 
 def test_a_run_that_goes_well_is_left_alone() -> None:
     noise = random.Random(0)
     rows = [
-        {"psnr": 20 + 8 * (1 - math.exp(-step / 300)) + noise.gauss(0, 2), "usage": min(1.0, 0.2 + step / 400), "discriminator_loss": 1.2}
+        {
+            "psnr": 20 + 8 * (1 - math.exp(-step / 300)) + noise.gauss(0, 2),
+            "usage": min(1.0, 0.2 + step / 400),
+            "discriminator_loss": 1.2,
+        }
         for step in range(1500)
     ]
     assert not watch(rows)
 
 
 def test_the_dip_of_a_codebook_that_has_just_been_started_is_no_fault() -> None:
-    assert not watch([{"psnr": 20.0, "usage": 1.0}] * 20 + [{"psnr": 20.0, "usage": 0.2}] * (SETTLED - 20))
+    assert not watch(
+        [{"psnr": 20.0, "usage": 1.0}] * 20 + [{"psnr": 20.0, "usage": 0.2}] * (SETTLED - 20)
+    )
 
 
 def test_falls_of_psnr_and_usage_are_told_once_and_again_after_recovery() -> None:
@@ -55,13 +61,16 @@ def test_falls_of_psnr_and_usage_are_told_once_and_again_after_recovery() -> Non
     assert "PSNR of the training crops has fallen from 26.00" in texts[0]
     assert any("codes in use have fallen from 90.0%" in text for text in texts)
     assert min(said) < 400 + 2 * WINDOW
-    assert not watch(good * 400 + bad * 300, psnr_fall=7.0, usage_fall=0.95)
+    assert not watch(good * 400 + bad * 300, psnr_drop=7.0, usage_drop=0.95)
 
 
 def test_a_discriminator_that_tells_all_apart_is_told() -> None:
-    said = watch([{"psnr": 20.0, "discriminator_loss": 1.0}] * 50 + [{"psnr": 20.0, "discriminator_loss": 0.0}] * 300)
+    said = watch(
+        [{"psnr": 20.0, "discriminator_loss": 1.0}] * 50
+        + [{"psnr": 20.0, "discriminator_loss": 0.0}] * 300
+    )
     (texts,) = said.values()
-    assert "the discriminator tells all reconstructions from pictures" in texts[0]
+    assert "the discriminator tells all reconstructions from images" in texts[0]
 
 
 def test_skipped_steps_are_a_fault_after_a_while() -> None:
@@ -74,11 +83,14 @@ def test_skipped_steps_are_a_fault_after_a_while() -> None:
 
 def test_the_guards_memory_is_saved() -> None:
     rows = [{"psnr": 26.0, "usage": 0.9}] * 400 + [{"psnr": 20.0, "usage": 0.1}] * 300
-    whole, first, second = (Guard(GuardConfig()) for _ in range(3))
-    expected = [whole.look(step, row) for step, row in enumerate(rows, start=1)]
-    got = [first.look(step, row) for step, row in enumerate(rows[:410], start=1)]
+    whole, first, second = (TrainingMonitor(MonitorConfig()) for _ in range(3))
+    expected = [whole.check(step, row) for step, row in enumerate(rows, start=1)]
+    got = [first.check(step, row) for step, row in enumerate(rows[:410], start=1)]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert got + [second.look(step, row) for step, row in enumerate(rows[410:], start=411)] == expected
+    assert (
+        got + [second.check(step, row) for step, row in enumerate(rows[410:], start=411)]
+        == expected
+    )
 
 
 class ScriptedTask:
@@ -92,12 +104,15 @@ class ScriptedTask:
 
     def train_step(self, batch: Any, step: int) -> dict[str, float]:
         self.steps.append(step)
-        return {"psnr": 10.0 if step >= self.wrong_from and self.eased < self.cured_by else 25.0, "loss": float(batch.mean())}
+        return {
+            "psnr": 10.0 if step >= self.wrong_from and self.eased < self.cured_by else 25.0,
+            "loss": float(batch.mean()),
+        }
 
     def evaluate(self) -> dict[str, float]:
         return {}
 
-    def ease(self) -> None:
+    def back_off(self) -> None:
         self.eased += 1
 
     def state(self) -> dict[str, Any]:
@@ -108,20 +123,28 @@ class ScriptedTask:
 
 
 def trainer(tmp_path: Path, task: ScriptedTask, action: str) -> Trainer:
-    settings = {"steps": 500, "checkpoint.every": 100, "guard.action": action, "evaluate.every": 1000, "data.batch": 2}
+    settings = {
+        "steps": 500,
+        "checkpoint.every": 100,
+        "monitor.action": action,
+        "evaluate.every": 1000,
+        "data.batch": 2,
+    }
     recipe = change_recipe(Recipe(), TINY | settings)
-    pictures = DatasetPictures([torch.full((3, 16, 16), i, dtype=torch.uint8) for i in range(9)])  # type: ignore[arg-type]
+    images = DatasetImages([torch.full((3, 16, 16), i, dtype=torch.uint8) for i in range(9)])  # type: ignore[arg-type]
 
     def stream(position: list[list[int]] | None) -> CropStream:
-        return CropStream(pictures, list(range(9)), size=16, batch=2, seed=0, position=position)
+        return CropStream(images, list(range(9)), size=16, batch=2, seed=0, position=position)
 
     made = Trainer(task, stream, tmp_path / "run", recipe, Progress())  # type: ignore[arg-type]
-    facts = {"source": "a dataset", "num_pictures": 9, "held_out": []}
-    RunFolder.create(tmp_path / "run", recipe, facts, task.result, made.state())
+    metadata = {"source": "a dataset", "num_images": 9, "held_out": []}
+    RunFolder.create(tmp_path / "run", recipe, metadata, task.result, made.state())
     return made
 
 
-def test_a_run_that_goes_wrong_goes_back_to_a_good_checkpoint_and_on_more_carefully(tmp_path: Path) -> None:
+def test_a_run_that_goes_wrong_goes_back_to_a_good_checkpoint_and_on_more_carefully(
+    tmp_path: Path,
+) -> None:
     task = ScriptedTask(wrong_from=320, cured_by=2)
     made = trainer(tmp_path, task, "rollback")
     with seeded(0, CPU):
@@ -129,14 +152,18 @@ def test_a_run_that_goes_wrong_goes_back_to_a_good_checkpoint_and_on_more_carefu
     log = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert [row["step"] for row in log] == list(range(1, 501))  # what went wrong is not in it
     assert all(row["psnr"] == 25 for row in log)
-    events = [(row["event"], row.get("to")) for row in read_jsonl(tmp_path / "run" / "events.jsonl")]
+    events = [
+        (row["event"], row.get("to")) for row in read_jsonl(tmp_path / "run" / "events.jsonl")
+    ]
     assert events.count(("rollback", 200)) == 2
     assert task.eased == 2
     twice = [row["loss"] for row in log]
     calm = ScriptedTask(wrong_from=10**9, cured_by=0)
     with seeded(0, CPU):
         trainer(tmp_path / "calm", calm, "rollback").train()
-    assert twice == [row["loss"] for row in read_jsonl(tmp_path / "calm" / "run" / "log.jsonl")]  # the data went back too
+    assert twice == [
+        row["loss"] for row in read_jsonl(tmp_path / "calm" / "run" / "log.jsonl")
+    ]  # the data went back too
 
 
 def test_going_back_in_vain_ends(tmp_path: Path) -> None:
@@ -149,7 +176,9 @@ def test_going_back_in_vain_ends(tmp_path: Path) -> None:
 def test_by_default_it_warns_and_goes_on(tmp_path: Path) -> None:
     task = ScriptedTask(wrong_from=320, cured_by=100)
     trainer(tmp_path, task, "warn").train()
-    (warning,) = [row for row in read_jsonl(tmp_path / "run" / "events.jsonl") if row["event"] == "warning"]
+    (warning,) = [
+        row for row in read_jsonl(tmp_path / "run" / "events.jsonl") if row["event"] == "warning"
+    ]
     assert "has fallen" in warning["text"]
     off = tmp_path / "off"
     trainer(off, ScriptedTask(wrong_from=320, cured_by=100), "off").train()
@@ -158,7 +187,12 @@ def test_by_default_it_warns_and_goes_on(tmp_path: Path) -> None:
 
 def test_all_random_generators_go_on_where_they_were_and_are_given_back() -> None:
     def draw() -> list[float]:
-        return [random.random(), float(numpy.random.rand()), float(torch.rand(())), float(torch.nn.functional.dropout(torch.ones(9)).sum())]
+        return [
+            random.random(),
+            float(numpy.random.rand()),
+            float(torch.rand(())),
+            float(torch.nn.functional.dropout(torch.ones(9)).sum()),
+        ]
 
     before = random_state(CPU)
     with seeded(5, CPU):

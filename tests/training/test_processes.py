@@ -38,7 +38,7 @@ SCALES = {
 KINDS: dict[str, dict[str, Any]] = {
     "simple": {},
     "adversarial": ADVERSARIAL,
-    "learned codes": {"tokenizer.quantizer.codebook": "learned", "optimizer.average": 0.9},
+    "learned codes": {"tokenizer.quantizer.codebook": "learned", "optimizer.ema_decay": 0.9},
     "accumulated": {"optimizer.accumulate": 2, "optimizer.clip": 0.1},
     "multi-scale": SCALES,
     "decoder only": {"finetune.learn": "decoder"},
@@ -46,34 +46,47 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def recipe(kind: str) -> Recipe:
-    settings = {key: value for key, value in TINY.items() if "multi" not in kind or "quantizer" not in key}
+    settings = {
+        key: value for key, value in TINY.items() if "multi" not in kind or "quantizer" not in key
+    }
     return change_recipe(Recipe(), settings | {"data.batch": 8, "steps": STEPS} | KINDS[kind])
 
 
-def trained(kind: str, dtype: torch.dtype, seed: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+def trained(
+    kind: str, dtype: torch.dtype, seed: int, rank: int = 0, world: int = 1
+) -> dict[str, Tensor]:
     """State after training on this process's rows of fixed batches, from the k-means start on."""
     chosen = recipe(kind)
     torch.manual_seed(0)
     tokenizer = chosen.tokenizer.build().to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    batches = [torch.rand(8, 3, 16, 16, generator=generator, dtype=dtype) * 2 - 1 for _ in range(STEPS)]
-    torch.manual_seed(rank)  # processes may differ in their own randomness: the discriminator's start is the first one's
+    batches = [
+        torch.rand(8, 3, 16, 16, generator=generator, dtype=dtype) * 2 - 1 for _ in range(STEPS)
+    ]
+    torch.manual_seed(
+        rank
+    )  # processes may differ in their own randomness: the discriminator's start is the first one's
     task = TokenizerTask(tokenizer, chosen, batches[0])
     task.start([batch.chunk(world)[rank] for batch in batches[:4]])
     for step, batch in enumerate(batches, start=1):
-        figures = task.train_step(batch.chunk(world)[rank], step)
+        metrics = task.train_step(batch.chunk(world)[rank], step)
     state = {f"result.{name}": tensor for name, tensor in task.result.state_dict().items()}
     state |= {f"tokenizer.{name}": tensor for name, tensor in task.tokenizer.state_dict().items()}
-    state["loss"] = torch.tensor(figures["loss"], dtype=torch.float64).round(decimals=5)
+    state["loss"] = torch.tensor(metrics["loss"], dtype=torch.float64).round(decimals=5)
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
 Cases = dict[tuple[str, torch.dtype], int]  # and the seed of the batches of each
 
 
-def all_cases(rank: int, world: int, meeting: str, cases: Cases) -> dict[tuple[str, torch.dtype], dict[str, Tensor]]:
+def all_cases(
+    rank: int, world: int, meeting: str, cases: Cases
+) -> dict[tuple[str, torch.dtype], dict[str, Tensor]]:
     join(rank, world, meeting)
-    return {(kind, dtype): trained(kind, dtype, seed, rank, world) for (kind, dtype), seed in cases.items()}
+    return {
+        (kind, dtype): trained(kind, dtype, seed, rank, world)
+        for (kind, dtype), seed in cases.items()
+    }
 
 
 @contextmanager
@@ -82,9 +95,13 @@ def margins() -> Iterator[list[float]]:
     search, found = nearest.nearest_op, []
 
     def watched(queries: Tensor, codes: Tensor, *settings: Any) -> Tensor:
-        distances = torch.cdist(queries.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(
+            queries.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist"
+        )
         nearest, second = distances.topk(2, largest=False).values.unbind(1)
-        found.append(float(((second - nearest) / (queries.norm(dim=1) + codes.norm(dim=1).max())).min()))
+        found.append(
+            float(((second - nearest) / (queries.norm(dim=1) + codes.norm(dim=1).max())).min())
+        )
         return search(queries, codes, *settings)
 
     nearest.nearest_op = watched
@@ -105,8 +122,14 @@ def trained_clearly(kind: str, dtype: torch.dtype) -> tuple[int, dict[str, Tenso
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    alone = {(kind, dtype): trained_clearly(kind, dtype) for kind in KINDS for dtype in (torch.float32, torch.float64)}
-    first, second = in_processes(2, all_cases, tmp_path, {case: seed for case, (seed, _) in alone.items()})
+    alone = {
+        (kind, dtype): trained_clearly(kind, dtype)
+        for kind in KINDS
+        for dtype in (torch.float32, torch.float64)
+    }
+    first, second = in_processes(
+        2, all_cases, tmp_path, {case: seed for case, (seed, _) in alone.items()}
+    )
     assert isinstance(first, dict)
     assert isinstance(second, dict)
     for case, (_, expected) in alone.items():
@@ -115,4 +138,10 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         for name, tensor in expected.items():
             where = f"{case} {name}"
             assert torch.equal(first[case][name], second[case][name]), where
-            torch.testing.assert_close(first[case][name], tensor, rtol=rtol, atol=atol, msg=lambda text, where=where: f"{where}: {text}")
+            torch.testing.assert_close(
+                first[case][name],
+                tensor,
+                rtol=rtol,
+                atol=atol,
+                msg=lambda text, where=where: f"{where}: {text}",
+            )

@@ -16,7 +16,9 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
 def test_written_and_read_is_the_same(tmp_path: Path) -> None:
-    recipe = change_recipe(Recipe(), {"data.source": 'a "quoted" \\ path\nü', "tokenizer.quantizer.codebook_size": 99})
+    recipe = change_recipe(
+        Recipe(), {"data.source": 'a "quoted" \\ path\nü', "tokenizer.quantizer.codebook_size": 99}
+    )
     (tmp_path / "r.toml").write_text(recipe_toml(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "r.toml") == recipe
 
@@ -41,10 +43,13 @@ def test_a_recipe_may_say_only_what_differs(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("stepz = 7", "unknown key 'stepz': did you mean 'steps'"),
-        ("[optimiser]\nlr = 1", "unknown key 'optimiser'"),
+        ("[optimizer]\nlr = 1", "unknown key 'optimizer'"),
         ("lr = 1", "unknown key 'lr': did you mean 'optimizer.lr'"),
         ("[data]\nsizee = 64", "unknown key 'data.sizee': did you mean 'data.size'"),
-        ("[tokenizer.quantizer]\ncodebook_sise = 4", "did you mean 'tokenizer.quantizer.codebook_size'"),
+        (
+            "[tokenizer.quantizer]\ncodebook_sise = 4",
+            "did you mean 'tokenizer.quantizer.codebook_size'",
+        ),
         ("[optimizer]\nlr = -1", r"optimizer.lr: .*greater than 0 \(got -1\)"),
         ("[tokenizer.quantizer]\ncodebook = 'neural'", "'learned', 'ema' or 'projected'"),
         ("[data]\nsize = 66", "stride 4 does not divide"),
@@ -52,7 +57,9 @@ def test_a_recipe_may_say_only_what_differs(tmp_path: Path) -> None:
         ("steps = ", "not valid TOML"),
     ],
 )
-def test_mistakes_are_named_with_the_nearest_right_thing(tmp_path: Path, text: str, says: str) -> None:
+def test_mistakes_are_named_with_the_nearest_right_thing(
+    tmp_path: Path, text: str, says: str
+) -> None:
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(ConfigError, match=says):
         load_recipe(tmp_path / "r.toml")
@@ -61,7 +68,12 @@ def test_mistakes_are_named_with_the_nearest_right_thing(tmp_path: Path, text: s
 def test_gradient_checkpointing_is_for_the_cnn() -> None:
     with pytest.raises(ConfigError, match=r"for autoencoder\.kind 'cnn'; this one is 'simple'"):
         change_recipe(Recipe(), {"gradient_checkpointing": True})
-    cnn = {"tokenizer.autoencoder.kind": "cnn", "tokenizer.autoencoder.latent_dim": 64, "gradient_checkpointing": True, "data.size": 64}
+    cnn = {
+        "tokenizer.autoencoder.kind": "cnn",
+        "tokenizer.autoencoder.latent_dim": 64,
+        "gradient_checkpointing": True,
+        "data.size": 64,
+    }
     assert change_recipe(Recipe(), cnn).tokenizer.autoencoder.stride == 16
 
 
@@ -107,10 +119,16 @@ def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) 
     assert load_recipe(tmp_path / "again.toml") == recipe
     product = load_recipe(None, {"tokenizer.quantizer.kind": "product"})
     assert product.tokenizer.quantizer == ProductVQConfig()
-    one = load_recipe(None, {"tokenizer.quantizer.stage.code_dim": 8, "tokenizer.quantizer.kind": "residual"}).tokenizer.quantizer
+    one = load_recipe(
+        None, {"tokenizer.quantizer.stage.code_dim": 8, "tokenizer.quantizer.kind": "residual"}
+    ).tokenizer.quantizer
     assert isinstance(one, ResidualVQConfig)  # in whatever order
-    assert one.stage == ResidualVQConfig().stage.model_copy(update={"code_dim": 8})  # the rest of the stage stays
-    head = load_recipe(None, {"tokenizer.quantizer.kind": "product", "tokenizer.quantizer.head.code_dim": 16}).tokenizer.quantizer
+    assert one.stage == ResidualVQConfig().stage.model_copy(
+        update={"code_dim": 8}
+    )  # the rest of the stage stays
+    head = load_recipe(
+        None, {"tokenizer.quantizer.kind": "product", "tokenizer.quantizer.head.code_dim": 16}
+    ).tokenizer.quantizer
     assert head.latent_dim == 64
     same = load_recipe(None, {"tokenizer.quantizer.kind": "vector"})
     assert same == load_recipe()
@@ -123,14 +141,23 @@ def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) 
             {"tokenizer.quantizer.kind": "nearest"},
             "quantizer.kind must be one of 'vector', 'residual', 'product', 'multiscale' .*'nearest'",
         ),
-        ({"tokenizer.quantizer.codebook": "learned", "tokenizer.quantizer.unit_codes": True}, "tokenizer.quantizer: unit_codes brings"),
+        (
+            {"tokenizer.quantizer.codebook": "learned", "tokenizer.quantizer.unit_codes": True},
+            "tokenizer.quantizer: unit_codes brings",
+        ),
         ({"tokenizer.quantizer.num_stages": 3}, "unknown key 'tokenizer.quantizer.num_stages'"),
         (
             {"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.codebook_size": 64},
             "unknown key 'tokenizer.quantizer.codebook_size': did you mean 'tokenizer.quantizer.stage.codebook_size'",
         ),
-        ({"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.num_stages": 0}, r"tokenizer.quantizer.num_stages: .*\(got 0\)"),
-        ({"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.stage.beta": -1}, r"tokenizer.quantizer.stage.beta: .*\(got -1\)"),
+        (
+            {"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.num_stages": 0},
+            r"tokenizer.quantizer.num_stages: .*\(got 0\)",
+        ),
+        (
+            {"tokenizer.quantizer.kind": "residual", "tokenizer.quantizer.stage.beta": -1},
+            r"tokenizer.quantizer.stage.beta: .*\(got -1\)",
+        ),
         (
             {
                 "tokenizer.quantizer.kind": "residual",

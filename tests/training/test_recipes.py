@@ -17,7 +17,14 @@ from smalto.training.tokenizer_task import TokenizerTask
 from tests.features.test_networks import lpips_state
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
-NAMES = {"photos-simple", "photos-vqgan-small", "var-small", "emoji-var", "imagenet256-var", "imagenet256-vq16"}
+NAMES = {
+    "photos-simple",
+    "photos-vqgan-small",
+    "var-small",
+    "emoji-var",
+    "imagenet256-var",
+    "imagenet256-vq16",
+}
 
 everyone = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
@@ -30,16 +37,26 @@ def made_tiny(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with narrow networks, few codes and small crops, so that a step takes a second; all else as it is."""
     settings: dict[str, object] = {"data.batch": 2, "steps": 3}
     if recipe.tokenizer.autoencoder.kind == "cnn":
-        settings |= {"tokenizer.autoencoder.ch": 32, "data.size": 4 * recipe.tokenizer.autoencoder.stride}
+        settings |= {
+            "tokenizer.autoencoder.ch": 32,
+            "data.size": 4 * recipe.tokenizer.autoencoder.stride,
+        }
     if recipe.tokenizer.quantizer.kind == "multiscale":
-        settings |= {"tokenizer.quantizer.scales": [1, 2, 4], "tokenizer.quantizer.scale.codebook_size": 32}
+        settings |= {
+            "tokenizer.quantizer.scales": [1, 2, 4],
+            "tokenizer.quantizer.scale.codebook_size": 32,
+        }
     else:
         settings |= {"tokenizer.quantizer.codebook_size": 32}
     if recipe.losses.perceptual.network == "lpips-vgg":
         torch.save(lpips_state(), folder / "lpips.pth")
         settings |= {"losses.perceptual.weights": str(folder / "lpips.pth")}
     if recipe.losses.adversarial.weight:
-        settings |= {"losses.adversarial.start": 1, "losses.adversarial.lead": 1, "losses.adversarial.width": 8}
+        settings |= {
+            "losses.adversarial.start": 1,
+            "losses.adversarial.lead": 1,
+            "losses.adversarial.width": 8,
+        }
         settings |= {"losses.adversarial.layers": 2}
     return change_recipe(recipe, settings)
 
@@ -47,15 +64,24 @@ def made_tiny(recipe: Recipe, folder: Path) -> Recipe:
 @everyone
 def test_it_builds_and_takes_steps_at_tiny_size(path: Path, tmp_path: Path) -> None:
     recipe = made_tiny(load_recipe(path), tmp_path)
-    images = torch.rand(2, 3, recipe.data.size, recipe.data.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = (
+        torch.rand(
+            2, 3, recipe.data.size, recipe.data.size, generator=torch.Generator().manual_seed(0)
+        )
+        * 2
+        - 1
+    )
     torch.manual_seed(0)
     task = TokenizerTask(recipe.tokenizer.build(), recipe, images)
     before = {name: tensor.clone() for name, tensor in task.tokenizer.state_dict().items()}
     for step in (1, 2):
-        figures = task.train_step(images, step)
-    assert "skipped" not in figures
-    assert ("adversarial_gradient" in figures) == bool(recipe.losses.adversarial.weight)
-    assert any(not torch.equal(tensor, task.tokenizer.state_dict()[name]) for name, tensor in before.items())
+        metrics = task.train_step(images, step)
+    assert "skipped" not in metrics
+    assert ("adversarial_gradient" in metrics) == bool(recipe.losses.adversarial.weight)
+    assert any(
+        not torch.equal(tensor, task.tokenizer.state_dict()[name])
+        for name, tensor in before.items()
+    )
 
 
 def test_the_simple_recipe_shows_every_setting() -> None:
@@ -65,30 +91,48 @@ def test_the_simple_recipe_shows_every_setting() -> None:
         return {
             key
             for name, value in table.items()
-            for key in (keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name})
+            for key in (
+                keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+            )
         }
 
     assert keys(shown) == keys(Recipe().model_dump(mode="json"))
 
 
-UNCITED = ("seed", "kind", "in_channels", "latent_dim", "lead", "ramp", "flip", "revive_below")  # ours, or said on another line
+UNCITED = (
+    "seed",
+    "kind",
+    "in_channels",
+    "latent_dim",
+    "lead",
+    "ramp",
+    "flip",
+    "revive_below",
+)  # ours, or said on another line
 
 
 @pytest.mark.parametrize("name", ["imagenet256-var", "imagenet256-vq16"])
-def test_every_figure_for_gpus_cites_its_source(name: str) -> None:
+def test_every_metric_for_gpus_cites_its_source(name: str) -> None:
     text = (RECIPES[0].parent / f"{name}.toml").read_text()
     for line in text[: text.index("[checkpoint]")].splitlines():
         if "=" in line and not line.startswith("#"):
-            cited = any(mark in line for mark in ("# [L]", "# [V]", "# [T]", "# ours", "# written by"))
+            cited = any(
+                mark in line for mark in ("# [L]", "# [V]", "# [T]", "# ours", "# written by")
+            )
             assert cited or line.startswith(UNCITED), line
 
 
 def test_vars_recipe_has_vars_sizes() -> None:
-    config = json.loads((Path(__file__).parents[1] / "golden" / "vae_ch160v4096z32.json").read_text())["config"]
+    config = json.loads(
+        (Path(__file__).parents[1] / "golden" / "vae_ch160v4096z32.json").read_text()
+    )["config"]
     recipe = load_recipe(RECIPES[0].parent / "imagenet256-var.toml")
     quantizer, autoencoder = recipe.tokenizer.quantizer, recipe.tokenizer.autoencoder
     assert isinstance(quantizer, MultiScaleVQConfig)
     assert isinstance(autoencoder, CNNAutoencoderConfig)
     assert [height for height, _ in quantizer.grids] == config["v_patch_nums"]
-    assert (quantizer.scale.codebook_size, quantizer.latent_dim) == (config["vocab_size"], config["z_channels"])
+    assert (quantizer.scale.codebook_size, quantizer.latent_dim) == (
+        config["vocab_size"],
+        config["z_channels"],
+    )
     assert (autoencoder.ch, quantizer.num_phis) == (config["ch"], config["share_quant_resi"])

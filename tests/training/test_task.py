@@ -32,7 +32,11 @@ CNN = {
 
 def tiny(**settings: Any) -> Recipe:
     own = {key.replace("__", "."): value for key, value in settings.items()}
-    kept = {key: value for key, value in TINY.items() if "tokenizer.autoencoder.kind" not in own or "autoencoder" not in key}
+    kept = {
+        key: value
+        for key, value in TINY.items()
+        if "tokenizer.autoencoder.kind" not in own or "autoencoder" not in key
+    }
     return change_recipe(Recipe(), kept | {"steps": 20} | own)
 
 
@@ -90,10 +94,14 @@ def test_long_gradients_are_shortened() -> None:
     task = begin(tiny(optimizer__clip=1e-3))
     task._optimizer = torch.optim.SGD(task._optimizer.param_groups, lr=1.0)
     before = weights(task)
-    figures = task.train_step(batches()[0], 1)
-    assert figures["gradient_norm"] > 1e-3  # before it was shortened
-    lr = figures["lr"]
-    moved = sum(float((after - before[name]).square().sum()) for name, after in weights(task).items() if "quantize.embedding" not in name)
+    metrics = task.train_step(batches()[0], 1)
+    assert metrics["gradient_norm"] > 1e-3  # before it was shortened
+    lr = metrics["lr"]
+    moved = sum(
+        float((after - before[name]).square().sum())
+        for name, after in weights(task).items()
+        if "quantize.embedding" not in name
+    )
     assert moved**0.5 <= 1e-3 * lr * 1.1 + 1e-4
 
 
@@ -123,29 +131,47 @@ def test_the_tokenizer_does_not_feel_the_discriminator_before_its_start() -> Non
     plain, judged = begin(tiny()), begin(recipe)
     for step, batch in enumerate(batches(6), start=1):
         plain.train_step(batch, step)
-        figures = judged.train_step(batch, step)
-        same = all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(judged).values(), strict=True))
+        metrics = judged.train_step(batch, step)
+        same = all(
+            torch.equal(a, b)
+            for a, b in zip(weights(plain).values(), weights(judged).values(), strict=True)
+        )
         assert same == (step <= 4)
-        assert ("discriminator_loss" in figures) == (step > 2)
-        assert ("adversarial_gradient" in figures) == (step > 4)
-    assert figures["adversarial_gradient"] == pytest.approx(0.3, rel=1e-3)
+        assert ("discriminator_loss" in metrics) == (step > 2)
+        assert ("adversarial_gradient" in metrics) == (step > 4)
+    assert metrics["adversarial_gradient"] == pytest.approx(0.3, rel=1e-3)
 
 
 def test_a_broken_batch_changes_nothing() -> None:
     task = begin(tiny(**ADVERSARIAL, optimizer__average=0.9))
     for step, batch in enumerate(batches(6), start=1):
         task.train_step(batch, step)
-    before = {**weights(task), **{f"judge.{k}": v.clone() for k, v in task._discriminator.state_dict().items() if "_u" not in k}}  # type: ignore[union-attr]
+    before = {
+        **weights(task),
+        **{
+            f"judge.{k}": v.clone()
+            for k, v in task._discriminator.state_dict().items()
+            if "_u" not in k
+        },
+    }  # type: ignore[union-attr]
     moments = [state["exp_avg"].clone() for state in task._optimizer.state.values()]
     broken = torch.full((4, 3, 16, 16), torch.nan)
-    figures = task.train_step(broken, 7)
-    assert figures["skipped"] == 1
-    assert all(value == value for value in figures.values())  # no NaN in the log: it would be no JSON
-    after = {**weights(task), **{f"judge.{k}": v for k, v in task._discriminator.state_dict().items() if "_u" not in k}}  # type: ignore[union-attr]
+    metrics = task.train_step(broken, 7)
+    assert metrics["skipped"] == 1
+    assert all(
+        value == value for value in metrics.values()
+    )  # no NaN in the log: it would be no JSON
+    after = {
+        **weights(task),
+        **{f"judge.{k}": v for k, v in task._discriminator.state_dict().items() if "_u" not in k},
+    }  # type: ignore[union-attr]
     for name, tensor in before.items():
         if "._v" not in name and ".0._" not in name:
             assert torch.equal(tensor, after[name]), name
-    assert all(torch.equal(a, state["exp_avg"]) for a, state in zip(moments, task._optimizer.state.values(), strict=True))
+    assert all(
+        torch.equal(a, state["exp_avg"])
+        for a, state in zip(moments, task._optimizer.state.values(), strict=True)
+    )
     assert "skipped" not in task.train_step(batches()[0], 8)
 
 
@@ -153,7 +179,10 @@ def test_a_broken_batch_changes_nothing() -> None:
 def test_what_fine_tuning_leaves_alone_stays_bitwise(codebook: str) -> None:
     settings = {"tokenizer.quantizer.codebook": codebook}
     start = train(tiny(**settings)).tokenizer
-    for learn, fixed in (("decoder", ("encoder.", "quantize.")), ("all-but-codebook", ("quantize.embedding.",))):
+    for learn, fixed in (
+        ("decoder", ("encoder.", "quantize.")),
+        ("all-but-codebook", ("quantize.embedding.",)),
+    ):
         recipe = tiny(**settings, finetune__learn=learn)
         tokenizer = recipe.tokenizer.build()
         tokenizer.load_state_dict(start.state_dict())
@@ -173,14 +202,20 @@ def test_what_fine_tuning_leaves_alone_stays_bitwise(codebook: str) -> None:
 
 def test_channels_last_and_bf16_train_what_float32_does_about() -> None:
     plain, last = train(tiny(**CNN)), train(tiny(**CNN, channels_last=True))
-    assert last.evaluate()["held_out_psnr"] == pytest.approx(plain.evaluate()["held_out_psnr"], abs=0.05)
+    assert last.evaluate()["held_out_psnr"] == pytest.approx(
+        plain.evaluate()["held_out_psnr"], abs=0.05
+    )
     short = train(tiny(**CNN, precision="bf16", **ADVERSARIAL))
     assert all(p.dtype == torch.float32 for p in short.tokenizer.parameters())
-    assert short.evaluate()["held_out_psnr"] == pytest.approx(train(tiny(**CNN, **ADVERSARIAL)).evaluate()["held_out_psnr"], abs=0.5)
+    assert short.evaluate()["held_out_psnr"] == pytest.approx(
+        train(tiny(**CNN, **ADVERSARIAL)).evaluate()["held_out_psnr"], abs=0.5
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch itself deprecates
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's compiler imports what torch itself deprecates
 def test_compiled_steps_train_what_plain_ones_do() -> None:
     plain, compiled = train(tiny()), train(tiny(compile=True))
     for name, tensor in weights(plain).items():
@@ -196,12 +231,16 @@ def test_state_goes_on_bitwise() -> None:
             first.train_step(batch, step)
     saved = recipe.tokenizer.build()
     saved.load_state_dict(first.result.state_dict())
-    second = TokenizerTask(saved, recipe, batches()[0], keep_codes=True)  # as resuming does: around the tokenizer that was saved
+    second = TokenizerTask(
+        saved, recipe, batches()[0], keep_codes=True
+    )  # as resuming does: around the tokenizer that was saved
     second.load(saved, first.state())
     for step, batch in enumerate(batches(8), start=1):
         if step > 5:
             second.train_step(batch, step)
-    for a, b in zip(whole.result.state_dict().values(), second.result.state_dict().values(), strict=True):
+    for a, b in zip(
+        whole.result.state_dict().values(), second.result.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
     for a, b in zip(weights(whole).values(), weights(second).values(), strict=True):
         assert torch.equal(a, b)

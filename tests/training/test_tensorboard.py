@@ -23,8 +23,10 @@ def curve(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in found.Scalars(tag)]
 
 
-def test_curves_are_the_logs_and_a_resumed_run_goes_on_in_them(pictures: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    smalto.train(pictures, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+def test_curves_are_the_logs_and_a_resumed_run_goes_on_in_them(
+    image_folder: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     smalto.resume(tmp_path / "run", settings={"steps": 9}, device="cpu", workers=0)
     log = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 10))
@@ -34,9 +36,9 @@ def test_curves_are_the_logs_and_a_resumed_run_goes_on_in_them(pictures: Path, t
 
 
 def test_without_tensorboard_nothing_is_missing(
-    pictures: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    smalto.train(pictures, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+    smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert len(read_jsonl(tmp_path / "run" / "log.jsonl")) == 6

@@ -4,4 +4,9 @@ from smalto.autoencoders.cnn import CheckpointedNetwork, CNNAutoencoderConfig
 from smalto.autoencoders.config import AutoencoderConfig
 from smalto.autoencoders.simple import SimpleAutoencoderConfig
 
-__all__ = ["AutoencoderConfig", "CNNAutoencoderConfig", "CheckpointedNetwork", "SimpleAutoencoderConfig"]
+__all__ = [
+    "AutoencoderConfig",
+    "CNNAutoencoderConfig",
+    "CheckpointedNetwork",
+    "SimpleAutoencoderConfig",
+]

@@ -12,7 +12,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smalto.autoencoders.layers import NUM_GROUPS, AttentionBlock, Downsample, ResBlock, Upsample, conv3x3, normalize
+from smalto.autoencoders.layers import (
+    NUM_GROUPS,
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    Upsample,
+    conv3x3,
+    normalize,
+)
 from smalto.core.config import Config
 
 
@@ -25,19 +33,33 @@ class CNNAutoencoderConfig(Config):
     kind: Literal["cnn"] = "cnn"
     in_channels: int = Field(3, ge=1, le=4096, description="channels of the images")
     latent_dim: int = Field(32, ge=1, le=65536, description="channels of the latents (C)")
-    ch: int = Field(128, ge=NUM_GROUPS, le=8192, description="width at full resolution, a multiple of 32")
-    ch_mult: tuple[int, ...] = Field(
-        (1, 1, 2, 2, 4), min_length=1, max_length=8, description="width of each level in units of ch; every further level halves the map"
+    ch: int = Field(
+        128, ge=NUM_GROUPS, le=8192, description="width at full resolution, a multiple of 32"
     )
-    num_res_blocks: int = Field(2, ge=1, le=64, description="residual blocks per level; the decoder has one more")
-    attention: bool = Field(True, description="attention at the lowest resolution; its cost grows with the square of the positions")
-    quant_conv_kernel: Literal[1, 3] = Field(3, description="of the convolutions on both sides of the quantizer")
+    ch_mult: tuple[int, ...] = Field(
+        (1, 1, 2, 2, 4),
+        min_length=1,
+        max_length=8,
+        description="width of each level in units of ch; every further level halves the map",
+    )
+    num_res_blocks: int = Field(
+        2, ge=1, le=64, description="residual blocks per level; the decoder has one more"
+    )
+    attention: bool = Field(
+        True,
+        description="attention at the lowest resolution; its cost grows with the square of the positions",
+    )
+    quant_conv_kernel: Literal[1, 3] = Field(
+        3, description="of the convolutions on both sides of the quantizer"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="inside residual blocks, in training")
 
     @model_validator(mode="after")
     def _widths_fit(self) -> CNNAutoencoderConfig:
         if self.ch % NUM_GROUPS:
-            raise ValueError(f"ch must be a multiple of {NUM_GROUPS}: channels are normalised in {NUM_GROUPS} groups; got {self.ch}.")
+            raise ValueError(
+                f"ch must be a multiple of {NUM_GROUPS}: channels are normalized in {NUM_GROUPS} groups; got {self.ch}."
+            )
         if min(self.ch_mult) < 1:
             raise ValueError(f"ch_mult must be whole numbers of at least 1; got {self.ch_mult}.")
         return self
@@ -75,7 +97,11 @@ class CheckpointedNetwork(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         saving = self.gradient_checkpointing and torch.is_grad_enabled()
         for step in self.steps():
-            x = checkpoint(step, x, use_reentrant=False) if saving and isinstance(step, (ResBlock, AttentionBlock)) else step(x)
+            x = (
+                checkpoint(step, x, use_reentrant=False)
+                if saving and isinstance(step, (ResBlock, AttentionBlock))
+                else step(x)
+            )
         return x
 
 
@@ -88,7 +114,13 @@ def _level(widths: list[int], config: CNNAutoencoderConfig, lowest: bool) -> nn.
 
 def _middle(width: int, config: CNNAutoencoderConfig) -> nn.ModuleDict:
     first, last = ResBlock(width, width, config.dropout), ResBlock(width, width, config.dropout)
-    return nn.ModuleDict({"block_1": first, **({"attn_1": AttentionBlock(width)} if config.attention else {}), "block_2": last})
+    return nn.ModuleDict(
+        {
+            "block_1": first,
+            **({"attn_1": AttentionBlock(width)} if config.attention else {}),
+            "block_2": last,
+        }
+    )
 
 
 def _in_order(level: nn.ModuleDict) -> Iterator[nn.Module]:
@@ -115,7 +147,11 @@ class CNNEncoder(CheckpointedNetwork):
             self.down.append(level)
             width = out
         self.mid = _middle(width, config)
-        self.norm_out, self.silu, self.conv_out = normalize(width), nn.SiLU(inplace=True), conv3x3(width, config.latent_dim)
+        self.norm_out, self.silu, self.conv_out = (
+            normalize(width),
+            nn.SiLU(inplace=True),
+            conv3x3(width, config.latent_dim),
+        )
         self.quant_conv = _quant_conv(config)
 
     def steps(self) -> Iterator[nn.Module]:
@@ -137,13 +173,21 @@ class CNNDecoder(CheckpointedNetwork):
         self.mid = _middle(width, config)
         levels = []
         for number, out in reversed(list(enumerate(config.widths))):
-            level = _level([width] + [out] * (config.num_res_blocks + 1), config, number == len(config.widths) - 1)
+            level = _level(
+                [width] + [out] * (config.num_res_blocks + 1),
+                config,
+                number == len(config.widths) - 1,
+            )
             if number:
                 level["upsample"] = Upsample(out)
             levels.append(level)
             width = out
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out, self.silu, self.conv_out = normalize(width), nn.SiLU(inplace=True), conv3x3(width, config.in_channels)
+        self.norm_out, self.silu, self.conv_out = (
+            normalize(width),
+            nn.SiLU(inplace=True),
+            conv3x3(width, config.in_channels),
+        )
 
     def steps(self) -> Iterator[nn.Module]:
         yield from (self.post_quant_conv, self.conv_in)

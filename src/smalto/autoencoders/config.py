@@ -11,7 +11,11 @@ from smalto.autoencoders.simple import SimpleAutoencoderConfig
 
 
 def _kind(settings: Any) -> Any:
-    return settings.get("kind", "simple") if isinstance(settings, dict) else getattr(settings, "kind", None)
+    return (
+        settings.get("kind", "simple")
+        if isinstance(settings, dict)
+        else getattr(settings, "kind", None)
+    )
 
 
 AutoencoderConfig = Annotated[

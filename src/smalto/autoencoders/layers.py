@@ -42,7 +42,9 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = normalize(out_width), conv3x3(out_width, out_width)
         self.dropout = nn.Dropout(dropout)
         _begin_at_zero(self.conv2)
-        self.nin_shortcut = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
+        self.nin_shortcut = (
+            nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -63,7 +65,12 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, width, height, columns = x.shape
         # [B, 3, 1 head, positions, C]
-        q, k, v = self.qkv(self.norm(x)).view(batch, 3, 1, width, height * columns).transpose(3, 4).unbind(1)
+        q, k, v = (
+            self.qkv(self.norm(x))
+            .view(batch, 3, 1, width, height * columns)
+            .transpose(3, 4)
+            .unbind(1)
+        )
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj_out(h.transpose(2, 3).reshape(batch, width, height, columns)).add_(x)
 
@@ -98,9 +105,17 @@ class Upsample(nn.Module):
         """Go over to the folded form: for inference, because it does not see when the weights change."""
         # Place 0 meets the pixel before and its own, place 1 its own and the next; along rows first, then along columns.
         first, middle, last = self.conv.weight.unbind(dim=2)
-        rows = torch.stack([torch.stack([first, middle + last], dim=2), torch.stack([first + middle, last], dim=2)])
+        rows = torch.stack(
+            [torch.stack([first, middle + last], dim=2), torch.stack([first + middle, last], dim=2)]
+        )
         first, middle, last = rows.unbind(dim=4)
-        places = torch.stack([torch.stack([first, middle + last], dim=4), torch.stack([first + middle, last], dim=4)], dim=1)
+        places = torch.stack(
+            [
+                torch.stack([first, middle + last], dim=4),
+                torch.stack([first + middle, last], dim=4),
+            ],
+            dim=1,
+        )
         self.folded = places.flatten(0, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +124,15 @@ class Upsample(nn.Module):
         assert self.conv.bias is not None
         batch, width, rows, columns = x.shape
         places = F.conv2d(x, self.folded, self.conv.bias.repeat(4), padding=1).split(width, dim=1)
-        out = torch.empty(batch, width, 2 * rows, 2 * columns, dtype=places[0].dtype, device=x.device, memory_format=torch.channels_last)
+        out = torch.empty(
+            batch,
+            width,
+            2 * rows,
+            2 * columns,
+            dtype=places[0].dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
         for number, place in enumerate(places):
             down, right = divmod(number, 2)
             out[:, :, down::2, right::2] = place[:, :, down : down + rows, right : right + columns]

@@ -19,7 +19,9 @@ class SimpleAutoencoderConfig(Config):
     kind: Literal["simple"] = "simple"
     in_channels: int = Field(3, ge=1, le=4096, description="channels of the images")
     latent_dim: int = Field(64, ge=1, le=65536, description="channels of the latents (C)")
-    hidden_dim: int = Field(128, ge=1, le=65536, description="channels between the two convolutions")
+    hidden_dim: int = Field(
+        128, ge=1, le=65536, description="channels between the two convolutions"
+    )
     encoder_relu: bool = Field(
         False,
         description="end the encoder with a ReLU, as the published sketch does; it leaves codes one orthant only and starves the codebook",

@@ -31,8 +31,14 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except OSError as error:
-        advice = ". What was saved is whole: free some space and resume." if error.errno == errno.ENOSPC else "."
-        fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{advice}", 1)
+        advice = (
+            ". What was saved is whole: free some space and resume."
+            if error.errno == errno.ENOSPC
+            else "."
+        )
+        fail(
+            f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{advice}", 1
+        )
     except (MemoryError, RuntimeError) as error:
         from smalto.core.device import is_out_of_memory
 

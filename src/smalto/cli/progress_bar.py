@@ -28,51 +28,59 @@ class ConsoleProgress(Progress):
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bars: Bars | None = None
         self._task = TaskID(0)
-        self._figures: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
         self._title, self._unit = "", ""
         self._total: int | None = None
         self._done = self._first = self._images = 0
         self._begun = self._last_line = time.monotonic()
 
-    def begin(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
-        self._title, self._total, self._unit, self._done, self._first = title, total, unit, done, done
+    def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        self._title, self._total, self._unit, self._done, self._first = (
+            title,
+            total,
+            unit,
+            done,
+            done,
+        )
         self._begun = self._last_line = time.monotonic()
-        self._figures, self._images = {}, 0
+        self._metrics, self._images = {}, 0
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("left  {task.fields[figures]}"),  # last: on a narrow terminal the end is cut
+                TextColumn(
+                    "left  {task.fields[metrics]}"
+                ),  # last: on a narrow terminal the end is cut
             )
             self._bars = Bars(*columns, console=self._console, refresh_per_second=5)
-            self._task = self._bars.add_task(title, total=total, completed=done, figures="")
+            self._task = self._bars.add_task(title, total=total, completed=done, metrics="")
             self._bars.start()
 
-    def expect(self, total: int) -> None:
+    def set_total(self, total: int) -> None:
         self._total = total
         if self._bars is not None:
             self._bars.update(self._task, total=total)
 
-    def advance(self, number: int = 1, **figures: float) -> None:
+    def advance(self, number: int = 1, **metrics: float) -> None:
         self._done += number
-        self._images += int(figures.pop("images", number))
-        self._figures |= figures
+        self._images += int(metrics.pop("images", number))
+        self._metrics |= metrics
         if self._bars is not None:
-            self._bars.update(self._task, advance=number, figures=self._text())
+            self._bars.update(self._task, advance=number, metrics=self._text())
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._line()
 
-    def end(self) -> None:
+    def finish(self) -> None:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
         elif self._done > self._first:
             self._line()
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self._console.print(text, markup=False)
 
     def close(self) -> None:
@@ -83,13 +91,23 @@ class ConsoleProgress(Progress):
 
     def _text(self) -> str:
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        parts = [f"{self._images / seconds:.1f} {'rows' if self._unit == 'rows' else 'images'}/s"] + [
-            form.format(self._figures[key]) for key, form in _SHOWN.items() if key in self._figures
+        parts = [
+            f"{self._images / seconds:.1f} {'rows' if self._unit == 'rows' else 'images'}/s"
+        ] + [
+            form.format(self._metrics[key]) for key, form in _SHOWN.items() if key in self._metrics
         ]
         return "  ".join(parts)
 
     def _line(self) -> None:
         made, seconds = self._done - self._first, time.monotonic() - self._begun
-        left = f"  {seconds / made * (self._total - self._done):.0f} s left" if self._total and made and self._total > self._done else ""
+        left = (
+            f"  {seconds / made * (self._total - self._done):.0f} s left"
+            if self._total and made and self._total > self._done
+            else ""
+        )
         total = f"/{self._total}" if self._total is not None else ""
-        print(f"{self._title} {self._done}{total} {self._unit}  {self._text()}{left}", file=sys.stderr, flush=True)
+        print(
+            f"{self._title} {self._done}{total} {self._unit}  {self._text()}{left}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -17,19 +17,34 @@ if TYPE_CHECKING:
     from smalto.cli.progress_bar import ConsoleProgress
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps; auto says what it took.")]
-Precision = Annotated[str, typer.Option(help="float32 or bf16 for encoder and decoder; the search for codes is always float32.")]
-Workers = Annotated[int | None, typer.Option(help="Decoding processes; 0 decodes in this one. Default: all cores but one.")]
-Batch = Annotated[int, typer.Option(help="Pictures at a time.")]
-LongerSide = Annotated[
-    int, typer.Option(min=0, help="Reduce larger pictures to this many pixels on their longer side; 0 keeps their size.")
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="float32 or bf16 for encoder and decoder; the search for codes is always float32."
+    ),
 ]
-Size = Annotated[int | None, typer.Option(help="Cut a square of this side from the middle; default: keep the shape.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Decoding processes; 0 decodes in this one. Default: all cores but one."),
+]
+Batch = Annotated[int, typer.Option(help="Images at a time.")]
+LongerSide = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Reduce larger images to this many pixels on their longer side; 0 keeps their size.",
+    ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(help="Cut a square of this side from the middle; default: keep the shape."),
+]
 Tokenizer = Annotated[Path, typer.Option(help="Folder of a tokenizer or run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 @contextmanager
-def progress_shown(run: Path | None = None, resumes: bool = False) -> Iterator[ConsoleProgress]:
+def console_progress(run: Path | None = None, resumes: bool = False) -> Iterator[ConsoleProgress]:
     from smalto.cli.progress_bar import ConsoleProgress
     from smalto.training.trainer import Interrupted
 
@@ -43,7 +58,12 @@ def progress_shown(run: Path | None = None, resumes: bool = False) -> Iterator[C
     except KeyboardInterrupt:
         progress.close()
         begun = run is not None and (run / "recipe.toml").is_file()
-        fail(f"interrupted. What was written is kept; go on with: {_again(run)}" if begun or resumes else "interrupted", 130)
+        fail(
+            f"interrupted. What was written is kept; go on with: {_again(run)}"
+            if begun or resumes
+            else "interrupted",
+            130,
+        )
     finally:
         progress.close()
 
@@ -55,19 +75,23 @@ def _again(run: Path | None) -> str:
 def print_trained(trained: Any) -> None:
     if not trained.metrics:  # of several processes only the first has measured
         return
-    print_figures(trained.metrics)
+    print_metrics(trained.metrics)
     print(f"\nreport: {trained.run.path / 'report.html'}")
 
 
-def print_figures(figures: dict[str, Any]) -> None:
-    from smalto.evaluation.formatting import codec_rows, figure_rows, grid_rows
+def print_metrics(metrics: dict[str, Any]) -> None:
+    from smalto.evaluation.formatting import codec_rows, grid_rows, metric_rows
 
-    print_rows(figure_rows(figures))
-    for lines in filter(None, (grid_rows(figures), codec_rows(figures))):
+    print_rows(metric_rows(metrics))
+    for lines in filter(None, (grid_rows(metrics), codec_rows(metrics))):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print()
         for line in lines:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+            print(
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+                ).rstrip()
+            )
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:

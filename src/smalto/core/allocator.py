@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from smalto.core.process_wide import ProcessWide
+from smalto.core.process_wide import ProcessWideSetting
 
 
 @contextmanager
-def reused_memory() -> Iterator[None]:
+def retain_freed_memory() -> Iterator[None]:
     """Inside, glibc keeps what tensors free. Elsewhere, and where MALLOC_* variables say something else, it changes nothing.
 
     glibc gives blocks above 32 MiB back to the system at once, and the system clears every page of the next one: at 256 x 256 pixels
@@ -24,7 +24,7 @@ def reused_memory() -> Iterator[None]:
 
 
 @contextmanager
-def returned_memory() -> Iterator[None]:
+def release_freed_memory() -> Iterator[None]:
     """Gives free memory back; inside, glibc asks the system for every block from 64 KiB on, and gives it back when it is freed.
     ``reused_memory`` waits meanwhile.
 
@@ -34,10 +34,10 @@ def returned_memory() -> Iterator[None]:
         yield
 
 
-def settle_memory() -> None:
+def keep_middle_sized_blocks() -> None:
     """Has glibc keep up to 64 MiB of what is freed from now on, as it does by itself once a process has freed a large block.
 
-    For processes whose blocks are of middle size: one that decodes pictures of 500 x 375 pixels cleared pages for a fifth of its time.
+    For processes whose blocks are of middle size: one that decodes images of 500 x 375 pixels cleared pages for a fifth of its time.
     """
     _set(_PLAIN)
 
@@ -51,7 +51,10 @@ _RETURNED = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**16), (_M_MMAP_MA
 
 def _glibc() -> Any:
     """The C library, where it is glibc and nobody has tuned its memory already."""
-    tuned = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
+    tuned = (
+        any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
+        or "GLIBC_TUNABLES" in os.environ
+    )
     if tuned or platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return None
     return ctypes.CDLL(None)
@@ -88,4 +91,7 @@ def _give_back() -> None:
         libc.malloc_trim(0)
 
 
-_reused, _returned = ProcessWide(_reuse, _end_of_reuse), ProcessWide(_return, _end_of_return)
+_reused, _returned = (
+    ProcessWideSetting(_reuse, _end_of_reuse),
+    ProcessWideSetting(_return, _end_of_return),
+)

@@ -38,7 +38,10 @@ def parse_config(kind: type[ConfigT], data: Any, source: str) -> ConfigT:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(kind, e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors(include_url=False)]
+        lines = [
+            _explain(kind, e["loc"], e["type"], e["msg"], e.get("input"))
+            for e in error.errors(include_url=False)
+        ]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
@@ -53,8 +56,14 @@ def nearest_key(key: str, keys: list[str]) -> str:
     close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:
         by_name = {k.rsplit(".", 1)[-1]: k for k in keys}
-        close = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)]
-    return f"did you mean {' or '.join(map(repr, close[:3]))}?" if close else f"the keys are {', '.join(sorted(keys))}."
+        close = [
+            by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)
+        ]
+    return (
+        f"did you mean {' or '.join(map(repr, close[:3]))}?"
+        if close
+        else f"the keys are {', '.join(sorted(keys))}."
+    )
 
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
@@ -64,7 +73,9 @@ def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in kind.model_fields.items():
-        parts = (getattr(t, "__origin__", t) for t in (field.annotation, *get_args(field.annotation)))
+        parts = (
+            getattr(t, "__origin__", t) for t in (field.annotation, *get_args(field.annotation))
+        )
         inner = [t for t in parts if isinstance(t, type) and issubclass(t, BaseModel)]
         if inner:
             for model in inner:
@@ -73,11 +84,17 @@ def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
             yield prefix + name
 
 
-def _explain(kind: type[BaseModel], loc: tuple[int | str, ...], error: str, message: str, value: Any) -> str:
+def _explain(
+    kind: type[BaseModel], loc: tuple[int | str, ...], error: str, message: str, value: Any
+) -> str:
     names = {name for path in dotted_keys(kind) for name in path.split(".")}
     # pydantic names the member of a union too, by its kind; that is no key.
     named = error in ("extra_forbidden", "missing")
-    key = ".".join(str(part) for part in loc if part in names or isinstance(part, int) or (named and part == loc[-1]))
+    key = ".".join(
+        str(part)
+        for part in loc
+        if part in names or isinstance(part, int) or (named and part == loc[-1])
+    )
     if error == "union_tag_invalid":
         got = value.get("kind") if isinstance(value, dict) else value
         return f"{key}.kind must be one of {message.split('expected tags: ')[-1]} (got {got!r})"

@@ -21,7 +21,11 @@ def resolve_device(name: str = "auto") -> torch.device:
     Raises:
         ConfigError: no such device here.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     try:
@@ -29,16 +33,23 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         raise ConfigError(f'device must be "auto", "cpu", "cuda" or "mps"; got {name!r}.') from None
     if not there.get(device.type, False):
-        raise ConfigError(f"device {name!r} is not available here; there is {', '.join(k for k, a in there.items() if a)}.")
+        raise ConfigError(
+            f"device {name!r} is not available here; there is {', '.join(k for k, a in there.items() if a)}."
+        )
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # under torchrun every process has its own
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", "0"))
+        )  # under torchrun every process has its own
     return device
 
 
 @contextmanager
 def computing(device: torch.device, precision: Precision, batch: int) -> Iterator[None]:
     """Train a model: autocast for bf16, and ``memory_errors``."""
-    with memory_errors(device, batch), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with (
+        memory_errors(device, batch),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+    ):
         yield
 
 
@@ -50,13 +61,19 @@ def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = f"Try --batch {max(1, batch // 2)}." if batch > 1 else "Try smaller pictures or --device cpu."
+        advice = (
+            f"Try --batch {max(1, batch // 2)}."
+            if batch > 1
+            else "Try smaller images or --device cpu."
+        )
         raise SmaltoError(f"{device} ran out of memory with a batch of {batch}. {advice}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU torch raises a plain RuntimeError for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)
 
 
 def peak_memory(device: torch.device) -> int:

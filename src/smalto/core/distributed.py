@@ -16,7 +16,11 @@ from smalto.core.errors import ConfigError, RunError
 
 def world_size() -> int:
     """How many processes work together; asked anew each time, so that what is built before the process group works too."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return (
+        distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized()
+        else 1
+    )
 
 
 def rank() -> int:
@@ -44,13 +48,13 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             distributed.broadcast(tensor, 0)
 
 
-def share(total: int) -> range:
+def rank_range(total: int) -> range:
     """This process's part of ``total`` things."""
     size, number = world_size(), rank()
     return range(total * number // size, total * (number + 1) // size)
 
 
-def gather(value: Any, device: torch.device) -> list[Any]:
+def gather_objects(value: Any, device: torch.device) -> list[Any]:
     """``value``, plain numbers and texts, of every process, in the order of ranks."""
     if world_size() == 1:
         return [value]
@@ -62,26 +66,35 @@ def gather(value: Any, device: torch.device) -> list[Any]:
     padded[: len(own)] = own
     found = [torch.empty_like(padded) for _ in lengths]
     distributed.all_gather(found, padded)
-    return [json.loads(bytes(text[:length].cpu().numpy())) for text, length in zip(found, lengths.tolist(), strict=True)]
+    return [
+        json.loads(bytes(text[:length].cpu().numpy()))
+        for text, length in zip(found, lengths.tolist(), strict=True)
+    ]
 
 
-def first_says(value: Any, device: torch.device) -> Any:
+def broadcast_object(value: Any, device: torch.device) -> Any:
     """The first process's ``value``, plain numbers and texts, for all."""
-    return gather(value if rank() == 0 else None, device)[0]
+    return gather_objects(value if rank() == 0 else None, device)[0]
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Inside, processes that torchrun started work together (NCCL on GPUs, gloo elsewhere); a process on its own stays on its own.
 
     Raises:
         RunError: another process has ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or distributed.is_initialized():
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) < 2
+        or "RANK" not in os.environ
+        or distributed.is_initialized()
+    ):
         yield
         return
     if not distributed.is_available():
-        raise ConfigError("this torch was built without torch.distributed: it cannot work in several processes.")
+        raise ConfigError(
+            "this torch was built without torch.distributed: it cannot work in several processes."
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -99,7 +112,7 @@ def joined(device: torch.device) -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Go on as single processes, all at the same moment: who leaves alone looks to the others as if it had died."""
     if world_size() > 1:
         distributed.barrier()
@@ -107,5 +120,14 @@ def leave() -> None:
 
 
 def _lost_another(error: RuntimeError) -> bool:
-    words = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "nccl", "gloo", "peer")
+    words = (
+        "connection closed",
+        "connection reset",
+        "connection refused",
+        "broken pipe",
+        "timed out",
+        "nccl",
+        "gloo",
+        "peer",
+    )
     return any(word in str(error).lower() for word in words)

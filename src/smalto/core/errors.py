@@ -6,7 +6,11 @@ from typing import Any
 def describe(value: Any) -> str:
     """What was got, for an error message: dtype and shape of a tensor, the type of anything else."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    return f"{dtype} {list(shape)}" if dtype is not None and shape is not None else f"{type(value).__name__}"
+    return (
+        f"{dtype} {list(shape)}"
+        if dtype is not None and shape is not None
+        else f"{type(value).__name__}"
+    )
 
 
 class SmaltoError(Exception):
@@ -22,15 +26,21 @@ class ConfigError(SmaltoError, ValueError):
 
 
 class DataError(SmaltoError):
-    """Pictures, or a file made from them, cannot be used."""
+    """ImageSet, or a file made from them, cannot be used."""
 
 
 class RunError(SmaltoError):
     """A run or tokenizer directory is not in a state that allows what was asked."""
 
 
+class RenamedSettingWarning(FutureWarning):
+    """A recipe uses the earlier name of a setting."""
+
+
 class MissingExtra(SmaltoError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f'{purpose} needs {package}, which is not installed. Install it with: pip install "smalto[{extra}]"')
+        super().__init__(
+            f'{purpose} needs {package}, which is not installed. Install it with: pip install "smalto[{extra}]"'
+        )

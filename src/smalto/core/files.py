@@ -19,17 +19,19 @@ _ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}")  # what tempfile makes of the prefix 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
     """Replace ``path`` by ``data`` (text as UTF-8) in one step: after a crash it holds the old bytes or the new ones."""
     path = Path(path)
-    with aside(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; when the block ends well, the file or folder made there becomes ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:20]}.", dir=path.parent))  # short: the name itself may be as long as names can be
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".{path.name[:20]}.", dir=path.parent)
+    )  # short: the name itself may be as long as names can be
     try:
         yield folder / "new"
         os.replace(folder / "new", path)
@@ -80,7 +82,9 @@ def sync_folder(folder: Path) -> None:
 
 def name_hash(name: str, salt: str = "") -> int:
     """A number in [0, 2**64) that depends on the text alone: the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(f"{salt}\0{name}".encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256(f"{salt}\0{name}".encode("utf-8", "surrogateescape")).digest()[:8], "big"
+    )
 
 
 def file_sha256(path: str | Path) -> str:

@@ -22,7 +22,9 @@ class TokenLayout:
     def __post_init__(self) -> None:
         grids = tuple((operator.index(h), operator.index(w)) for h, w in self.grids)
         if not grids or any(h < 1 or w < 1 for h, w in grids):
-            raise InputError(f"a layout needs at least one grid of (rows, columns), each at least 1; got {self.grids}.")
+            raise InputError(
+                f"a layout needs at least one grid of (rows, columns), each at least 1; got {self.grids}."
+            )
         object.__setattr__(self, "grids", grids)
 
     @classmethod
@@ -31,7 +33,7 @@ class TokenLayout:
         return cls(((height, width),))
 
     def prefix(self, num_grids: int) -> TokenLayout:
-        """The layout of the first grids alone: of a picture from its first stages."""
+        """The layout of the first grids alone: of an image from its first stages."""
         return TokenLayout(self.grids[:num_grids])
 
     @property
@@ -64,4 +66,6 @@ def as_grids(scales: Iterable[int | tuple[int, int]]) -> tuple[tuple[int, int], 
         pairs = [scale if isinstance(scale, (tuple, list)) else (scale, scale) for scale in scales]
         return tuple((operator.index(h), operator.index(w)) for h, w in pairs)
     except (TypeError, ValueError):
-        raise InputError(f"scales are whole numbers or pairs (rows, columns); got {scales}.") from None
+        raise InputError(
+            f"scales are whole numbers or pairs (rows, columns); got {scales}."
+        ) from None

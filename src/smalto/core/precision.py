@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from smalto.core.process_wide import ProcessWide
+from smalto.core.process_wide import ProcessWideSetting
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -51,4 +51,4 @@ def _switch_back() -> None:
         torch.set_float32_matmul_precision(legacy)
 
 
-_plain = ProcessWide(_switch_off, _switch_back)
+_plain = ProcessWideSetting(_switch_off, _switch_back)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class ProcessWide:
+class ProcessWideSetting:
     """``with it.hold():`` the first to come in calls ``begin``, the last to leave ``end``, whatever the threads and the depth.
 
     Attributes:

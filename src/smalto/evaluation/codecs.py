@@ -1,4 +1,4 @@
-"""JPEG and WebP at the size of a picture's tokens: what the same number of bits gives without a tokenizer."""
+"""JPEG and WebP at the size of an image's tokens: what the same number of bits gives without a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _BEST = 95
 
 
-class Coded(NamedTuple):
-    """A picture after a codec, uint8 [3, H, W], and the bytes of its file."""
+class Compressed(NamedTuple):
+    """An image after a codec, uint8 [3, H, W], and the bytes of its file."""
 
-    picture: Tensor
+    image: Tensor
     size: int
 
 
-def code(picture: Tensor, codec: str, size: float) -> Coded | None:
-    """A picture uint8 [3, H, W] at the highest quality whose file has at most ``size`` bytes; at the lowest where none is so small.
+def compress_to_size(original: Tensor, codec: str, size: float) -> Compressed | None:
+    """A original uint8 [3, H, W] at the highest quality whose file has at most ``size`` bytes; at the lowest where none is so small.
 
-    None where the codec takes no picture of these sides.
+    None where the codec takes no original of these sides.
     """
-    if max(picture.shape[1:]) > _LONGEST_SIDE[codec]:
+    if max(original.shape[1:]) > _LONGEST_SIDE[codec]:
         return None
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image = Image.fromarray(original.permute(1, 2, 0).contiguous().numpy())
     low, high = 1, _BEST
     best = _encode(image, codec, low)
     while low < high:  # files grow with quality
@@ -42,7 +42,7 @@ def code(picture: Tensor, codec: str, size: float) -> Coded | None:
             high = middle - 1
     with Image.open(io.BytesIO(best)) as decoded:
         pixels = numpy.asarray(decoded.convert("RGB"))
-    return Coded(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), len(best))
+    return Compressed(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), len(best))
 
 
 def _encode(image: Image.Image, codec: str, quality: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What is measured of a tokenizer, picture by picture."""
+"""What is measured of a tokenizer, image by image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from smalto.core.errors import ConfigError, DataError, MissingExtra
 from smalto.core.files import file_sha256
 from smalto.core.layout import TokenLayout
-from smalto.evaluation.codecs import CODECS, code
+from smalto.evaluation.codecs import CODECS, compress_to_size
 from smalto.features.frozen import FrozenNetwork, PooledNetwork
 from smalto.features.inception import Inception
 from smalto.features.lite0 import Lite0
@@ -25,8 +25,17 @@ from smalto.images.bundled import credit
 from smalto.images.image_file import Skipped, printable, summary
 from smalto.images.image_reader import batches_of_one_shape
 from smalto.images.tensors import to_uint8, to_unit_range
-from smalto.inference.runner import Runner
-from smalto.metrics import CodebookMeter, FeatureMoments, frechet_distance, ms_ssim, perplexity, psnr, ssim, used
+from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.metrics import (
+    CodebookMeter,
+    FeatureMoments,
+    frechet_distance,
+    ms_ssim,
+    perplexity,
+    psnr,
+    ssim,
+    used,
+)
 from smalto.metrics.frechet import Gaussian, read_statistics
 from smalto.metrics.image_quality import MIN_MS_SSIM_SIDE
 from smalto.report import Example
@@ -35,24 +44,24 @@ from smalto.tokenizer import ImageTokenizer
 MIN_SSIM_SIDE = 11
 MIN_NETWORK_SIDE = 32
 MAX_EXAMPLES = 6
-FIRST_PICTURES = 256  # only so many are decoded after each grid, and coded as JPEG and WebP: both take many times as long
+MAX_CODEC_IMAGES = 256  # only so many are decoded after each grid, and coded as JPEG and WebP: both take many times as long
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured: ``figures`` for machines, pictures and the code histogram for the report."""
+    """What was measured: ``metrics`` for machines, images and the code histogram for the report."""
 
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     examples: list[Example]
     histogram: Tensor
     skipped: list[Skipped]
 
 
 @dataclass(frozen=True)
-class Networks:
+class FeatureNetworks:
     """The frozen networks that an evaluation looks through, those that there are, and a reference for Fréchet distances.
 
-    ``reference``: (statistics, where they come from); None compares with the pictures that were encoded.
+    ``reference``: (statistics, where they come from); None compares with the images that were encoded.
     """
 
     lite0: Lite0 | None = None
@@ -83,7 +92,10 @@ class Networks:
         inception = Inception(inception_weights).to(device) if inception_weights else None
         reference = None
         if reference_stats:
-            reference = read_statistics(reference_stats), f"{Path(reference_stats).name} (sha256 {file_sha256(reference_stats)})"
+            reference = (
+                read_statistics(reference_stats),
+                f"{Path(reference_stats).name} (sha256 {file_sha256(reference_stats)})",
+            )
             width = len(reference[0].mean)
             there = [network for network in (lite0, inception) if network is not None]
             if width not in [network.dim for network in there]:
@@ -96,22 +108,29 @@ class Networks:
 
     def pooled(self) -> list[tuple[str, PooledNetwork]]:
         """The networks for Fréchet distances, and what the distance is called."""
-        both: list[tuple[str, PooledNetwork | None]] = [("lite0_fid", self.lite0), ("rfid", self.inception)]
+        both: list[tuple[str, PooledNetwork | None]] = [
+            ("lite0_fid", self.lite0),
+            ("rfid", self.inception),
+        ]
         return [(name, network) for name, network in both if network is not None]
 
     def hashes(self) -> dict[str, str]:
-        return {network.name: network.sha256 for network in (self.lite0, self.lpips, self.inception) if network is not None}
+        return {
+            network.name: network.sha256
+            for network in (self.lite0, self.lpips, self.inception)
+            if network is not None
+        }
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """One grid of the layout over all pictures: its codes, its sizes, the PSNR of what it makes together with those before it."""
+    """One grid of the layout over all images: its codes, its sizes, the PSNR of what it makes together with those before it."""
 
     histogram: Tensor
     sizes: set[tuple[int, int]]
     psnr: list[float]
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         share, ceiling = used(self.histogram)
         return {
             "grid": "x".join(map(str, *self.sizes)) if len(self.sizes) == 1 else "varies",
@@ -124,18 +143,26 @@ class _Grid:
         }
 
 
-class Measurement:
-    """Adds up what is measured, picture by picture."""
+class Evaluator:
+    """Adds up what is measured, image by image."""
 
-    def __init__(self, codebook_size: int, networks: Networks | None = None, max_examples: int = MAX_EXAMPLES) -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        networks: FeatureNetworks | None = None,
+        max_examples: int = MAX_EXAMPLES,
+    ) -> None:
         self._meter = CodebookMeter(codebook_size)
-        self._networks = networks or Networks()
+        self._networks = networks or FeatureNetworks()
         self._moments = {
-            name: (FeatureMoments(network.dim), FeatureMoments(network.dim), network) for name, network in self._networks.pooled()
+            name: (FeatureMoments(network.dim), FeatureMoments(network.dim), network)
+            for name, network in self._networks.pooled()
         }
         self._grids: list[_Grid] = []
         self._values: defaultdict[str, list[float]] = defaultdict(list)
-        self._codecs: dict[str, defaultdict[str, list[float]]] = {codec: defaultdict(list) for codec in CODECS}
+        self._codecs: dict[str, defaultdict[str, list[float]]] = {
+            codec: defaultdict(list) for codec in CODECS
+        }
         self._pixels = self._tokens = 0
         self._seconds = 0.0
         self._max_examples = max_examples
@@ -153,7 +180,7 @@ class Measurement:
     ) -> None:
         """Take in a batch: images and reconstructions float [B, C, H, W] in [-1, 1], tokens [B, L], seconds to encode and decode.
 
-        ``stages``: where the first grids alone make a picture, the pictures after each grid.
+        ``stages``: where the first grids alone make an image, the either after each grid.
         """
         self._meter.add(tokens)
         values = compare(reconstructions, images, self._networks)
@@ -161,8 +188,8 @@ class Measurement:
             self._values[name] += measured
         if images.shape[1] == 3:
             for whole, back, network in self._moments.values():
-                for moments, pictures in ((whole, images), (back, reconstructions)):
-                    moments.add(_on(network, network.pooled, pictures))
+                for moments, either in ((whole, images), (back, reconstructions)):
+                    moments.add(_on(network, network.pooled, either))
         self._pixels += images.shape[0] * images.shape[2] * images.shape[3]
         self._tokens += tokens.numel()
         self._seconds += seconds
@@ -170,16 +197,23 @@ class Measurement:
         if len(layout.grids) > 1:
             self._count_grids(tokens, layout, stage_values)
         coded: list[list[tuple[str, Tensor]]] = [[] for _ in names]
-        if images.shape[1] == 3 and len(self._codecs[CODECS[0]]["psnr"]) < FIRST_PICTURES:
+        if images.shape[1] == 3 and len(self._codecs[CODECS[0]]["psnr"]) < MAX_CODEC_IMAGES:
             coded = [self._code(image, tokens.shape[1]) for image in images]
-        shown = max(range(len(layout.grids)), key=lambda number: layout.lengths[number])  # the first of the finest
+        shown = max(
+            range(len(layout.grids)), key=lambda number: layout.lengths[number]
+        )  # the first of the finest
         finest = tokens.split(layout.lengths, dim=1)[shown]
-        for i in range(min(len(names), self._max_examples - len(self._examples)) if images.shape[1] == 3 else 0):
-            earlier = tuple((to_uint8(stage[i]), value[i]) for stage, value in zip(stages, stage_values, strict=True))[:-1]
+        for i in range(
+            min(len(names), self._max_examples - len(self._examples)) if images.shape[1] == 3 else 0
+        ):
+            earlier = tuple(
+                (to_uint8(stage[i]), value[i])
+                for stage, value in zip(stages, stage_values, strict=True)
+            )[:-1]
             self._examples.append(
                 Example(
                     printable(names[i]),
-                    picture=to_uint8(images[i]),
+                    image=to_uint8(images[i]),
                     reconstruction=to_uint8(reconstructions[i]),
                     tokens=finest[i],
                     grid=layout.grids[shown],
@@ -191,47 +225,65 @@ class Measurement:
                 )
             )
 
-    def _count_grids(self, tokens: Tensor, layout: TokenLayout, stage_values: list[list[float]]) -> None:
+    def _count_grids(
+        self, tokens: Tensor, layout: TokenLayout, stage_values: list[list[float]]
+    ) -> None:
         size = len(self._meter.histogram)
-        self._grids = self._grids or [_Grid(torch.zeros(size, dtype=torch.int64), set(), []) for _ in layout.grids]
-        for number, (grid, block) in enumerate(zip(self._grids, tokens.split(layout.lengths, dim=1), strict=True)):
+        self._grids = self._grids or [
+            _Grid(torch.zeros(size, dtype=torch.int64), set(), []) for _ in layout.grids
+        ]
+        for number, (grid, block) in enumerate(
+            zip(self._grids, tokens.split(layout.lengths, dim=1), strict=True)
+        ):
             grid.histogram.add_(torch.bincount(block.flatten(), minlength=size))
             grid.sizes.add(layout.grids[number])
             grid.psnr.extend(stage_values[number] if stage_values else [])
 
     def _code(self, image: Tensor, num_tokens: int) -> list[tuple[str, Tensor]]:
-        """Measure one picture [C, H, W] as JPEG and WebP of as many bytes as its tokens; returns what comes back, with a caption."""
+        """Measure one image [C, H, W] as JPEG and WebP of as many bytes as its tokens; returns what comes back, with a caption."""
         size = num_tokens * math.log2(len(self._meter.histogram)) / 8
         found = []
         for codec, values in self._codecs.items():
-            coded = code(to_uint8(image), codec, size)
+            coded = compress_to_size(to_uint8(image), codec, size)
             if coded is None:
                 continue
-            measured = compare(to_unit_range(coded.picture)[None], image[None], self._networks)
+            measured = compare(to_unit_range(coded.image)[None], image[None], self._networks)
             for name, value in measured.items():
                 values[name] += value
             bits_per_pixel = 8 * coded.size / (image.shape[1] * image.shape[2])
             values["bits_per_pixel"].append(bits_per_pixel)
-            found.append((f"{codec}: {measured['psnr'][0]:.2f} dB at {bits_per_pixel:.3f} bits per pixel", coded.picture))
+            found.append(
+                (
+                    f"{codec}: {measured['psnr'][0]:.2f} dB at {bits_per_pixel:.3f} bits per pixel",
+                    coded.image,
+                )
+            )
         return found
 
     @property
     def wants_stages(self) -> bool:
-        """Whether pictures after each grid are still asked for: decoding them takes as many times as long as there are grids."""
-        return len(self._values["psnr"]) < FIRST_PICTURES
+        """Whether images after each grid are still asked for: decoding them takes as many times as long as there are grids."""
+        return len(self._values["psnr"]) < MAX_CODEC_IMAGES
 
-    def result(self, tokenizer: ImageTokenizer, on: str, transform: str, precision: str, skipped: list[Skipped]) -> Evaluation:
-        """The figures, over all pictures added.
+    def result(
+        self,
+        tokenizer: ImageTokenizer,
+        on: str,
+        transform: str,
+        precision: str,
+        skipped: list[Skipped],
+    ) -> Evaluation:
+        """The metrics, over all images added.
 
         Raises:
             DataError: none was added.
         """
         if not self._values["psnr"]:
-            raise DataError(f"there was no picture to measure. {summary(skipped)}")
+            raise DataError(f"there was no image to measure. {summary(skipped)}")
         share, window = self._meter.usage()
         used_share, ceiling = used(self._meter.histogram)
         size, number = tokenizer.quantize.codebook_size, len(self._values["psnr"])
-        figures = {
+        metrics = {
             "measured_on": on,
             "num_images": number,
             "transform": transform,
@@ -239,7 +291,11 @@ class Measurement:
             **_means(self._values),
             **self._distances(),
             "networks": self._networks.hashes(),
-            "codecs": [{"codec": codec, **_means(values)} for codec, values in self._codecs.items() if values["psnr"]],
+            "codecs": [
+                {"codec": codec, **_means(values)}
+                for codec, values in self._codecs.items()
+                if values["psnr"]
+            ],
             "usage": share,
             "usage_window": window,
             "used": used_share,
@@ -250,68 +306,82 @@ class Measurement:
             "bits_per_pixel": self._tokens * math.log2(size) / self._pixels,
             "images_per_second": number / self._seconds if self._seconds else None,
             "pixels_per_image": self._pixels / number,
-            "grids": [grid.figures() for grid in self._grids],
+            "grids": [grid.metrics() for grid in self._grids],
             "parameters": sum(p.numel() for p in tokenizer.parameters()),
             "skipped": [{"name": printable(name), "reason": reason} for name, reason in skipped],
         }
-        return Evaluation(figures, self._examples, self._meter.histogram, skipped)
+        return Evaluation(metrics, self._examples, self._meter.histogram, skipped)
 
     def _distances(self) -> dict[str, Any]:
-        """Fréchet distances between reconstructions and the reference, or the pictures themselves."""
-        figures: dict[str, Any] = {}
+        """Fréchet distances between reconstructions and the reference, or the images themselves."""
+        metrics: dict[str, Any] = {}
         for name, (whole, back, _) in self._moments.items():
             if back.number > 1:
                 reference, source = self._networks.reference or (None, "")
                 if reference is None or len(reference.mean) != len(back.gaussian().mean):
-                    reference, source = whole.gaussian(), "the pictures that were encoded"
-                figures[name] = frechet_distance(reference, back.gaussian())
-                figures[f"{name}_num_images"] = back.number
-                figures[f"{name}_reference"] = source
-        return figures
+                    reference, source = whole.gaussian(), "the images that were encoded"
+                metrics[name] = frechet_distance(reference, back.gaussian())
+                metrics[f"{name}_num_images"] = back.number
+                metrics[f"{name}_reference"] = source
+        return metrics
 
 
-def compare(reconstructions: Tensor, images: Tensor, networks: Networks) -> dict[str, list[float]]:
-    """Every measure that there is for pictures of this size, per picture; both [B, C, H, W] in [-1, 1]."""
+def compare(
+    reconstructions: Tensor, images: Tensor, networks: FeatureNetworks
+) -> dict[str, list[float]]:
+    """Every measure that there is for images of this size, per image; both [B, C, H, W] in [-1, 1]."""
     values = {"psnr": psnr(reconstructions, images).tolist()}
     side = min(images.shape[2:])
-    for name, measure, smallest in (("ssim", ssim, MIN_SSIM_SIDE), ("ms_ssim", ms_ssim, MIN_MS_SSIM_SIDE)):
+    for name, measure, smallest in (
+        ("ssim", ssim, MIN_SSIM_SIDE),
+        ("ms_ssim", ms_ssim, MIN_MS_SSIM_SIDE),
+    ):
         if side >= smallest:
             with contextlib.suppress(MissingExtra):
                 values[name] = measure(reconstructions, images).tolist()
     for name, network in (("lite0_distance", networks.lite0), ("lpips", networks.lpips)):
         if network is not None and images.shape[1] == 3 and side >= MIN_NETWORK_SIDE:
-            values[name] = _on(network, network.distance, reconstructions.clamp(-1, 1), images).tolist()
+            values[name] = _on(
+                network, network.distance, reconstructions.clamp(-1, 1), images
+            ).tolist()
     return values
 
 
-def measure(runner: Runner, pictures: Iterable[tuple[str, Tensor]], networks: Networks | None = None) -> Measurement:
-    """Encode and decode (name, [C, H, W]) pictures and compare."""
-    measurement = Measurement(runner.tokenizer.quantize.codebook_size, networks)
-    for names, stacked in batches_of_one_shape(pictures, runner.batch):
+def measure(
+    inference: InferenceTokenizer,
+    named_images: Iterable[tuple[str, Tensor]],
+    networks: FeatureNetworks | None = None,
+) -> Evaluator:
+    """Encode and decode (name, [C, H, W]) named_images and compare."""
+    evaluator = Evaluator(inference.tokenizer.quantize.codebook_size, networks)
+    for names, stacked in batches_of_one_shape(named_images, inference.batch):
         images = to_unit_range(stacked)
-        tokens, reconstructions, seconds = runner.roundtrip(images)
-        layout = runner.tokenizer.layout(*images.shape[2:])
+        tokens, reconstructions, seconds = inference.roundtrip(images)
+        layout = inference.tokenizer.layout(*images.shape[2:])
         stages = []
-        if runner.tokenizer.is_progressive and len(layout.grids) > 1 and measurement.wants_stages:
-            stages = [*runner.decode_each(tokens[:, : -layout.lengths[-1]], layout), reconstructions]
-        measurement.add(names, images, reconstructions, tokens, layout, seconds, stages)
-    return measurement
+        if inference.tokenizer.is_progressive and len(layout.grids) > 1 and evaluator.wants_stages:
+            stages = [
+                *inference.decode_each(tokens[:, : -layout.lengths[-1]], layout),
+                reconstructions,
+            ]
+        evaluator.add(names, images, reconstructions, tokens, layout, seconds, stages)
+    return evaluator
 
 
 @torch.no_grad()
-def _on(network: FrozenNetwork, function: Callable[..., Tensor], *pictures: Tensor) -> Tensor:
+def _on(network: FrozenNetwork, function: Callable[..., Tensor], *images: Tensor) -> Tensor:
     """Run a function of a network where the network is; the result comes back to the CPU."""
     device = next(network.buffers()).device
-    return function(*(picture.float().to(device) for picture in pictures)).cpu()
+    return function(*(image.float().to(device) for image in images)).cpu()
 
 
 def _means(values: dict[str, list[float]]) -> dict[str, Any]:
-    """Mean of each measure, and over how many pictures."""
-    figures: dict[str, Any] = {}
+    """Mean of each measure, and over how many images."""
+    metrics: dict[str, Any] = {}
     for name, measured in values.items():
         if measured:
-            figures[name], figures[f"{name}_num_images"] = _mean(measured), len(measured)
-    return figures
+            metrics[name], metrics[f"{name}_num_images"] = _mean(measured), len(measured)
+    return metrics
 
 
 def _mean(values: list[float]) -> float:

@@ -9,27 +9,29 @@ from typing import Any
 
 from smalto.core.files import write_atomic
 from smalto.evaluation.evaluator import Evaluation
-from smalto.evaluation.formatting import codec_rows, figure_rows, grid_rows
+from smalto.evaluation.formatting import codec_rows, grid_rows, metric_rows
 from smalto.images.bundled import CREDITS, SOURCE
 from smalto.images.image_file import printable, summary
-from smalto.inference.runner import Runner
+from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.report import write_report
 from smalto.training.recipe import Recipe
 from smalto.training.run_folder import RunFolder, read_jsonl
 
 
-def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evaluation) -> dict[str, Any]:
-    """Write metrics.json and report.html of a trained run; returns the figures.
+def write_results(
+    run: RunFolder, recipe: Recipe, inference: InferenceTokenizer, evaluation: Evaluation
+) -> dict[str, Any]:
+    """Write metrics.json and report.html of a trained run; returns the metrics.
 
     Args:
         evaluation: what was measured after training.
     """
-    figures = {
-        **evaluation.figures,
+    metrics = {
+        **evaluation.metrics,
         "steps": recipe.steps,
         "seed": recipe.seed,
-        "device": str(runner.device),
-        "fingerprint": runner.fingerprint,
+        "device": str(inference.device),
+        "fingerprint": inference.fingerprint,
         **_training_times(run),
         "versions": versions(),
     }
@@ -37,19 +39,21 @@ def finish_run(run: RunFolder, recipe: Recipe, runner: Runner, evaluation: Evalu
     write_report(
         run.path / "report.html",
         title=f"smalto: {printable(run.path.resolve().name)}",
-        subtitle=f"{recipe.steps:,} steps on {recipe.data.source}; measured on {figures['num_images']} {figures['measured_on']}.",
-        headline=_headline(figures),
-        table=_table(figures, recipe),
-        grids=grid_rows(figures),
-        codecs=codec_rows(figures),
-        notes=_notes(figures, evaluation),
+        subtitle=f"{recipe.steps:,} steps on {recipe.data.source}; measured on {metrics['num_images']} {metrics['measured_on']}.",
+        headline=_headline(metrics),
+        table=_table(metrics, recipe),
+        grids=grid_rows(metrics),
+        codecs=codec_rows(metrics),
+        notes=_notes(metrics, evaluation),
         examples=evaluation.examples,
-        codebook=runner.tokenizer.get_codebook(),
+        codebook=inference.tokenizer.get_codebook(),
         histogram=evaluation.histogram,
         log=read_jsonl(run.path / "log.jsonl"),
     )
-    write_atomic(run.path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")  # last: it says that the run is complete
-    return figures
+    write_atomic(
+        run.path / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    )  # last: it says that the run is complete
+    return metrics
 
 
 def versions() -> dict[str, str]:
@@ -68,54 +72,67 @@ def _training_times(run: RunFolder) -> dict[str, Any]:
     seconds, waiting = sum(row["seconds"] for row in rows), sum(row["waiting"] for row in rows)
     return {
         "training_seconds": round(seconds, 1),
-        "training_images_per_second": round(sum(row["images"] for row in rows) / seconds, 1) if seconds else None,
+        "training_images_per_second": round(sum(row["images"] for row in rows) / seconds, 1)
+        if seconds
+        else None,
         "share_waiting_for_data": round(waiting / seconds, 4) if seconds else None,
         "training_peak_memory_mb": max((row.get("memory_mb", 0) for row in rows), default=0),
     }
 
 
-def _headline(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    tiles = [(f"{figures['psnr']:.2f} dB", f"PSNR on {figures['measured_on']}")]
-    if "ssim" in figures:
-        tiles.append((f"{figures['ssim']:.3f}", "SSIM"))
+def _headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    tiles = [(f"{metrics['psnr']:.2f} dB", f"PSNR on {metrics['measured_on']}")]
+    if "ssim" in metrics:
+        tiles.append((f"{metrics['ssim']:.3f}", "SSIM"))
     return [
         *tiles,
-        (f"{figures['usage']:.1%}", f"codes in use (usage@{figures['usage_window']:,})"),
-        (f"{figures['perplexity']:.0f} of {figures['codebook_size']:,}", "perplexity"),
-        (f"{figures['bits_per_pixel']:.3f}", "bits per pixel (RGB has 24)"),
-        (f"{figures['training_seconds'] / 60:.1f} min", "training time"),
+        (f"{metrics['usage']:.1%}", f"codes in use (usage@{metrics['usage_window']:,})"),
+        (f"{metrics['perplexity']:.0f} of {metrics['codebook_size']:,}", "perplexity"),
+        (f"{metrics['bits_per_pixel']:.3f}", "bits per pixel (RGB has 24)"),
+        (f"{metrics['training_seconds'] / 60:.1f} min", "training time"),
     ]
 
 
-def _table(figures: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
-    waiting = figures["share_waiting_for_data"]
-    credits = "; ".join(f"{name}: {who}" for name, who in CREDITS.items()) if recipe.data.source == SOURCE else ""
+def _table(metrics: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
+    waiting = metrics["share_waiting_for_data"]
+    credits = (
+        "; ".join(f"{name}: {who}" for name, who in CREDITS.items())
+        if recipe.data.source == SOURCE
+        else ""
+    )
     return [
-        *figure_rows(figures),
+        *metric_rows(metrics),
         ("trained on", recipe.data.source),
-        ("steps, batch, crop", f"{recipe.steps:,} steps of {recipe.data.batch} crops of {recipe.data.size} x {recipe.data.size}"),
+        (
+            "steps, batch, crop",
+            f"{recipe.steps:,} steps of {recipe.data.batch} crops of {recipe.data.size} x {recipe.data.size}",
+        ),
         (
             "training time",
-            f"{figures['training_seconds']:.0f} s on {figures['device']}"
+            f"{metrics['training_seconds']:.0f} s on {metrics['device']}"
             + (f", {waiting:.1%} of it waiting for data" if waiting is not None else ""),
         ),
         (
             "training speed",
-            f"{figures['training_images_per_second']} crops/s, at most {figures['training_peak_memory_mb']:,} MiB of memory",
+            f"{metrics['training_images_per_second']} crops/s, at most {metrics['training_peak_memory_mb']:,} MiB of memory",
         ),
         ("seed", str(recipe.seed)),
-        ("versions", ", ".join(f"{name} {number}" for name, number in figures["versions"].items())),
-        ("fingerprint", figures["fingerprint"]),
-        *([("pictures by", credits)] if credits else []),
+        ("versions", ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())),
+        ("fingerprint", metrics["fingerprint"]),
+        *([("images by", credits)] if credits else []),
     ]
 
 
-def _notes(figures: dict[str, Any], evaluation: Evaluation) -> list[str]:
+def _notes(metrics: dict[str, Any], evaluation: Evaluation) -> list[str]:
     notes = []
-    if figures["measured_on"].startswith("training pictures"):
-        notes.append("These figures are on training pictures, because there were too few to hold any out: they flatter the model.")
-    if figures["usage_window"] < 32 * figures["codebook_size"]:
-        notes.append(f"There were only {figures['usage_window']:,} tokens to look for codes in; usage is usually stated at 32 per code.")
+    if metrics["measured_on"].startswith("training images"):
+        notes.append(
+            "These metrics are on training images, because there were too few to hold any out: they flatter the model."
+        )
+    if metrics["usage_window"] < 32 * metrics["codebook_size"]:
+        notes.append(
+            f"There were only {metrics['usage_window']:,} tokens to look for codes in; usage is usually stated at 32 per code."
+        )
     if evaluation.skipped:
         notes.append(summary(evaluation.skipped))
     return notes

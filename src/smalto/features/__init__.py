@@ -1,1 +1,1 @@
-"""Frozen networks that losses and metrics look at pictures through. None of them is downloaded."""
+"""Frozen networks that losses and metrics look at images through. None of them is downloaded."""

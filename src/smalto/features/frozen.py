@@ -29,15 +29,28 @@ class FrozenNetwork(nn.Module):
     def add(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         """Keep a convolution's weights under ``name``."""
         self.register_buffer(f"{name}.weight".replace(".", "/"), weight.float(), persistent=False)
-        self.register_buffer(f"{name}.bias".replace(".", "/"), None if bias is None else bias.float(), persistent=False)
+        self.register_buffer(
+            f"{name}.bias".replace(".", "/"),
+            None if bias is None else bias.float(),
+            persistent=False,
+        )
 
-    def convolve(self, x: Tensor, name: str, stride: int = 1, padding: tuple[int, int] | int = 0, groups: int = 1) -> Tensor:
-        weight, bias = (getattr(self, f"{name}.{kind}".replace(".", "/")) for kind in ("weight", "bias"))
+    def convolve(
+        self,
+        x: Tensor,
+        name: str,
+        stride: int = 1,
+        padding: tuple[int, int] | int = 0,
+        groups: int = 1,
+    ) -> Tensor:
+        weight, bias = (
+            getattr(self, f"{name}.{kind}".replace(".", "/")) for kind in ("weight", "bias")
+        )
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
 
 class PerceptualNetwork(FrozenNetwork, ABC):
-    """A network that tells how different two pictures look."""
+    """A network that tells how different two images look."""
 
     @abstractmethod
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
@@ -45,7 +58,7 @@ class PerceptualNetwork(FrozenNetwork, ABC):
 
 
 class PooledNetwork(FrozenNetwork, ABC):
-    """A network whose last maps, averaged over the picture, describe it for Fréchet distances."""
+    """A network whose last maps, averaged over the image, describe it for Fréchet distances."""
 
     dim: int
 
@@ -54,14 +67,21 @@ class PooledNetwork(FrozenNetwork, ABC):
         """Images [B, 3, H, W] in [-1, 1] -> [B, dim]."""
 
 
-def fold_norm(weight: Tensor, state: Mapping[str, Tensor], norm: str, eps: float) -> tuple[Tensor, Tensor]:
+def fold_norm(
+    weight: Tensor, state: Mapping[str, Tensor], norm: str, eps: float
+) -> tuple[Tensor, Tensor]:
     """A convolution's weight and the batch norm after it as one convolution: weight, bias."""
-    gain, shift, mean, variance = (state[f"{norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var"))
+    gain, shift, mean, variance = (
+        state[f"{norm}.{name}"].double()
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
     scale = gain / torch.sqrt(variance + eps)
     return (weight.double() * scale.view(-1, 1, 1, 1)).float(), (shift - mean * scale).float()
 
 
-def check_state(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str, what: str) -> None:
+def check_state(
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str, what: str
+) -> None:
     """Compare keys and shapes; keys that are not expected are errors too.
 
     Raises:

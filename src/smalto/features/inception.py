@@ -40,14 +40,21 @@ class Inception(PooledNetwork):
     def __init__(self, path: str | Path) -> None:
         state = read_checkpoint(path)
         super().__init__(file_sha256(path))
-        state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-        check_state(state, _expected(), str(path), "Inception of the FID (pt_inception-2015-12-05-6726825d.pth)")
+        state = {
+            key: value for key, value in state.items() if not key.endswith("num_batches_tracked")
+        }
+        check_state(
+            state,
+            _expected(),
+            str(path),
+            "Inception of the FID (pt_inception-2015-12-05-6726825d.pth)",
+        )
         for name, *_ in _convolutions():
             weight, bias = fold_norm(state[f"{name}.conv.weight"], state, f"{name}.bn", _NORM_EPS)
             self.add(name, weight, bias)
 
     def pooled(self, images: Tensor) -> Tensor:
-        # From [-1, 1] to whole numbers in [0, 255], as a picture file would hold them, and then what the network was trained on.
+        # From [-1, 1] to whole numbers in [0, 255], as an image file would hold them, and then what the network was trained on.
         x = ((images.float() + 1) * 127.5).round().clamp(0, 255)
         x = (_resize(x, _SIDE) - 128) / 128
         x = self._conv(x, "Conv2d_1a_3x3", 2)
@@ -62,10 +69,14 @@ class Inception(PooledNetwork):
             x = self._block_c(x, name)
         x = self._block_d(x, "Mixed_7a")
         x = self._block_e(x, "Mixed_7b", _average)
-        x = self._block_e(x, "Mixed_7c", lambda maps: F.max_pool2d(maps, 3, 1, 1))  # a quirk of the original that FID keeps
+        x = self._block_e(
+            x, "Mixed_7c", lambda maps: F.max_pool2d(maps, 3, 1, 1)
+        )  # a quirk of the original that FID keeps
         return x.mean(dim=(2, 3))
 
-    def _conv(self, x: Tensor, name: str, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
+    def _conv(
+        self, x: Tensor, name: str, stride: int = 1, padding: int | tuple[int, int] = 0
+    ) -> Tensor:
         return F.relu(self.convolve(x, name, stride, padding))
 
     def _along(self, x: Tensor, *names: str) -> Tensor:
@@ -88,7 +99,14 @@ class Inception(PooledNetwork):
 
     def _block_b(self, x: Tensor, b: str) -> Tensor:
         double = self._along(x, f"{b}.branch3x3dbl_1", f"{b}.branch3x3dbl_2")
-        return torch.cat([self._conv(x, f"{b}.branch3x3", 2), self._conv(double, f"{b}.branch3x3dbl_3", 2), F.max_pool2d(x, 3, 2)], dim=1)
+        return torch.cat(
+            [
+                self._conv(x, f"{b}.branch3x3", 2),
+                self._conv(double, f"{b}.branch3x3dbl_3", 2),
+                F.max_pool2d(x, 3, 2),
+            ],
+            dim=1,
+        )
 
     def _block_c(self, x: Tensor, b: str) -> Tensor:
         return torch.cat(
@@ -103,7 +121,9 @@ class Inception(PooledNetwork):
 
     def _block_d(self, x: Tensor, b: str) -> Tensor:
         three = self._conv(self._conv(x, f"{b}.branch3x3_1"), f"{b}.branch3x3_2", 2)
-        seven = self._conv(self._along(x, *(f"{b}.branch7x7x3_{n}" for n in (1, 2, 3))), f"{b}.branch7x7x3_4", 2)
+        seven = self._conv(
+            self._along(x, *(f"{b}.branch7x7x3_{n}" for n in (1, 2, 3))), f"{b}.branch7x7x3_4", 2
+        )
         return torch.cat([three, seven, F.max_pool2d(x, 3, 2)], dim=1)
 
     def _block_e(self, x: Tensor, b: str, pool: Callable[[Tensor], Tensor]) -> Tensor:
@@ -207,5 +227,8 @@ def _expected() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for name, width, out, kernel in _convolutions():
         shapes[f"{name}.conv.weight"] = (out, width, *kernel)
-        shapes |= {f"{name}.bn.{part}": (out,) for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {
+            f"{name}.bn.{part}": (out,)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        }
     return shapes

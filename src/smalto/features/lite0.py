@@ -17,7 +17,13 @@ from torch import Tensor
 from smalto.core.errors import MissingExtra
 from smalto.core.files import file_sha256
 from smalto.core.weight_files import read_checkpoint
-from smalto.features.frozen import PerceptualNetwork, PooledNetwork, check_state, fold_norm, unit_difference
+from smalto.features.frozen import (
+    PerceptualNetwork,
+    PooledNetwork,
+    check_state,
+    fold_norm,
+    unit_difference,
+)
 
 # Kernel, stride and width of each block; all but the first widen six-fold inside.
 _BLOCKS = (
@@ -61,12 +67,16 @@ class Lite0(PerceptualNetwork, PooledNetwork):
     def pooled(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], enlarged or reduced to the 224 x 224 pixels it was trained on -> [B, 1280]."""
         if images.shape[2:] != (224, 224):
-            images = F.interpolate(images, (224, 224), mode="bilinear", align_corners=False, antialias=True)
+            images = F.interpolate(
+                images, (224, 224), mode="bilinear", align_corners=False, antialias=True
+            )
         return F.relu6(self._same(self._maps(images)[-1], "_conv_head")).mean(dim=(2, 3))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """What comes out of each block."""
-        x = F.relu6(self._same((images * 127.5 + 0.5) / 128, "_conv_stem", 2))  # it was trained on (v - 127) / 128
+        x = F.relu6(
+            self._same((images * 127.5 + 0.5) / 128, "_conv_stem", 2)
+        )  # it was trained on (v - 127) / 128
         maps = []
         for number, (_, stride, width) in enumerate(_BLOCKS):
             block = f"_blocks.{number}"
@@ -80,7 +90,9 @@ class Lite0(PerceptualNetwork, PooledNetwork):
     def _same(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
         """TensorFlow's "same" padding: where it is odd, the lower right gets more."""
         kernel = getattr(self, f"{name}.weight".replace(".", "/")).shape[-1]
-        height, width = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[2:])
+        height, width = (
+            max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[2:]
+        )
         if height % 2 or width % 2:
             x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
             return self.convolve(x, name, stride, 0, groups)

@@ -40,7 +40,9 @@ class LPIPS(PerceptualNetwork):
         super().__init__(file_sha256(path))
         for key in [key for key in state if isinstance(key, str) and key.startswith("lins.")]:
             del state[key]  # the package names its five last layers twice
-        check_state(state, _expected(), str(path), "LPIPS-VGG weights (the state of lpips.LPIPS(net='vgg'))")
+        check_state(
+            state, _expected(), str(path), "LPIPS-VGG weights (the state of lpips.LPIPS(net='vgg'))"
+        )
         for part, number, _ in _CONVOLUTIONS:
             name = f"net.slice{part}.{number}"
             self.add(name, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -67,9 +69,17 @@ class LPIPS(PerceptualNetwork):
 
 
 def _expected() -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"scaling_layer.shift": (1, 3, 1, 1), "scaling_layer.scale": (1, 3, 1, 1)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "scaling_layer.shift": (1, 3, 1, 1),
+        "scaling_layer.scale": (1, 3, 1, 1),
+    }
     width = 3
     for part, number, out in _CONVOLUTIONS:
-        shapes[f"net.slice{part}.{number}.weight"], shapes[f"net.slice{part}.{number}.bias"] = (out, width, 3, 3), (out,)
+        shapes[f"net.slice{part}.{number}.weight"], shapes[f"net.slice{part}.{number}.bias"] = (
+            (out, width, 3, 3),
+            (out,),
+        )
         width = out
-    return shapes | {f"lin{depth}.model.1.weight": (1, out, 1, 1) for depth, out in enumerate(_WIDTHS)}
+    return shapes | {
+        f"lin{depth}.model.1.weight": (1, out, 1, 1) for depth, out in enumerate(_WIDTHS)
+    }

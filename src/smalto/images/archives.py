@@ -1,4 +1,4 @@
-"""Files of a folder, and pictures inside its zip, tar and parquet files, named and opened alike. No torch here."""
+"""Files of a folder, and images inside its zip, tar and parquet files, named and opened alike. No torch here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 from smalto.core.errors import MissingExtra
 from smalto.images import parquet
-from smalto.images.image_file import PictureFile, Skipped, folder_label
+from smalto.images.image_file import ImageFile, Skipped, folder_label
 
 ARCHIVES = (".zip", ".tar", ".parquet")
-LARGEST_MEMBER = 2**30  # bytes, unpacked: a picture is smaller, a bomb is not
+LARGEST_MEMBER = 2**30  # bytes, unpacked: an image is smaller, a bomb is not
 _LARGEST_LABEL = 1024
 
 
@@ -24,14 +24,17 @@ def is_archive(path: str) -> bool:
     return path.lower().endswith(ARCHIVES)
 
 
-def members(archive: PictureFile) -> Iterator[PictureFile | Skipped]:
+def members(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
     """The files inside an archive, under ``archive.name``; links, encrypted and hidden ones are left out, and nothing is unpacked.
 
     Of members with one name the last one counts, as in unpacking.
     """
     prefix = f"{archive.name}/" if archive.name else ""
     try:
-        found = {member.name or member.member: (member, reason) for member, reason in _MEMBERS[_suffix(archive.path)](archive)}
+        found = {
+            member.name or member.member: (member, reason)
+            for member, reason in _MEMBERS[_suffix(archive.path)](archive)
+        }
         for member, reason in found.values():
             name = prefix + (member.name or member.member)
             parts = PurePosixPath(member.member).parts
@@ -44,16 +47,25 @@ def members(archive: PictureFile) -> Iterator[PictureFile | Skipped]:
                 yield member._replace(name=name, label=label, modified=archive.modified)
     except MissingExtra:
         raise
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, ValueError, EOFError, NotImplementedError) as error:
-        yield Skipped(archive.name or archive.path, f"damaged archive: {error}")  # zipfile raises NotImplementedError for odd compressions
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        OSError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+    ) as error:
+        yield Skipped(
+            archive.name or archive.path, f"damaged archive: {error}"
+        )  # zipfile raises NotImplementedError for odd compressions
 
 
-def open_file(file: PictureFile) -> BinaryIO:
+def open_file(file: ImageFile) -> BinaryIO:
     """The bytes of a file, wherever it is; of an archive's member all of them in memory."""
     if not file.member:
         return open(file.path, "rb")
-    if file.block >= 0:
-        return io.BytesIO(parquet.read_cell(file.path, file.block, file.member, file.offset))
+    if file.row_group >= 0:
+        return io.BytesIO(parquet.read_cell(file.path, file.row_group, file.member, file.offset))
     if _suffix(file.path) == ".zip":
         with _open_zip(file.path).open(file.member) as inside:
             return io.BytesIO(inside.read(LARGEST_MEMBER))
@@ -62,14 +74,14 @@ def open_file(file: PictureFile) -> BinaryIO:
         return io.BytesIO(archive.read(file.size))
 
 
-def _zip_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
+def _zip_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
     for info in _open_zip(archive.path).infolist():
         if not info.is_dir():
             reason = "encrypted" if info.flag_bits & 1 else ""
-            yield PictureFile("", archive.path, info.filename, 0, info.file_size), reason
+            yield ImageFile("", archive.path, info.filename, 0, info.file_size), reason
 
 
-def _tar_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
+def _tar_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
     # Not compressed: its members are found by their place, as in the shards of WebDataset.
     labels: dict[str, str] = {}
     found = []
@@ -80,8 +92,15 @@ def _tar_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
             plain = info.isreg() and not info.issparse()
             if plain and info.name.endswith(".cls") and info.size <= _LARGEST_LABEL:
                 inside = tar.extractfile(info)
-                labels[_key(info.name)] = inside.read().decode("utf-8", "replace").strip() if inside else ""
-            found.append((PictureFile("", archive.path, info.name, info.offset_data, info.size), "" if plain else "not a file"))
+                labels[_key(info.name)] = (
+                    inside.read().decode("utf-8", "replace").strip() if inside else ""
+                )
+            found.append(
+                (
+                    ImageFile("", archive.path, info.name, info.offset_data, info.size),
+                    "" if plain else "not a file",
+                )
+            )
     for member, reason in found:
         yield member._replace(label=labels.get(_key(member.member), "")), reason
 
@@ -92,9 +111,9 @@ def _key(name: str) -> str:
     return f"{folder}/{last.split('.')[0]}"
 
 
-def _parquet_members(archive: PictureFile) -> Iterator[tuple[PictureFile, str]]:
-    for block, row, number, column, label in parquet.cells(archive.path):
-        yield PictureFile(f"{number:08d}", archive.path, column, row, 0, block, label=label), ""
+def _parquet_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
+    for row_group, row, number, column, label in parquet.cells(archive.path):
+        yield ImageFile(f"{number:08d}", archive.path, column, row, 0, row_group, label=label), ""
 
 
 def _suffix(path: str) -> str:
@@ -111,5 +130,5 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 @functools.lru_cache(maxsize=8)
 def _opened(path: str, modified: int, size: int) -> zipfile.ZipFile:
-    """One list of contents per process: reading it again for every member would take longer than the pictures."""
+    """One list of contents per process: reading it again for every member would take longer than the images."""
     return zipfile.ZipFile(path)

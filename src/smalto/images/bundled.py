@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from smalto.core.errors import MissingExtra
-from smalto.images.image_file import PictureFile
+from smalto.images.image_file import ImageFile
 
 SOURCE = "bundled"
 
@@ -27,14 +27,22 @@ CREDITS = {
 HELD_OUT = ("chelsea.png", "coffee.png", "rocket.jpg")
 
 
-def bundled_photographs() -> list[PictureFile]:
+def bundled_photographs() -> list[ImageFile]:
     """The photographs, by name.
 
     Raises:
         MissingExtra: scikit-image or scikit-learn is not installed.
     """
-    folders = [_package_folder("skimage", "scikit-image") / "data", _package_folder("sklearn", "scikit-learn") / "datasets" / "images"]
-    return [PictureFile(name, str(folder / name)) for name in sorted(CREDITS) for folder in folders if (folder / name).is_file()]
+    folders = [
+        _package_folder("skimage", "scikit-image") / "data",
+        _package_folder("sklearn", "scikit-learn") / "datasets" / "images",
+    ]
+    return [
+        ImageFile(name, str(folder / name))
+        for name in sorted(CREDITS)
+        for folder in folders
+        if (folder / name).is_file()
+    ]
 
 
 def credit(name: str) -> str:

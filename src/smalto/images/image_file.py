@@ -7,11 +7,11 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 
-class PictureFile(NamedTuple):
-    """A file that may be a picture: its name relative to the folder (with ``/``), and where it is.
+class ImageFile(NamedTuple):
+    """A file that may be an image: its name relative to the folder (with ``/``), and where it is.
 
     ``member`` is its name inside the archive ``path``, empty for a file of its own; in a tar its bytes are at ``offset``. ``size`` is in
-    bytes, 0 where it is not known. In a parquet file ``member`` is the column, ``block`` the row group and ``offset`` the row in it.
+    bytes, 0 where it is not known. In a parquet file ``member`` is the column, ``row_group`` the row group and ``offset`` the row in it.
     ``modified`` is when the file, or the archive around it, was last written (ns); ``label`` the class that folder, shard or table says.
     """
 
@@ -20,7 +20,7 @@ class PictureFile(NamedTuple):
     member: str = ""
     offset: int = 0
     size: int = 0
-    block: int = -1
+    row_group: int = -1
     modified: int = 0
     label: str = ""
 
@@ -33,7 +33,7 @@ class Skipped(NamedTuple):
 
 
 def folder_label(name: str) -> str:
-    """The class of a picture in folders by class: the folder that it lies in."""
+    """The class of an image in folders by class: the folder that it lies in."""
     parts = PurePosixPath(name).parts
     return parts[-2] if len(parts) > 1 and parts[-2] not in ("/", "..") else ""
 

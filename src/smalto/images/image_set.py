@@ -1,4 +1,4 @@
-"""Where training takes its pictures from: a folder or a dataset, each as numbered tensors [C, H, W]."""
+"""Where training takes its images from: a folder or a dataset, each as numbered tensors [C, H, W]."""
 
 from __future__ import annotations
 
@@ -13,78 +13,88 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalto.core.errors import DataError, InputError
-from smalto.images.image_file import PictureFile, Skipped
-from smalto.images.reading import BadPicture
+from smalto.images.image_file import ImageFile, Skipped
+from smalto.images.reading import BadImage
 from smalto.images.tensors import to_tensor
-from smalto.images.worker_pool import Decoder
+from smalto.images.worker_pool import ReaderPool
 
 
-class Pictures(ABC):
-    """Numbered pictures that can be asked for ahead of need. ``skipped`` grows as bad ones are met."""
+class ImageSet(ABC):
+    """Numbered images that can be asked for ahead of need. ``skipped`` grows as bad ones are met."""
 
     names: list[str]
     skipped: list[Skipped]
-    blocks: numpy.ndarray | None = None  # [n], where pictures lie in blocks that are read as a whole: the block of each
+    row_groups: numpy.ndarray | None = (
+        None  # [n], where images lie in row_groups that are read as a whole: the row_group of each
+    )
 
     @abstractmethod
     def get(self, index: int) -> Tensor | None:
-        """Picture ``index`` as uint8 in [0, 255] or float in [-1, 1], [C, H, W]; None where it cannot be read."""
+        """Image ``index`` as uint8 in [0, 255] or float in [-1, 1], [C, H, W]; None where it cannot be read."""
 
-    def ask(self, indices: Sequence[int]) -> None:  # noqa: B027 (loading ahead is not for every kind)
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 (loading ahead is not for every kind)
         """Begin to load these in the background; each is to be got once for every time that it is asked for."""
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-class FilePictures(Pictures):
-    """Picture files, decoded in the background, kept as uint8 up to ``cache_bytes``.
+class ImageFiles(ImageSet):
+    """Image files, decoded in the background, kept as uint8 up to ``cache_bytes``.
 
-    The cache keeps what came first: with passes over all pictures in changing order, that beats throwing out the oldest.
+    The cache keeps what came first: with passes over all images in changing order, that beats throwing out the oldest.
     """
 
-    def __init__(self, files: list[PictureFile], decoder: Decoder[numpy.ndarray], cache_bytes: int) -> None:
+    def __init__(
+        self, files: list[ImageFile], decoder: ReaderPool[numpy.ndarray], cache_bytes: int
+    ) -> None:
         self.names = [file.name for file in files]
         self.skipped: list[Skipped] = []
-        self.blocks = _blocks(files)
+        self.row_groups = _row_groups(files)
         self._files = files
         self._decoder = decoder
         self._free = cache_bytes
         self._cache: dict[int, Tensor | None] = {}
-        self._asked: dict[int, tuple[Future[list[numpy.ndarray | BadPicture]] | None, int]] = {}  # and how often each is still to be got
+        self._requested: dict[
+            int, tuple[Future[list[numpy.ndarray | BadImage]] | None, int]
+        ] = {}  # and how often each is still to be got
 
-    def ask(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         for index in indices:
             if index not in self._cache:
-                future, times = self._asked[index] if index in self._asked else (self._decoder.submit(self._files[index]), 0)
-                self._asked[index] = future, times + 1
+                future, times = (
+                    self._requested[index]
+                    if index in self._requested
+                    else (self._decoder.submit(self._files[index]), 0)
+                )
+                self._requested[index] = future, times + 1
 
     def get(self, index: int) -> Tensor | None:
         if index not in self._cache:
-            if index not in self._asked:
-                self.ask([index])
-            picture = self._load(index)
-            size = picture.numel() if picture is not None else 0
+            if index not in self._requested:
+                self.prefetch([index])
+            image = self._load(index)
+            size = image.numel() if image is not None else 0
             if size > self._free:
-                return picture
+                return image
             self._free -= size
-            self._cache[index] = picture
-            self._asked.pop(index, None)
+            self._cache[index] = image
+            self._requested.pop(index, None)
         return self._cache[index]
 
     def _load(self, index: int) -> Tensor | None:
-        future, times = self._asked.pop(index)
+        future, times = self._requested.pop(index)
         if times > 1:
-            self._asked[index] = future, times - 1
+            self._requested[index] = future, times - 1
         try:
             array = self._decoder.result(self._files[index], future)
-        except BadPicture as bad:
+        except BadImage as bad:
             self.skipped.append(Skipped(self.names[index], str(bad)))
             return None
         return to_tensor(array)
 
 
-class DatasetPictures(Pictures):
+class DatasetImages(ImageSet):
     """Any map-style dataset whose items are [C, H, W] tensors (or begin with one): uint8 in [0, 255] or float in [-1, 1]."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -96,17 +106,27 @@ class DatasetPictures(Pictures):
 
     def get(self, index: int) -> Tensor | None:
         item = self._dataset[index]
-        picture = item[0] if isinstance(item, (tuple, list)) else item
-        if not isinstance(picture, Tensor) or picture.ndim != 3 or not (picture.dtype == torch.uint8 or picture.is_floating_point()):
-            got = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
-            raise InputError(f"item {index} of the dataset must be a tensor [C, H, W], uint8 or float in [-1, 1]; got {got}.")
-        return picture
+        image = item[0] if isinstance(item, (tuple, list)) else item
+        if (
+            not isinstance(image, Tensor)
+            or image.ndim != 3
+            or not (image.dtype == torch.uint8 or image.is_floating_point())
+        ):
+            got = (
+                f"{image.dtype} {list(image.shape)}"
+                if isinstance(image, Tensor)
+                else type(image).__name__
+            )
+            raise InputError(
+                f"item {index} of the dataset must be a tensor [C, H, W], uint8 or float in [-1, 1]; got {got}."
+            )
+        return image
 
 
-def _blocks(files: list[PictureFile]) -> numpy.ndarray | None:
-    """The row group of every file of a source that has such; a file of its own is a block of its own."""
-    if all(file.block < 0 for file in files):
+def _row_groups(files: list[ImageFile]) -> numpy.ndarray | None:
+    """The row group of every file of a source that has such; a file of its own is a row_group of its own."""
+    if all(file.row_group < 0 for file in files):
         return None
     numbers: dict[Any, int] = {}
-    places = ((file.path, file.block) if file.block >= 0 else file.name for file in files)
+    places = ((file.path, file.row_group) if file.row_group >= 0 else file.name for file in files)
     return numpy.array([numbers.setdefault(place, len(numbers)) for place in places])

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from multiprocessing.context import SpawnContext
 from typing import Any, NamedTuple
 
-BYTES = 2**21  # of a slot: 8 pictures of 256 x 256 pixels. Containers often share 64 MB in all
+BYTES = 2**21  # of a slot: 8 images of 256 x 256 pixels. Containers often share 64 MB in all
 _ALIGNED = 64
 
 _shared: memoryview | None = None  # in a worker
 
 
-class Slots:
+class SharedBuffers:
     """Memory shared with worker processes, in slots of 2 MiB; it is gone when the last process that has it ends, however it ends."""
 
     def __init__(self, context: SpawnContext, number: int) -> None:
@@ -35,7 +35,9 @@ class Slots:
         buffers = [bytearray(self._memory[start:end]) for start, end in packed.places]
         if slot is not None:
             self._free.append(slot)
-        return pickle.loads(packed.pickled, buffers=buffers)  # from a worker of our own, as all that comes through its pipe
+        return pickle.loads(
+            packed.pickled, buffers=buffers
+        )  # from a worker of our own, as all that comes through its pipe
 
 
 class Packed(NamedTuple):
@@ -45,7 +47,7 @@ class Packed(NamedTuple):
     places: list[tuple[int, int]]
 
 
-def use_slots(array: Any) -> None:
+def use_shared_buffers(array: Any) -> None:
     """In a worker, at its start: the memory of ``Slots.array``."""
     global _shared
     _shared = memoryview(array).cast("B")

@@ -12,14 +12,14 @@ from smalto.images.image_file import printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smalto.images.image_set import Pictures
+    from smalto.images.image_set import ImageSet
 
 HELD_OUT_SHARE = 0.1
-MIN_PICTURES_TO_HOLD_OUT = 4
+MIN_IMAGES_TO_HOLD_OUT = 4
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a picture belongs to the 10 % that training never sees. It depends on the name alone."""
+    """Whether an image belongs to the 10 % that training never sees. It depends on the name alone."""
     return name_hash(name, "held out") < HELD_OUT_SHARE * 2**64
 
 
@@ -28,44 +28,50 @@ def held_out_order(names: list[str]) -> list[int]:
     return sorted(range(len(names)), key=lambda i: (name_hash(names[i], "held out"), names[i]))
 
 
-def split(pictures: Pictures) -> tuple[list[int], list[int]]:
-    """Numbers of the pictures to train on and of those held out: 10 % by hash of name, at least one readable one.
+def split(images: ImageSet) -> tuple[list[int], list[int]]:
+    """Numbers of the images to train on and of those held out: 10 % by hash of name, at least one readable one.
 
-    Fewer than 4 pictures hold nothing out.
+    Fewer than 4 images hold nothing out.
 
     Raises:
-        DataError: no picture can be read.
+        DataError: no image can be read.
     """
-    names = pictures.names
+    names = images.names
     held_out: list[int] = []
-    if len(names) >= MIN_PICTURES_TO_HOLD_OUT:
+    if len(names) >= MIN_IMAGES_TO_HOLD_OUT:
         held_out = [i for i, name in enumerate(names) if is_held_out(name)]
-        if not any(True for _ in _readable(pictures, held_out)):
+        if not any(True for _ in _readable(images, held_out)):
             for i in held_out_order(names):
                 if i not in held_out:
                     held_out.append(i)
-                    if pictures.get(i) is not None:
+                    if images.get(i) is not None:
                         break
     out = set(held_out)
     train = [i for i in range(len(names)) if i not in out]
-    if not any(True for _ in _readable(pictures, train)):
-        if not any(True for _ in _readable(pictures, held_out)):
-            reasons = "; ".join(f"{printable(name)} ({reason})" for name, reason in pictures.skipped[:8])
-            raise DataError(f"none of the {len(names)} pictures can be read: {reasons}.")
-        return list(range(len(names))), []  # the only readable ones are held out: better to train on them than not at all
+    if not any(True for _ in _readable(images, train)):
+        if not any(True for _ in _readable(images, held_out)):
+            reasons = "; ".join(
+                f"{printable(name)} ({reason})" for name, reason in images.skipped[:8]
+            )
+            raise DataError(f"none of the {len(names)} images can be read: {reasons}.")
+        return list(
+            range(len(names))
+        ), []  # the only readable ones are held out: better to train on them than not at all
     return train, sorted(held_out)
 
 
-def split_by_name(pictures: Pictures, held_out: Sequence[str]) -> tuple[list[int], list[int]]:
+def split_by_name(images: ImageSet, held_out: Sequence[str]) -> tuple[list[int], list[int]]:
     """Like ``split``, with the names to hold out given."""
     names = set(held_out)
-    return [i for i, n in enumerate(pictures.names) if n not in names], [i for i, n in enumerate(pictures.names) if n in names]
+    return [i for i, n in enumerate(images.names) if n not in names], [
+        i for i, n in enumerate(images.names) if n in names
+    ]
 
 
-def _readable(pictures: Pictures, indices: Sequence[int]) -> Iterator[Tensor]:
+def _readable(images: ImageSet, indices: Sequence[int]) -> Iterator[Tensor]:
     for start in range(0, len(indices), 16):
-        pictures.ask(indices[start : start + 16])
+        images.prefetch(indices[start : start + 16])
         for i in indices[start : start + 16]:
-            picture = pictures.get(i)
-            if picture is not None:
-                yield picture
+            image = images.get(i)
+            if image is not None:
+                yield image

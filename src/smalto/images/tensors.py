@@ -13,9 +13,9 @@ def to_tensor(array: numpy.ndarray) -> Tensor:
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
-def to_unit_range(picture: Tensor) -> Tensor:
+def to_unit_range(image: Tensor) -> Tensor:
     """uint8 in [0, 255] -> float32 in [-1, 1]; floats stay as they are."""
-    return picture.float() / 127.5 - 1 if picture.dtype == torch.uint8 else picture.float()
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -23,21 +23,25 @@ def to_uint8(image: Tensor) -> Tensor:
     return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def enlarge(picture: Tensor, size: int) -> Tensor:
+def enlarge(image: Tensor, size: int) -> Tensor:
     """Scale [C, H, W] up until its shorter side is ``size``."""
-    scale = size / min(picture.shape[1:])
-    target = [max(size, round(side * scale)) for side in picture.shape[1:]]
-    bigger = F.interpolate(picture[None].float(), target, mode="bicubic", align_corners=False)[0]
-    return bigger.round().clamp(0, 255).to(torch.uint8) if picture.dtype == torch.uint8 else bigger.clamp(-1, 1)
+    scale = size / min(image.shape[1:])
+    target = [max(size, round(side * scale)) for side in image.shape[1:]]
+    bigger = F.interpolate(image[None].float(), target, mode="bicubic", align_corners=False)[0]
+    return (
+        bigger.round().clamp(0, 255).to(torch.uint8)
+        if image.dtype == torch.uint8
+        else bigger.clamp(-1, 1)
+    )
 
 
-def centre_crop(picture: Tensor, multiple: int) -> Tensor:
-    """Cut [C, H, W] to multiples of ``multiple``, evenly on both sides; a picture that is smaller than one is enlarged to it."""
-    if min(picture.shape[1:]) < multiple:
-        picture = enlarge(picture, multiple)
-    height, width = (side // multiple * multiple for side in picture.shape[1:])
-    top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
-    return picture[..., top : top + height, left : left + width]
+def center_crop(image: Tensor, multiple: int) -> Tensor:
+    """Cut [C, H, W] to multiples of ``multiple``, evenly on both sides; an image that is smaller than one is enlarged to it."""
+    if min(image.shape[1:]) < multiple:
+        image = enlarge(image, multiple)
+    height, width = (side // multiple * multiple for side in image.shape[1:])
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[..., top : top + height, left : left + width]
 
 
 def views_of(views: numpy.ndarray, flip: bool) -> Tensor:

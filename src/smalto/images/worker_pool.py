@@ -1,4 +1,4 @@
-"""Decoding pictures in background processes."""
+"""Decoding images in background processes."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from smalto.core.allocator import settle_memory
+from smalto.core.allocator import keep_middle_sized_blocks
 from smalto.core.errors import DataError
-from smalto.images.image_file import PictureFile
-from smalto.images.reading import BadPicture
-from smalto.images.shared_memory import Packed, Slots, packed, use_slots
+from smalto.images.image_file import ImageFile
+from smalto.images.reading import BadImage
+from smalto.images.shared_memory import Packed, SharedBuffers, packed, use_shared_buffers
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Decoder(Generic[T]):
+class ReaderPool(Generic[T]):
     """Reads files in spawned worker processes, or on demand in this one with ``workers=0``.
 
-    A picture that kills its worker counts as bad; the others go on in fresh workers. Use as a context manager.
+    An image that kills its worker counts as bad; the others go on in fresh workers. Use as a context manager.
 
     Args:
         workers: number of processes.
-        read: what turns a file into a picture, such as ``read_picture`` or the ``prepare`` of a Transform; raises BadPicture.
+        read: what turns a file into an image, such as ``read_image`` or the ``prepare`` of a Transform; raises BadImage.
     """
 
-    def __init__(self, workers: int, read: Callable[[PictureFile], T]) -> None:
+    def __init__(self, workers: int, read: Callable[[ImageFile], T]) -> None:
         self.workers, self._read = workers, read
         self._running: _Workers | None = None
 
-    def submit(self, file: PictureFile) -> Future[list[T | BadPicture]] | None:
+    def submit(self, file: ImageFile) -> Future[list[T | BadImage]] | None:
         """Ask for one file; pass what comes back to ``result``."""
         return self._submit(_read_each, self._read, [file]) if self.workers else None
 
-    def result(self, file: PictureFile, future: Future[list[T | BadPicture]] | None) -> T:
-        """The picture asked for. Raises BadPicture."""
-        (picture,) = self._outcomes([file], future)
-        if isinstance(picture, BadPicture):
-            raise picture
-        return picture
+    def result(self, file: ImageFile, future: Future[list[T | BadImage]] | None) -> T:
+        """The image asked for. Raises BadImage."""
+        (image,) = self._outcomes([file], future)
+        if isinstance(image, BadImage):
+            raise image
+        return image
 
-    def in_order(self, files: Iterable[PictureFile], together: int = 1) -> Iterator[tuple[PictureFile, T | BadPicture]]:
-        """Every file with its picture, or with the reason why there is none.
+    def in_order(
+        self, files: Iterable[ImageFile], together: int = 1
+    ) -> Iterator[tuple[ImageFile, T | BadImage]]:
+        """Every file with its image, or with the reason why there is none.
 
         ``together`` files are one job of a worker; two jobs a worker are begun ahead.
         """
@@ -70,38 +72,56 @@ class Decoder(Generic[T]):
             self._running.pool.shutdown(cancel_futures=True)
             self._running = None
 
-    def __enter__(self) -> Decoder[T]:
+    def __enter__(self) -> ReaderPool[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
-    def _begin(self, files: list[PictureFile]) -> _Job:
+    def _begin(self, files: list[ImageFile]) -> _Job:
         if not self.workers:
             return _Job(files, None, None)
         slots = self._start().slots
         slot = slots.take()
-        return _Job(files, self._submit(packed, slot, _read_each, self._read, files), partial(slots.unpack, slot))
+        return _Job(
+            files,
+            self._submit(packed, slot, _read_each, self._read, files),
+            partial(slots.unpack, slot),
+        )
 
-    def _finish(self, job: _Job) -> Iterator[tuple[PictureFile, T | BadPicture]]:
+    def _finish(self, job: _Job) -> Iterator[tuple[ImageFile, T | BadImage]]:
         outcomes = self._outcomes(job.files, job.future)
         if job.unpack and isinstance(outcomes, Packed):  # else it was done again here
             outcomes = job.unpack(outcomes)
         yield from zip(job.files, outcomes, strict=True)
 
-    def _outcomes(self, files: list[PictureFile], future: Future[list[T | BadPicture]] | None) -> list[T | BadPicture]:
+    def _outcomes(
+        self, files: list[ImageFile], future: Future[list[T | BadImage]] | None
+    ) -> list[T | BadImage]:
         if future is None:
             return _read_each(self._read, files)
         try:
             return future.result()
-        except (BrokenProcessPool, CancelledError):  # its worker died, or another job's did and took the pool along
+        except (
+            BrokenProcessPool,
+            CancelledError,
+        ):  # its worker died, or another job's did and took the pool along
             return [self._retry_alone(file) for file in files]
 
     def _start(self) -> _Workers:
         if self._running is None:
-            context = multiprocessing.get_context("spawn")  # not forked: torch's threads do not survive a fork
-            slots = Slots(context, 2 * self.workers + 1)
-            pool = ProcessPoolExecutor(self.workers, context, initializer=_begin_worker, initargs=(slots.array,))
+            context = multiprocessing.get_context(
+                "spawn"
+            )  # not forked: torch's threads do not survive a fork
+            slots = SharedBuffers(context, 2 * self.workers + 1)
+            pool = ProcessPoolExecutor(
+                self.workers, context, initializer=_begin_worker, initargs=(slots.array,)
+            )
             self._running = _Workers(pool, slots)
         return self._running
 
@@ -115,7 +135,7 @@ class Decoder(Generic[T]):
                 broken.set_exception(BrokenProcessPool())
                 return broken
 
-    def _retry_alone(self, file: PictureFile) -> T | BadPicture:
+    def _retry_alone(self, file: ImageFile) -> T | BadImage:
         self.close()
         try:
             self._submit(int).result()
@@ -129,25 +149,25 @@ class Decoder(Generic[T]):
             return self._submit(_read_each, self._read, [file]).result()[0]
         except BrokenProcessPool:
             self.close()
-            return BadPicture("damaged: it crashed the decoder")
+            return BadImage("damaged: it crashed the decoder")
 
 
 class _Workers(NamedTuple):
     pool: ProcessPoolExecutor
-    slots: Slots
+    slots: SharedBuffers
 
 
 class _Job(NamedTuple):
     """Files that a worker reads together."""
 
-    files: list[PictureFile]
+    files: list[ImageFile]
     future: Future[Any] | None
     unpack: Callable[[Packed], Any] | None
 
 
 def _begin_worker(shared: Any) -> None:
-    use_slots(shared)
-    settle_memory()
+    use_shared_buffers(shared)
+    keep_middle_sized_blocks()
     _end_with_the_parent()
 
 
@@ -163,12 +183,12 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def _read_each(read: Callable[[PictureFile], T], files: list[PictureFile]) -> list[T | BadPicture]:
-    found: list[T | BadPicture] = []
+def _read_each(read: Callable[[ImageFile], T], files: list[ImageFile]) -> list[T | BadImage]:
+    found: list[T | BadImage] = []
     for file in files:
         try:
             found.append(read(file))
-        except BadPicture as bad:
+        except BadImage as bad:
             found.append(bad)
     return found
 

@@ -1,4 +1,4 @@
-"""Encoding a stream of pictures: on CPUs in several threads of one core each, elsewhere in one beside the rest of the work."""
+"""Encoding a stream of images: on CPUs in several threads of one core each, elsewhere in one beside the rest of the work."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from smalto.core.errors import SmaltoError
 from smalto.images.tensors import to_unit_range
-from smalto.inference.runner import Runner
+from smalto.inference.inference_tokenizer import InferenceTokenizer
 
 T = TypeVar("T")
-# Of what one core encodes at once: 4 pictures of 256 x 256. With twice as many float32 was a quarter slower (bf16 of the smallest network
+# Of what one core encodes at once: 4 images of 256 x 256. With twice as many float32 was a quarter slower (bf16 of the smallest network
 # a few per cent faster), and a job took 150 to 250 MiB more. Probably because the heaps that glibc gives to threads end at 64 MiB.
 _PIXELS_PER_PIECE = 2**18
 
@@ -28,9 +28,14 @@ class Encoders:
     decoding process, and pieces are small enough to stay near its caches.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner, self._cores = runner, torch.get_num_threads() if runner.device.type == "cpu" else 1
-        self._pool = ThreadPoolExecutor(self._cores, initializer=_use_one_core if runner.device.type == "cpu" else None)
+    def __init__(self, inference: InferenceTokenizer) -> None:
+        self._inference, self._cores = (
+            inference,
+            torch.get_num_threads() if inference.device.type == "cpu" else 1,
+        )
+        self._pool = ThreadPoolExecutor(
+            self._cores, initializer=_use_one_core if inference.device.type == "cpu" else None
+        )
 
     def encode(self, batches: Iterable[tuple[T, Tensor]]) -> Iterator[tuple[T, Tensor]]:
         """(anything, images uint8 [B, 3, H, W]) -> (the same, tokens int64 [B, L] on the CPU); a few pieces are begun ahead."""
@@ -42,10 +47,18 @@ class Encoders:
                 thing, images = next(batches)
             except StopIteration:
                 break
-            except SmaltoError as error:  # too many bad pictures: what is under way is finished first
+            except SmaltoError as error:  # too many bad images: what is under way is finished first
                 stopped = error
                 break
-            waiting.append((thing, [self._pool.submit(self._encode, piece) for piece in images.split(self._piece(images))]))
+            waiting.append(
+                (
+                    thing,
+                    [
+                        self._pool.submit(self._encode, piece)
+                        for piece in images.split(self._piece(images))
+                    ],
+                )
+            )
             while sum(len(pieces) for _, pieces in waiting) > 2 * self._cores and len(waiting) > 1:
                 yield _finished(*waiting.popleft())
         for done in waiting:
@@ -56,18 +69,26 @@ class Encoders:
     def __enter__(self) -> Encoders:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        if self._runner.device.type == "cpu":
+        if self._inference.device.type == "cpu":
             torch.set_num_threads(self._cores)
 
     def _piece(self, images: Tensor) -> int:
-        if self._runner.device.type != "cpu":
-            return self._runner.batch
-        return max(1, min(self._runner.batch, _PIXELS_PER_PIECE // (images.shape[-2] * images.shape[-1])))
+        if self._inference.device.type != "cpu":
+            return self._inference.batch
+        return max(
+            1,
+            min(self._inference.batch, _PIXELS_PER_PIECE // (images.shape[-2] * images.shape[-1])),
+        )
 
     def _encode(self, images: Tensor) -> Tensor:
-        return self._runner.encode(to_unit_range(images))
+        return self._inference.encode(to_unit_range(images))
 
 
 def _use_one_core() -> None:

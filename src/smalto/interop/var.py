@@ -51,7 +51,9 @@ def load_tokenizer(
     else:
         source, checkpoint = "the state dict", path_or_state_dict
     if isinstance(checkpoint, Mapping) and "pos_1LC" in checkpoint:
-        raise DataError(f"{source} is VAR's transformer, not its tokenizer: load vae_ch160v4096z32.pth, which lies beside it.")
+        raise DataError(
+            f"{source} is VAR's transformer, not its tokenizer: load vae_ch160v4096z32.pth, which lies beside it."
+        )
     state = find_state(checkpoint, _MARKS, "tokenizer of VAR")
     _check_tensors(state, source)
     config = _read_config(state, patch_nums, using_znorm, quant_resi, beta, source)
@@ -61,7 +63,9 @@ def load_tokenizer(
     expected = {names[key]: tensor.shape for key, tensor in tokenizer.state_dict().items()}
     expected[HITS] = torch.Size((len(config.quantizer.grids), config.quantizer.codebook_size))  # type: ignore[union-attr]
     _compare(expected, state, source)
-    tokenizer.load_state_dict({key: state[name].detach().clone() for key, name in names.items()}, assign=True)
+    tokenizer.load_state_dict(
+        {key: state[name].detach().clone() for key, name in names.items()}, assign=True
+    )
     return tokenizer.eval()
 
 
@@ -74,7 +78,9 @@ def tokenizer_state_dict(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
         ConfigError: VAR cannot hold this tokenizer, and why.
     """
     if not isinstance(tokenizer, ImageTokenizer):
-        raise InputError(f"tokenizer_state_dict takes an ImageTokenizer; got {describe(tokenizer)}.")
+        raise InputError(
+            f"tokenizer_state_dict takes an ImageTokenizer; got {describe(tokenizer)}."
+        )
     reasons = obstacles(tokenizer)
     if reasons:
         raise ConfigError(f"VAR cannot hold this tokenizer: {'; '.join(reasons)}.")
@@ -90,13 +96,22 @@ def tokenizer_state_dict(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
 def obstacles(tokenizer: ImageTokenizer) -> list[str]:
     """Why VAR's code cannot hold a tokenizer, whatever values it is built with; empty where it can."""
     config = tokenizer.config
-    autoencoder, quantizer = getattr(config, "autoencoder", None), getattr(config, "quantizer", None)
-    if not isinstance(autoencoder, CNNAutoencoderConfig) or not isinstance(quantizer, MultiScaleVQConfig):
+    autoencoder, quantizer = (
+        getattr(config, "autoencoder", None),
+        getattr(config, "quantizer", None),
+    )
+    if not isinstance(autoencoder, CNNAutoencoderConfig) or not isinstance(
+        quantizer, MultiScaleVQConfig
+    ):
         kinds = [getattr(part, "kind", "simple") for part in (autoencoder, quantizer)]
-        return [f'it needs autoencoder.kind "cnn" and quantizer.kind "multiscale"; this one has {kinds[0]!r} and {kinds[1]!r}']
+        return [
+            f'it needs autoencoder.kind "cnn" and quantizer.kind "multiscale"; this one has {kinds[0]!r} and {kinds[1]!r}'
+        ]
     reasons = []
     if quantizer.scale.code_dim is not None:
-        reasons.append(f'it knows no projections around the codebook (quantizer.scale.code_dim is {quantizer.scale.code_dim}, not "none")')
+        reasons.append(
+            f'it knows no projections around the codebook (quantizer.scale.code_dim is {quantizer.scale.code_dim}, not "none")'
+        )
     if any(h != w for h, w in quantizer.grids):
         reasons.append(f"its scales are square (quantizer.scales are {_shown(quantizer.grids)})")
     if len(quantizer.scales) == 1:
@@ -155,32 +170,48 @@ def _var_names(tokenizer: ImageTokenizer) -> dict[str, str]:
         (r"encoder\.quant_conv", "quant_conv"),
         (r"decoder\.post_quant_conv", "post_quant_conv"),
         (r"quantize\.scale\.embedding", "quantize.embedding"),
-        (r"quantize\.phis\.(\d+)", phis.get(config.quantizer.num_phis, r"quantize.quant_resi.qresi_ls.\1")),
+        (
+            r"quantize\.phis\.(\d+)",
+            phis.get(config.quantizer.num_phis, r"quantize.quant_resi.qresi_ls.\1"),
+        ),
     ]
     names = {}
     for key in tokenizer.state_dict():
-        if not key.startswith("quantize.scale.embedding.ema_"):  # moving averages are of training only
+        if not key.startswith(
+            "quantize.scale.embedding.ema_"
+        ):  # moving averages are of training only
             names[key] = key
             for pattern, replacement in patterns:
                 names[key] = re.sub(rf"^{pattern}\.", replacement + ".", names[key])
     return names
 
 
-def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_resi: float, beta: float, source: str) -> TokenizerConfig:
+def _read_config(
+    state: State,
+    patch_nums: PatchHws,
+    using_znorm: bool,
+    quant_resi: float,
+    beta: float,
+    source: str,
+) -> TokenizerConfig:
     """What the keys and shapes of a state say about the tokenizer that it is of."""
 
     def shape(key: str, rank: int = 4) -> tuple[int, ...]:
         if key not in state:
             raise ConfigError(f"{source}: the key {key!r} is missing.")
         if state[key].ndim != rank:
-            raise ConfigError(f"{source}: {key!r} is {list(state[key].shape)}, expected {rank} dimensions.")
+            raise ConfigError(
+                f"{source}: {key!r} is {list(state[key].shape)}, expected {rank} dimensions."
+            )
         return tuple(state[key].shape)
 
     ch, in_channels = shape("encoder.conv_in.weight")[:2]
     levels = _count(state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
     if ch < 1 or any(width % ch for width in widths):
-        raise ConfigError(f"{source}: encoder.down.*.block.0.conv1.weight have {widths} channels, which are not multiples of ch = {ch}.")
+        raise ConfigError(
+            f"{source}: encoder.down.*.block.0.conv1.weight have {widths} channels, which are not multiples of ch = {ch}."
+        )
     codebook_size, code_dim = shape("quantize.embedding.weight", rank=2)
     num_phis: int | None
     if any(key.startswith("quantize.quant_resi.qresi_ls.") for key in state):
@@ -200,8 +231,15 @@ def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_re
         "quant_conv_kernel": shape("quant_conv.weight")[-1],
     }
     if not isinstance(using_znorm, bool) or not isinstance(quant_resi, (int, float)):
-        raise ConfigError(f"using_znorm is True or False and quant_resi a number; got {using_znorm!r} and {quant_resi!r}.")
-    scale = {"codebook_size": codebook_size, "latent_dim": code_dim, "metric": "cosine" if using_znorm else "l2", "beta": beta}
+        raise ConfigError(
+            f"using_znorm is True or False and quant_resi a number; got {using_znorm!r} and {quant_resi!r}."
+        )
+    scale = {
+        "codebook_size": codebook_size,
+        "latent_dim": code_dim,
+        "metric": "cosine" if using_znorm else "l2",
+        "beta": beta,
+    }
     quantizer = {
         "kind": "multiscale",
         "scales": TokenLayout(as_grids(patch_nums)).grids,
@@ -209,7 +247,9 @@ def _read_config(state: State, patch_nums: PatchHws, using_znorm: bool, quant_re
         "phi_ratio": abs(quant_resi),
         "scale": scale,
     }
-    return parse_config(TokenizerConfig, {"autoencoder": autoencoder, "quantizer": quantizer}, source)
+    return parse_config(
+        TokenizerConfig, {"autoencoder": autoencoder, "quantizer": quantizer}, source
+    )
 
 
 def _count(state: State, pattern: str) -> int:
@@ -223,11 +263,19 @@ def _check_tensors(state: State, source: str) -> None:
     precision = state[_MARKS[1]].dtype if isinstance(state[_MARKS[1]], Tensor) else None
     for key, tensor in state.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        if not plain or not tensor.is_floating_point() or (key != HITS and tensor.dtype != precision):
+        if (
+            not plain
+            or not tensor.is_floating_point()
+            or (key != HITS and tensor.dtype != precision)
+        ):
             wanted = f"numbers in the precision of {_MARKS[1]!r}, {precision}"
-            raise ConfigError(f"{source}: {key!r} is {describe(tensor)}, expected a plain tensor of {wanted}.")
+            raise ConfigError(
+                f"{source}: {key!r} is {describe(tensor)}, expected a plain tensor of {wanted}."
+            )
         if not bool(tensor.isfinite().all()):
-            raise ConfigError(f"{source}: {key!r} holds NaN or infinite numbers. Take an earlier checkpoint.")
+            raise ConfigError(
+                f"{source}: {key!r} holds NaN or infinite numbers. Take an earlier checkpoint."
+            )
 
 
 def _compare(expected: Mapping[str, torch.Size], state: State, source: str) -> None:
@@ -238,13 +286,25 @@ def _compare(expected: Mapping[str, torch.Size], state: State, source: str) -> N
             f"(expected {list(expected[HITS])}). Pass the tokenizer's own patch_nums."
         )
     problems = [
-        f"{key!r} is {list(state[key].shape)}, expected {list(size)}" for key, size in expected.items() if _differs(state, key, size)
+        f"{key!r} is {list(state[key].shape)}, expected {list(size)}"
+        for key, size in expected.items()
+        if _differs(state, key, size)
     ]
-    problems += [f"{key!r} is missing (expected {list(size)})" for key, size in expected.items() if key not in state]
-    problems += [f"{key!r} {list(tensor.shape)} is not expected" for key, tensor in state.items() if key not in expected]
+    problems += [
+        f"{key!r} is missing (expected {list(size)})"
+        for key, size in expected.items()
+        if key not in state
+    ]
+    problems += [
+        f"{key!r} {list(tensor.shape)} is not expected"
+        for key, tensor in state.items()
+        if key not in expected
+    ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ConfigError(f"{source} is not this tokenizer of VAR: {'; '.join(problems[:5])}{more}.")
+        raise ConfigError(
+            f"{source} is not this tokenizer of VAR: {'; '.join(problems[:5])}{more}."
+        )
 
 
 def _differs(state: State, key: str, size: torch.Size) -> bool:

@@ -17,7 +17,7 @@ MIN_LAST_SIDE = 3  # of the map before the two last convolutions
 class PatchDiscriminator(nn.Module):
     """Images [B, C, H, W] in [-1, 1] -> one number per patch [B, 1, h, w], high for real ones.
 
-    Strided 4x4 convolutions, every one divided by its largest singular value, so that the answer changes slowly with the picture.
+    Strided 4x4 convolutions, every one divided by its largest singular value, so that the answer changes slowly with the image.
 
     Args:
         in_channels: C.
@@ -31,7 +31,10 @@ class PatchDiscriminator(nn.Module):
         body: list[nn.Module] = []
         for number, (before, after) in enumerate(itertools.pairwise(widths)):
             stride = 2 if number < layers else 1
-            body += [spectral_norm(nn.Conv2d(before, after, 4, stride, 1)), nn.LeakyReLU(0.2, inplace=True)]
+            body += [
+                spectral_norm(nn.Conv2d(before, after, 4, stride, 1)),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
         self.body = nn.Sequential(*body, spectral_norm(nn.Conv2d(widths[-1], 1, 4, 1, 1)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,17 +42,19 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises, from its answers: 2 when it knows nothing, 0 when it tells all apart with certainty."""
+    """What the discriminator minimizes, from its answers: 2 when it knows nothing, 0 when it tells all apart with certainty."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def fooling(fake: Tensor) -> Tensor:
-    """What the tokenizer minimises, from the discriminator's answers to its reconstructions."""
+    """What the tokenizer minimizes, from the discriminator's answers to its reconstructions."""
     return -fake.mean()
 
 
 @torch.no_grad()
-def adaptive_factor(reconstruction_gradient: Tensor, adversarial_gradient: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def adaptive_factor(
+    reconstruction_gradient: Tensor, adversarial_gradient: Tensor, largest: float
+) -> tuple[Tensor, Tensor]:
     """By what to multiply the adversarial gradient so that it is as long as the reconstruction's (Esser et al. 2021, arXiv 2012.09841).
 
     Args:

@@ -22,18 +22,31 @@ class Objective:
         config: weights and schedules.
         last_layer: weights of the decoder's last layer.
         discriminator: where there is an adversarial term.
-        device: where pictures are.
+        device: where images are.
 
     Attributes:
-        terms: the terms that compare a reconstruction with its picture.
+        terms: the terms that compare a reconstruction with its image.
     """
 
-    def __init__(self, config: LossesConfig, last_layer: Tensor, discriminator: PatchDiscriminator | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: LossesConfig,
+        last_layer: Tensor,
+        discriminator: PatchDiscriminator | None,
+        device: torch.device,
+    ) -> None:
         self._config, self._last_layer, self._discriminator = config, last_layer, discriminator
         self.terms = {name: term.to(device) for name, term in config.build_terms().items()}
 
     def backward(
-        self, reconstruction: Tensor, vq_loss: Tensor, images: Tensor, step: int, *, share: float = 1.0, caution: float = 1.0
+        self,
+        reconstruction: Tensor,
+        vq_loss: Tensor,
+        images: Tensor,
+        step: int,
+        *,
+        share: float = 1.0,
+        adversarial_scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """Add the gradients of ``share`` of the objective at ``step`` to the parameters; returns the terms' values, not weighted.
 
@@ -43,46 +56,64 @@ class Objective:
             caution: factor of the adversarial weight.
         """
         seen = reconstruction.detach().requires_grad_()
-        gradient, figures = self._compare(seen, images, step)
-        adversarial_weight = self._config.adversarial.at(step) * caution
+        gradient, metrics = self._compare(seen, images, step)
+        adversarial_weight = self._config.adversarial.at(step) * adversarial_scale
         if adversarial_weight:
             adversarial, more = self._fool(seen, reconstruction, gradient, adversarial_weight)
             gradient = gradient + adversarial
-            figures |= more
+            metrics |= more
         quantizer_weight = self._config.quantizer.at(step)
-        figures["vq_loss"] = vq_loss.detach()
-        figures["loss"] = figures["reconstruction_loss"] + quantizer_weight * figures["vq_loss"]
+        metrics["vq_loss"] = vq_loss.detach()
+        metrics["loss"] = metrics["reconstruction_loss"] + quantizer_weight * metrics["vq_loss"]
         roots = [(reconstruction, gradient * share)]
         if vq_loss.requires_grad:
             roots.append((vq_loss, torch.full_like(vq_loss, quantizer_weight * share)))
         torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
-        return figures
+        return metrics
 
     def _compare(self, seen: Tensor, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient of the terms that compare with the picture, with respect to the reconstruction, and their values."""
-        total, figures = seen.new_zeros(()), {}
+        """Gradient of the terms that compare with the image, with respect to the reconstruction, and their values."""
+        total, metrics = seen.new_zeros(()), {}
         for name, term in self.terms.items():
             weight = getattr(self._config, name).at(step)
             if weight:
                 value = term(seen, images)
-                figures[name] = value.detach()
+                metrics[name] = value.detach()
                 total = total + weight * value
-        figures["reconstruction_loss"] = total.detach()
-        gradient = torch.autograd.grad(total, seen)[0] if total.requires_grad else torch.zeros_like(seen)
-        return gradient, figures
+        metrics["reconstruction_loss"] = total.detach()
+        gradient = (
+            torch.autograd.grad(total, seen)[0] if total.requires_grad else torch.zeros_like(seen)
+        )
+        return gradient, metrics
 
-    def _fool(self, seen: Tensor, reconstruction: Tensor, gradient: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _fool(
+        self, seen: Tensor, reconstruction: Tensor, gradient: Tensor, weight: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted gradient of the adversarial term, and what to log of it."""
         assert self._discriminator is not None
         with frozen(self._discriminator):
             value = fooling(self._discriminator(seen))
         (adversarial,) = torch.autograd.grad(value, seen)
-        (of_reconstruction,) = torch.autograd.grad(reconstruction, self._last_layer, gradient, retain_graph=True)
-        (of_adversarial,) = torch.autograd.grad(reconstruction, self._last_layer, adversarial, retain_graph=True)
-        factor, length = adaptive_factor(of_reconstruction, of_adversarial, self._config.adversarial.max_factor)
-        scale = weight * factor if self._config.adversarial.adaptive else torch.full_like(factor, weight)
-        figures = {"adversarial_loss": value.detach(), "adversarial_weight": scale, "adversarial_gradient": scale * length}
-        return adversarial * scale, figures
+        (of_reconstruction,) = torch.autograd.grad(
+            reconstruction, self._last_layer, gradient, retain_graph=True
+        )
+        (of_adversarial,) = torch.autograd.grad(
+            reconstruction, self._last_layer, adversarial, retain_graph=True
+        )
+        factor, length = adaptive_factor(
+            of_reconstruction, of_adversarial, self._config.adversarial.max_factor
+        )
+        scale = (
+            weight * factor
+            if self._config.adversarial.adaptive
+            else torch.full_like(factor, weight)
+        )
+        metrics = {
+            "adversarial_loss": value.detach(),
+            "adversarial_weight": scale,
+            "adversarial_gradient": scale * length,
+        }
+        return adversarial * scale, metrics
 
 
 @contextmanager

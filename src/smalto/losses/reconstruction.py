@@ -1,4 +1,4 @@
-"""Terms that compare a reconstruction with its picture; both [B, C, H, W] in [-1, 1], the result a scalar."""
+"""Terms that compare a reconstruction with its image; both [B, C, H, W] in [-1, 1], the result a scalar."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ def perplexity(histogram: Tensor) -> float:
 
 def used(histogram: Tensor) -> tuple[float, float]:
     """Of a histogram [K]: the share of codes that occur at all, exactly, and the share that so many tokens can hit at most."""
-    return int((histogram > 0).sum()) / len(histogram), min(1.0, int(histogram.sum()) / len(histogram))
+    return int((histogram > 0).sum()) / len(histogram), min(
+        1.0, int(histogram.sum()) / len(histogram)
+    )
 
 
 class CodebookMeter:
@@ -43,7 +45,9 @@ class CodebookMeter:
         """Take in tokens of any shape."""
         tokens = tokens.reshape(-1).cpu().long()
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.histogram):
-            raise InputError(f"tokens must be in [0, {len(self.histogram)}); got values from {int(tokens.min())} to {int(tokens.max())}.")
+            raise InputError(
+                f"tokens must be in [0, {len(self.histogram)}); got values from {int(tokens.min())} to {int(tokens.max())}."
+            )
         self.histogram += torch.bincount(tokens, minlength=len(self.histogram))
         # The W largest random keys belong to a uniform sample of W tokens, however many come.
         keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])

@@ -1,4 +1,4 @@
-"""Fréchet distance between two collections of pictures, as a frozen network sees them (Heusel et al. 2017, arXiv 1706.08500)."""
+"""Fréchet distance between two collections of images, as a frozen network sees them (Heusel et al. 2017, arXiv 1706.08500)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smalto.core.errors import DataError, InputError, describe
 
-ENOUGH = 2048  # pictures; with fewer the distance is mostly a matter of how many there are
+ENOUGH = 2048  # images; with fewer the distance is mostly a matter of how many there are
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class FeatureMoments:
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance. Raises InputError for fewer than two vectors."""
         if self.number < 2:
-            raise InputError(f"a covariance needs at least 2 vectors; there {'is 1' if self.number else 'is none'}.")
+            raise InputError(
+                f"a covariance needs at least 2 vectors; there {'is 1' if self.number else 'is none'}."
+            )
         mean = self._sum / self.number
         covariance = (self._outer - self.number * torch.outer(mean, mean)) / (self.number - 1)
         return Gaussian(mean, covariance, self.number)
@@ -58,7 +60,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         InputError: they differ in dimension.
     """
     if a.mean.shape != b.mean.shape:
-        raise InputError(f"the two have {len(a.mean)} and {len(b.mean)} dimensions: they come from different networks.")
+        raise InputError(
+            f"the two have {len(a.mean)} and {len(b.mean)} dimensions: they come from different networks."
+        )
     # C_a C_b has the eigenvalues of the symmetric C_a^½ C_b C_a^½, which symmetric solvers give to full precision.
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -75,15 +79,28 @@ def read_statistics(path: str | Path) -> Gaussian:
     """
     try:
         with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as file:
-            mean, covariance = (torch.from_numpy(numpy.asarray(file[name], dtype=numpy.float64)) for name in ("mu", "sigma"))
+            mean, covariance = (
+                torch.from_numpy(numpy.asarray(file[name], dtype=numpy.float64))
+                for name in ("mu", "sigma")
+            )
     except (zipfile.BadZipFile, zlib.error):
         raise DataError(f"the reference statistics {path} are damaged.") from None
     except OSError as error:
-        raise DataError(f"the reference statistics {path} cannot be read ({error.strerror or 'not an .npz file'}).") from None
+        raise DataError(
+            f"the reference statistics {path} cannot be read ({error.strerror or 'not an .npz file'})."
+        ) from None
     except (ValueError, KeyError, EOFError, TypeError):
-        raise DataError(f"{path} holds no reference statistics: it should be an .npz file with mu [D] and sigma [D, D].") from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise DataError(f"{path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; they should be finite [D] and [D, D].")
+        raise DataError(
+            f"{path} holds no reference statistics: it should be an .npz file with mu [D] and sigma [D, D]."
+        ) from None
+    if (
+        mean.ndim != 1
+        or covariance.shape != (len(mean), len(mean))
+        or not (mean.isfinite().all() and covariance.isfinite().all())
+    ):
+        raise DataError(
+            f"{path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; they should be finite [D] and [D, D]."
+        )
     return Gaussian(mean, covariance)
 
 

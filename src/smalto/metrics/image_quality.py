@@ -1,4 +1,4 @@
-"""How near a reconstruction comes to its picture."""
+"""How near a reconstruction comes to its image."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
         raise MissingExtra("torchmetrics", "eval", "SSIM") from None
     _check(reconstruction, images)
     if min(images.shape[2:]) <= 2 * BORDER:
-        raise InputError(f"SSIM needs sides of at least {2 * BORDER + 1} pixels; got {list(images.shape[2:])}.")
+        raise InputError(
+            f"SSIM needs sides of at least {2 * BORDER + 1} pixels; got {list(images.shape[2:])}."
+        )
     if not len(images):
         return images.new_zeros(0)
     unit = (reconstruction.float().clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2
-    _, similarity = structural_similarity_index_measure(*unit, data_range=1.0, reduction="none", return_full_image=True)
+    _, similarity = structural_similarity_index_measure(
+        *unit, data_range=1.0, reduction="none", return_full_image=True
+    )
     # The border, where the window hangs over the edge, is left out, as in scikit-image and in the original.
     inside = similarity[..., BORDER:-BORDER, BORDER:-BORDER]
     return inside.mean(dim=(1, 2, 3))
@@ -58,7 +62,9 @@ def ms_ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
         raise MissingExtra("torchmetrics", "eval", "MS-SSIM") from None
     _check(reconstruction, images)
     if min(images.shape[2:]) < MIN_MS_SSIM_SIDE:
-        raise InputError(f"MS-SSIM needs sides of at least {MIN_MS_SSIM_SIDE} pixels; got {list(images.shape[2:])}.")
+        raise InputError(
+            f"MS-SSIM needs sides of at least {MIN_MS_SSIM_SIDE} pixels; got {list(images.shape[2:])}."
+        )
     if not len(images):
         return images.new_zeros(0)
     unit = (reconstruction.float().clamp(-1, 1) + 1) / 2, (images.float() + 1) / 2
@@ -66,7 +72,11 @@ def ms_ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def _check(reconstruction: Tensor, images: Tensor) -> None:
-    if reconstruction.shape != images.shape or images.ndim != 4 or not (images.is_floating_point() and reconstruction.is_floating_point()):
+    if (
+        reconstruction.shape != images.shape
+        or images.ndim != 4
+        or not (images.is_floating_point() and reconstruction.is_floating_point())
+    ):
         raise InputError(
             f"reconstruction and images must be floating point in [-1, 1] and of one shape [B, C, H, W]; got {describe(reconstruction)} "
             f"and {describe(images)}."

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from smalto.core.errors import ConfigError, RunError
-from smalto.core.files import aside, check_writable, sync_tree
+from smalto.core.files import atomic_path, check_writable, sync_tree
 from smalto.core.layout import TokenLayout
 from smalto.interop import var
 from smalto.quantizers import MultiScaleVQ
@@ -54,7 +54,9 @@ def convert(
     if to == "var":
         return _to_var(load(source), path, overwrite)
     if to == "smalto":
-        return _to_smalto(var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path, overwrite)
+        return _to_smalto(
+            var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path, overwrite
+        )
     raise ConfigError(f'to must be "var" or "smalto"; got {to!r}.')
 
 
@@ -65,28 +67,43 @@ def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted
     _check_free(path, overwrite)
     if path.is_dir():
         raise RunError(f"{path} is a folder. Name a file that ends with .pth for --out.")
-    with aside(path) as temporary:
+    with atomic_path(path) as temporary:
         torch.save(state, temporary)
     arguments, fixed = var.constructor_values(tokenizer)
     if arguments == {"ch": 160} and not fixed:
-        return Converted(path, ["VAR loads this file as it is: build_vae_var(...) with its own values, load_state_dict(..., strict=True)."])
+        return Converted(
+            path,
+            [
+                "VAR loads this file as it is: build_vae_var(...) with its own values, load_state_dict(..., strict=True)."
+            ],
+        )
     notes = []
     if arguments:
-        notes.append(f"VAR must build its tokenizer with VQVAE({_arguments(arguments)}); build_vae_var has other values.")
+        notes.append(
+            f"VAR must build its tokenizer with VQVAE({_arguments(arguments)}); build_vae_var has other values."
+        )
     if fixed:
-        notes.append(f"VAR writes these into its code: in models/vqvae.py set ddconfig = dict(..., {_arguments(fixed)}).")
+        notes.append(
+            f"VAR writes these into its code: in models/vqvae.py set ddconfig = dict(..., {_arguments(fixed)})."
+        )
     return Converted(path, notes)
 
 
 def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
     _check_free(path, overwrite)
-    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {"config.json", "model.safetensors"}):
-        raise RunError(f"{path} is {'a file' if path.is_file() else 'a folder with other things in it'}. Name another folder for --out.")
-    with aside(path) as new:
+    if path.is_file() or (
+        path.is_dir() and {p.name for p in path.iterdir()} - {"config.json", "model.safetensors"}
+    ):
+        raise RunError(
+            f"{path} is {'a file' if path.is_file() else 'a folder with other things in it'}. Name another folder for --out."
+        )
+    with atomic_path(path) as new:
         tokenizer.save(new)
         sync_tree(new)
         if path.is_dir():
-            os.replace(path, new.parent / "old")  # goes with the temporary folder, once the new one is in its place
+            os.replace(
+                path, new.parent / "old"
+            )  # goes with the temporary folder, once the new one is in its place
     assert isinstance(tokenizer.quantize, MultiScaleVQ)
     scales = TokenLayout(tokenizer.quantize.scales)
     return Converted(path, [f"{tokenizer.quantize.codebook_size:,} codes, scales {scales}"])
@@ -95,7 +112,9 @@ def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Conver
 def _check_free(path: Path, overwrite: bool) -> None:
     check_writable(path)
     if path.exists() and not overwrite:
-        raise RunError(f"{path} exists already. Replace it with --overwrite, or name another --out.")
+        raise RunError(
+            f"{path} exists already. Replace it with --overwrite, or name another --out."
+        )
 
 
 def _arguments(values: dict[str, Any]) -> str:

@@ -6,18 +6,18 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from smalto.core.allocator import reused_memory
+from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
 from smalto.core.progress import Progress
-from smalto.evaluation.evaluator import Measurement, Networks
-from smalto.evaluation.run_summary import finish_run
+from smalto.evaluation.evaluator import Evaluator, FeatureNetworks
+from smalto.evaluation.run_summary import write_results
 from smalto.images.bundled import SOURCE, bundled_photographs
-from smalto.images.reading import read_picture
-from smalto.images.tensors import centre_crop, to_tensor, to_unit_range
-from smalto.inference.runner import Runner
-from smalto.pipelines.decode import decode, picture_name
+from smalto.images.reading import read_image
+from smalto.images.tensors import center_crop, to_tensor, to_unit_range
+from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.pipelines.decode import decode, image_name
 from smalto.pipelines.tokenize import tokenize
-from smalto.pipelines.train import Trained, fit, open_material, refit
+from smalto.pipelines.train import Trained, fit, open_training_images, resume_run
 from smalto.store.token_store import TokenStore
 from smalto.training.recipe import Recipe, change_recipe
 from smalto.training.run_folder import RunFolder
@@ -28,7 +28,7 @@ def demo_recipe() -> Recipe:
     return Recipe()
 
 
-@reused_memory()
+@retain_freed_memory()
 def demo(
     folder: str | Path = "runs",
     *,
@@ -51,13 +51,13 @@ def demo(
     if unfinished:
         run = RunFolder(path)
         recipe = change_recipe(run.recipe(), settings or {})
-        with open_material(SOURCE, recipe, workers, run.split()) as material:
-            run, recipe, tokenizer = refit(material, run, recipe, target, progress)
+        with open_training_images(SOURCE, recipe, workers, run.split()) as images_of_run:
+            run, recipe, tokenizer = resume_run(images_of_run, run, recipe, target, progress)
     else:
         recipe = change_recipe(demo_recipe(), settings or {})
-        with open_material(SOURCE, recipe, workers) as material:
-            run, recipe, tokenizer = fit(material, recipe, path, False, target, progress)
-    runner = Runner.on(tokenizer, recipe.precision)
+        with open_training_images(SOURCE, recipe, workers) as images_of_run:
+            run, recipe, tokenizer = fit(images_of_run, recipe, path, False, target, progress)
+    inference = InferenceTokenizer.on(tokenizer, recipe.precision)
     held_out = [file for file in bundled_photographs() if file.name in set(run.split()["held_out"])]
     tokens, longer_side = run.path / "tokens.lance", recipe.data.longer_side
     tokenize(
@@ -71,22 +71,39 @@ def demo(
         workers=0,
         progress=progress,
     )
-    pictures = decode(tokens, run.path / "decoded", overwrite=True, device=device, precision=recipe.precision, progress=progress)
+    images = decode(
+        tokens,
+        run.path / "decoded",
+        overwrite=True,
+        device=device,
+        precision=recipe.precision,
+        progress=progress,
+    )
     # From here on only files count: the originals on one side, the PNGs that were decoded from tokens on disk on the other.
     stored = TokenStore.open(tokens)
-    measurement = Measurement(stored.header.codebook_size, Networks.open(runner.device))
+    evaluator = Evaluator(stored.header.codebook_size, FeatureNetworks.open(inference.device))
     originals = {file.name: file.path for file in held_out}
     rows = stored.rows()
-    for id, row, layout, png in zip(rows["id"], rows["tokens"], rows["layout"], pictures, strict=True):
-        name = picture_name(id)
-        original = to_unit_range(centre_crop(to_tensor(read_picture(originals[name], longer_side)), runner.tokenizer.stride))
-        decoded = to_unit_range(to_tensor(read_picture(str(png), None)))
-        _, _, seconds = runner.roundtrip(original[None])
-        measurement.add([name], original[None], decoded[None], row[None], layout, seconds)
-    evaluation = measurement.result(
-        runner.tokenizer, "held-out pictures", f"{stored.header.transform}, decoded from tokens on disk", recipe.precision, material.skipped
+    for id, row, layout, png in zip(
+        rows["id"], rows["tokens"], rows["layout"], images, strict=True
+    ):
+        name = image_name(id)
+        original = to_unit_range(
+            center_crop(
+                to_tensor(read_image(originals[name], longer_side)), inference.tokenizer.stride
+            )
+        )
+        decoded = to_unit_range(to_tensor(read_image(str(png), None)))
+        _, _, seconds = inference.roundtrip(original[None])
+        evaluator.add([name], original[None], decoded[None], row[None], layout, seconds)
+    evaluation = evaluator.result(
+        inference.tokenizer,
+        "held-out images",
+        f"{stored.header.transform}, decoded from tokens on disk",
+        recipe.precision,
+        images_of_run.skipped,
     )
-    return Trained(run, tokenizer, finish_run(run, recipe, runner, evaluation))
+    return Trained(run, tokenizer, write_results(run, recipe, inference, evaluation))
 
 
 def _place(folder: Path) -> tuple[Path, bool]:

@@ -29,11 +29,11 @@ def info(path: str | Path) -> dict[str, Any]:
     if (path / "head.json").is_file():
         from smalto.store.token_store import TokenStore
 
-        return {"kind": "token store", **store_facts(TokenStore.open(path))}
+        return {"kind": "token store", **store_metadata(TokenStore.open(path))}
     if not (path / "config.json").is_file():
         raise RunError(f"{path} is no run, tokenizer or token store of smalto.")
     tokenizer = load(path)
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "kind": "tokenizer",
         "codebook size": tokenizer.quantize.codebook_size,
         **_grids(tokenizer),
@@ -45,7 +45,7 @@ def info(path: str | Path) -> dict[str, Any]:
     if (path / "recipe.toml").is_file():
         run = RunFolder(path)
         recipe = run.recipe()
-        facts |= {
+        metadata |= {
             "kind": "run",
             "trained on": recipe.data.source,
             "steps": f"{max(run.steps(), default=0)} of {recipe.steps}",
@@ -54,20 +54,27 @@ def info(path: str | Path) -> dict[str, Any]:
         if (path / "metrics.json").is_file():
             try:
                 metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-                facts["PSNR"] = f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
+                metadata["PSNR"] = (
+                    f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
+                )
             except (ValueError, KeyError, TypeError):
-                facts["PSNR"] = "metrics.json is damaged; smalto train --resume writes it again"
-            facts["report"] = str(path / "report.html")
-    return facts
+                metadata["PSNR"] = "metrics.json is damaged; smalto train --resume writes it again"
+            metadata["report"] = str(path / "report.html")
+    return metadata
 
 
-def store_facts(store: TokenStore) -> dict[str, Any]:
+def store_metadata(store: TokenStore) -> dict[str, Any]:
     """What a token store says of itself."""
-    header, size = store.header, sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    header, size = (
+        store.header,
+        sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+    )
     layout = header.layout
     return {
         "rows": len(store),
-        "layout": f"{layout}: {layout.num_tokens:,} tokens a row" if layout is not None else "varies: pictures keep their shape",
+        "layout": f"{layout}: {layout.num_tokens:,} tokens a row"
+        if layout is not None
+        else "varies: images keep their shape",
         "codebook size": header.codebook_size,
         "quantizer": header.kind,
         "transform": str(header.transform) or "not said",
@@ -75,7 +82,7 @@ def store_facts(store: TokenStore) -> dict[str, Any]:
         "tokenizer": header.tokenizer or "not said",
         "fingerprint": header.fingerprint,
         "source": header.source or "not said",
-        "bad pictures": len(store.errors()),
+        "bad images": len(store.errors()),
         "labels": len(store.classes()),
         "bytes on disk": f"{size:,}",
         "version": store.version,

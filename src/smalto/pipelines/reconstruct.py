@@ -1,4 +1,4 @@
-"""One picture to tokens and back."""
+"""One image to tokens and back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from smalto.core.device import Precision
 from smalto.core.errors import DataError, RunError
 from smalto.core.files import check_writable
 from smalto.core.progress import Progress
-from smalto.images.finding import find_pictures
-from smalto.images.image_reader import PictureReader
+from smalto.images.finding import find_images
+from smalto.images.image_reader import ImageReader
 from smalto.images.reading import LONGER_SIDE
 from smalto.images.tensors import to_unit_range
-from smalto.inference.runner import Runner
+from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.metrics import psnr
 from smalto.pipelines.decode import write_png
 from smalto.tokenizer import ImageTokenizer
@@ -21,7 +21,7 @@ from smalto.tokenizer import ImageTokenizer
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """What came back of one picture."""
+    """What came back of one image."""
 
     path: Path
     psnr: float
@@ -40,30 +40,38 @@ def reconstruct(
     precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> Reconstructed:
-    """Encode one picture, decode it again and write what came back to ``out`` (default: ``NAME-reconstruction.png`` in this folder).
+    """Encode one image, decode it again and write what came back to ``out`` (default: ``NAME-reconstruction.png`` in this folder).
 
     Raises:
-        DataError: the picture cannot be read.
+        DataError: the image cannot be read.
         RunError: ``out`` exists and ``overwrite`` is off.
     """
     path = Path(out) if out else Path(f"{Path(photo).stem}-reconstruction.png")
     if path.exists() and not overwrite:
-        raise RunError(f"{path} exists already. Replace it with --overwrite, or name another --out.")
+        raise RunError(
+            f"{path} exists already. Replace it with --overwrite, or name another --out."
+        )
     check_writable(path)
-    files, _ = find_pictures(photo)
+    files, _ = find_images(photo)
     if Path(photo).is_dir():
-        raise DataError(f"{photo} is a folder; name one picture, or use `smalto tokenize` and `smalto decode`.")
+        raise DataError(
+            f"{photo} is a folder; name one image, or use `smalto tokenize` and `smalto decode`."
+        )
     progress = progress or Progress()
-    runner = Runner.of(tokenizer, device, precision, 1, progress)
-    reader = PictureReader(files, runner.tokenizer.stride, progress, longer_side=longer_side, workers=0)
-    progress.begin("reconstructing", 1, "pictures")
-    pictures = list(reader)
-    progress.end()
-    if not pictures:
+    inference = InferenceTokenizer.of(tokenizer, device, precision, 1, progress)
+    reader = ImageReader(
+        files, inference.tokenizer.stride, progress, longer_side=longer_side, workers=0
+    )
+    progress.start("reconstructing", 1, "images")
+    found = list(reader)
+    progress.finish()
+    if not found:
         raise DataError(f"{photo} cannot be read: {reader.skipped[0].reason}.")
-    images = to_unit_range(pictures[0][1])[None]
-    tokens = runner.encode(images)
-    image = runner.decode(tokens, runner.tokenizer.layout(*images.shape[2:]))
+    images = to_unit_range(found[0][1])[None]
+    tokens = inference.encode(images)
+    image = inference.decode(tokens, inference.tokenizer.layout(*images.shape[2:]))
     write_png(path, image[0])
-    bits = (runner.tokenizer.quantize.codebook_size - 1).bit_length()
-    return Reconstructed(path, float(psnr(image, images)), tokens.numel(), -(-tokens.numel() * bits // 8))
+    bits = (inference.tokenizer.quantize.codebook_size - 1).bit_length()
+    return Reconstructed(
+        path, float(psnr(image, images)), tokens.numel(), -(-tokens.numel() * bits // 8)
+    )

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy
 import torch
 
-from smalto.core.allocator import reused_memory
+from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
 from smalto.core.errors import InputError
 from smalto.core.progress import Progress
-from smalto.images.reading import BadPicture
+from smalto.images.reading import BadImage
 from smalto.images.sources import locate
 from smalto.images.tensors import to_unit_range, views_of
 from smalto.images.transforms import Transform
@@ -22,7 +22,7 @@ from smalto.store.token_store import TokenStore
 from smalto.tokenizer import ImageTokenizer, load
 
 
-@reused_memory()
+@retain_freed_memory()
 def verify(
     path: str | Path,
     sample: int = 0,
@@ -38,7 +38,7 @@ def verify(
     Args:
         sample: how many rows to encode again, drawn by ``seed``.
         tokenizer: the folder of the tokenizer; None: the recorded one.
-        source: where the pictures are now; None: where they were.
+        source: where the images are now; None: where they were.
 
     Raises:
         RunError: the tokenizer is not there, or it is not the one that wrote the store.
@@ -50,33 +50,45 @@ def verify(
     model = load(recorded_tokenizer(store, tokenizer)).to(resolve_device(device))
     check_tokenizer(store, model.fingerprint(), tokenizer)
     found = check_store(store, progress)
-    if found.num_checked and found.num_checked == found.num_rows:  # else what cannot be read comes first
+    if (
+        found.num_checked and found.num_checked == found.num_rows
+    ):  # else what cannot be read comes first
         _encode_again(store, sample, model, source or store.header.source, seed, found, progress)
     return found
 
 
 @torch.no_grad()
 def _encode_again(
-    store: TokenStore, sample: int, tokenizer: ImageTokenizer, source: str | Path, seed: int, found: Verification, progress: Progress
+    store: TokenStore,
+    sample: int,
+    tokenizer: ImageTokenizer,
+    source: str | Path,
+    seed: int,
+    found: Verification,
+    progress: Progress,
 ) -> None:
     header = store.header
     if not isinstance(header.transform, Transform):
-        raise InputError(f"the pictures became tokens by {header.transform!r}, which smalto cannot repeat: verify without a sample.")
-    chosen = numpy.sort(numpy.random.default_rng(seed).choice(len(store), min(sample, len(store)), replace=False))
-    rows: dict[str, list[tuple[str, TokenRow]]] = {}  # picture: (view, row) of each of its rows
+        raise InputError(
+            f"the images became tokens by {header.transform!r}, which smalto cannot repeat: verify without a sample."
+        )
+    chosen = numpy.sort(
+        numpy.random.default_rng(seed).choice(len(store), min(sample, len(store)), replace=False)
+    )
+    rows: dict[str, list[tuple[str, TokenRow]]] = {}  # image: (view, row) of each of its rows
     for row in store.token_rows_at(chosen):
         name, view = split_id(row.id)
         rows.setdefault(name, []).append((view, row))
-    runner = tokenizer.for_inference(header.precision)
+    inference = tokenizer.for_inference(header.precision)
     device = next(tokenizer.parameters()).device
     names = header.transform.view_names()
-    progress.begin("encoding again", len(rows), "pictures")
+    progress.start("encoding again", len(rows), "images")
     for file in locate(source, rows) if source else ():
         progress.advance()
         of_file = rows.pop(file.name)
         try:
             prepared = header.transform.prepare(file)
-        except BadPicture:
+        except BadImage:
             found.not_found.append(file.name)
             continue
         if any(row.digest not in (b"", prepared.digest) for _, row in of_file):
@@ -84,11 +96,19 @@ def _encode_again(
             continue
         images = views_of(prepared.views, header.transform.flip)
         for view, row in of_file:
-            again = runner.encode(to_unit_range(images[names.index(view)][None]).to(device)).cpu()[0].numpy()
+            again = (
+                inference.encode(to_unit_range(images[names.index(view)][None]).to(device))
+                .cpu()[0]
+                .numpy()
+            )
             found.num_sampled += 1
             found.num_tokens_sampled += len(again)
-            different = numpy.flatnonzero(again != row.tokens) if len(again) == len(row.tokens) else numpy.arange(len(row.tokens))
+            different = (
+                numpy.flatnonzero(again != row.tokens)
+                if len(again) == len(row.tokens)
+                else numpy.arange(len(row.tokens))
+            )
             if len(different):
                 found.differing.append((row.id, len(different), int(different[0])))
-    progress.end()
+    progress.finish()
     found.not_found += sorted(rows)

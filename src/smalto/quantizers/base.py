@@ -45,7 +45,9 @@ class Quantizer(nn.Module, ABC):
     latent_dim: int
 
     @abstractmethod
-    def forward(self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
+    ) -> QuantizerOutput:
         """Quantize latents [B, C, h, w], with gradients.
 
         Args:
@@ -85,8 +87,15 @@ class Quantizer(nn.Module, ABC):
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise InputError unless latents are floating point [B, c, h, w] with c = ``latent_dim``."""
-        if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != self.latent_dim or not latents.is_floating_point():
-            raise InputError(f"latents must be floating point [B, {self.latent_dim}, h, w]; got {describe(latents)}.")
+        if (
+            not isinstance(latents, Tensor)
+            or latents.ndim != 4
+            or latents.shape[1] != self.latent_dim
+            or not latents.is_floating_point()
+        ):
+            raise InputError(
+                f"latents must be floating point [B, {self.latent_dim}, h, w]; got {describe(latents)}."
+            )
 
     def check_indices(self, indices: Tensor, num_tokens: int) -> Tensor:
         """Return indices as int64, or raise InputError unless they are whole numbers [B, num_tokens] in [0, codebook_size)."""
@@ -104,13 +113,21 @@ class Quantizer(nn.Module, ABC):
             InputError: the lengths do not fit, or an index is no code's.
         """
         length = indices.shape[1] if isinstance(indices, Tensor) and indices.ndim == 2 else -1
-        num_grids = next((k for k in range(1, len(layout.grids) + 1) if sum(layout.lengths[:k]) == length), len(layout.grids))
+        num_grids = next(
+            (k for k in range(1, len(layout.grids) + 1) if sum(layout.lengths[:k]) == length),
+            len(layout.grids),
+        )
         indices = self.check_indices(indices, sum(layout.lengths[:num_grids]))
         return list(indices.split(layout.lengths[:num_grids], dim=1))
 
     def check_range(self, indices: Tensor) -> Tensor:
         """Return indices as int64, or raise InputError unless they are whole numbers in [0, codebook_size)."""
-        if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool:
+        if (
+            not isinstance(indices, Tensor)
+            or indices.is_floating_point()
+            or indices.is_complex()
+            or indices.dtype is torch.bool
+        ):
             raise InputError(f"indices must be whole numbers; got {describe(indices)}.")
         indices = indices.long()
         if indices.numel():

@@ -96,13 +96,20 @@ class ProjectedCodebook(Codebook):
 
     def codes(self) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return (self.weight.to(wide) @ self.projection.to(wide)).to(self.weight.dtype)  # what a plain codebook could hold
+        return (self.weight.to(wide) @ self.projection.to(wide)).to(
+            self.weight.dtype
+        )  # what a plain codebook could hold
 
     @torch.no_grad()
     def fit(self, vectors: Tensor) -> None:
         """Choose the map so that the codes have the second moments of ``vectors`` [N, D]: the beginning of training."""
-        own, wanted = self.weight.cpu().double(), vectors.cpu().double()  # D x D is little work, and not every device has float64
-        projection = _root(own.T @ own / len(own), -0.5) @ _root(wanted.T @ wanted / len(wanted), 0.5)
+        own, wanted = (
+            self.weight.cpu().double(),
+            vectors.cpu().double(),
+        )  # D x D is little work, and not every device has float64
+        projection = _root(own.T @ own / len(own), -0.5) @ _root(
+            wanted.T @ wanted / len(wanted), 0.5
+        )
         self.projection.copy_(projection)
 
     def fold(self) -> Codebook:

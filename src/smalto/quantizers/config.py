@@ -13,7 +13,11 @@ from smalto.quantizers.vector import VectorQuantizerConfig
 
 
 def _kind(settings: Any) -> Any:
-    return settings.get("kind", "vector") if isinstance(settings, dict) else getattr(settings, "kind", None)
+    return (
+        settings.get("kind", "vector")
+        if isinstance(settings, dict)
+        else getattr(settings, "kind", None)
+    )
 
 
 QuantizerConfig = Annotated[

@@ -36,7 +36,9 @@ def rotation(vectors: Tensor, codes: Tensor, noise: Tensor | None = None) -> Ten
     middle = middle / middle_length.clamp(min=tiny)
     along_middle = (vectors * middle).sum(dim=1, keepdim=True)
     along_z = (vectors * z_unit).sum(dim=1, keepdim=True)
-    turned = (vectors - 2 * along_middle * middle + 2 * along_z * c_unit) * (c_length / z_length.clamp(min=tiny))
+    turned = (vectors - 2 * along_middle * middle + 2 * along_z * c_unit) * (
+        c_length / z_length.clamp(min=tiny)
+    )
     smallest = torch.finfo(z.dtype).eps
     turns = (z_length > tiny) & (c_length > tiny) & (middle_length > smallest)
     return _valued(codes, torch.where(turns, turned, vectors))
@@ -85,7 +87,9 @@ ESTIMATORS = {
 }
 
 
-def estimate(name: str, vectors: Tensor, codes: Tensor, valid: Tensor, noise: Tensor | None, training: bool) -> Tensor:
+def estimate(
+    name: str, vectors: Tensor, codes: Tensor, valid: Tensor, noise: Tensor | None, training: bool
+) -> Tensor:
     """Quantized vectors [N, D] by the estimator called ``name``; where not ``valid`` [N], no gradient reaches the codes.
 
     ``noise`` [N, D] counts in training only.

@@ -17,6 +17,8 @@ def fold(module: ModuleT) -> ModuleT:
     """A copy in which every projected codebook (SimVQ) is the plain ``Codebook`` of the same codes: same input, same indices."""
     folded = copy.deepcopy(module)
     for quantizer in folded.modules():
-        if isinstance(quantizer, VectorQuantizer) and isinstance(quantizer.embedding, ProjectedCodebook):
+        if isinstance(quantizer, VectorQuantizer) and isinstance(
+            quantizer.embedding, ProjectedCodebook
+        ):
             quantizer.embedding = quantizer.embedding.fold()
     return folded

@@ -8,37 +8,43 @@ from torch import Tensor
 from smalto.search import Metric, code_sums, nearest_codes
 
 
-def kmeans(vectors: Tensor, num_codes: int, metric: Metric, generator: torch.Generator, num_iterations: int = 10) -> Tensor:
+def kmeans(
+    vectors: Tensor,
+    num_codes: int,
+    metric: Metric,
+    generator: torch.Generator,
+    num_iterations: int = 10,
+) -> Tensor:
     """Lloyd's algorithm from a random choice of distinct vectors.
 
     Args:
         vectors: [N, D], finite.
         num_codes: K wanted.
-        metric: ``"cosine"`` groups by angle; the centres are means of the vectors themselves, because the stored code is the value.
+        metric: ``"cosine"`` groups by angle; the centers are means of the vectors themselves, because the stored code is the value.
         generator: on the CPU; decides the choice.
         num_iterations: rounds of assignment and averaging.
 
     Returns:
-        [min(K, number of distinct vectors), D]. A centre that loses all its vectors is put on the vector that is worst served.
+        [min(K, number of distinct vectors), D]. A center that loses all its vectors is put on the vector that is worst served.
     """
     distinct = torch.unique(vectors, dim=0)
     chosen = torch.randperm(len(distinct), generator=generator)[:num_codes].to(vectors.device)
-    centres = distinct[chosen]
+    centers = distinct[chosen]
     if len(distinct) <= num_codes:
-        return centres
+        return centers
     for _ in range(num_iterations):
-        indices = nearest_codes(vectors, centres, metric)
-        counts, sums = code_sums(vectors, indices, len(centres))
-        means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centres.dtype)
+        indices = nearest_codes(vectors, centers, metric)
+        counts, sums = code_sums(vectors, indices, len(centers))
+        means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centers.dtype)
         empty = (counts == 0).nonzero().squeeze(1)
         if len(empty):
-            errors = _errors(vectors, centres[indices], metric)
+            errors = _errors(vectors, centers[indices], metric)
             means[empty] = vectors[errors.topk(min(len(empty), len(vectors))).indices]
-        centres = means
-    return centres
+        centers = means
+    return centers
 
 
-def _errors(vectors: Tensor, centres: Tensor, metric: Metric) -> Tensor:
+def _errors(vectors: Tensor, centers: Tensor, metric: Metric) -> Tensor:
     if metric == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(vectors, centres)
-    return (vectors - centres).square().sum(dim=1)
+        return 1 - torch.nn.functional.cosine_similarity(vectors, centers)
+    return (vectors - centers).square().sum(dim=1)

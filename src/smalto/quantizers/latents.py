@@ -10,7 +10,9 @@ from smalto.core.errors import InputError, describe
 LARGEST = 1e15  # of a number in a latent vector
 
 
-def to_vectors(latent_map: Tensor, dtype: torch.dtype, project_in: nn.Module) -> tuple[Tensor, Tensor]:
+def to_vectors(
+    latent_map: Tensor, dtype: torch.dtype, project_in: nn.Module
+) -> tuple[Tensor, Tensor]:
     """Map [B, C, h, w] -> vectors [B*h*w, D] of ``dtype`` behind ``project_in``, and which are usable, bool [B*h*w]. The others are 0."""
     vectors = as_vectors(latent_map).to(dtype)
     # Masked on both sides: 0 * NaN would reach the gradient of the projection's weights, and the others' gradient that of its bias.
@@ -47,17 +49,23 @@ def masked_mse(vectors: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     return keep(vectors - targets, valid).square().sum() / count
 
 
-def noise_map(noise: Tensor | None, latent_map: Tensor, code_dim: int, dtype: torch.dtype) -> Tensor | None:
+def noise_map(
+    noise: Tensor | None, latent_map: Tensor, code_dim: int, dtype: torch.dtype
+) -> Tensor | None:
     """Noise [B, D, h, w] in ``dtype``, or InputError where it does not fit the latents."""
     if noise is None:
         return None
     batch, _, height, width = latent_map.shape
     if not isinstance(noise, Tensor) or noise.shape != (batch, code_dim, height, width):
-        raise InputError(f"noise must be {[batch, code_dim, height, width]}; got {describe(noise)}.")
+        raise InputError(
+            f"noise must be {[batch, code_dim, height, width]}; got {describe(noise)}."
+        )
     return noise.to(dtype)
 
 
-def noise_vectors(noise: Tensor | None, latent_map: Tensor, code_dim: int, dtype: torch.dtype) -> Tensor | None:
+def noise_vectors(
+    noise: Tensor | None, latent_map: Tensor, code_dim: int, dtype: torch.dtype
+) -> Tensor | None:
     """The same as vectors [B*h*w, D]."""
     checked = noise_map(noise, latent_map, code_dim, dtype)
     return None if checked is None else as_vectors(checked)
@@ -68,7 +76,9 @@ class Projection(nn.Linear):
 
     def forward(self, vectors: Tensor) -> Tensor:
         assert self.bias is not None
-        return nn.functional.linear(vectors, self.weight.to(vectors.dtype), self.bias.to(vectors.dtype))
+        return nn.functional.linear(
+            vectors, self.weight.to(vectors.dtype), self.bias.to(vectors.dtype)
+        )
 
 
 def projections(latent_dim: int, code_dim: int | None) -> tuple[nn.Module, nn.Module]:

@@ -17,7 +17,15 @@ from smalto.core.layout import TokenLayout, as_grids
 from smalto.core.precision import without_autocast
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.estimators import ESTIMATORS, estimate
-from smalto.quantizers.latents import as_map, as_vectors, keep, masked_mse, noise_map, projections, to_vectors
+from smalto.quantizers.latents import (
+    as_map,
+    as_vectors,
+    keep,
+    masked_mse,
+    noise_map,
+    projections,
+    to_vectors,
+)
 from smalto.quantizers.vector import VectorQuantizerConfig
 
 Scale = Annotated[int, Field(ge=1, le=65536)]
@@ -37,17 +45,31 @@ class MultiScaleVQConfig(Config):
         max_length=64,
         description="rows and columns of each scale, or one number for both; the last is the whole latent map",
     )
-    num_phis: int | None = Field(4, ge=1, le=64, description="convolutions that smooth enlarged scales, shared evenly; None: one per scale")
-    phi_ratio: float = Field(0.5, ge=0, le=1, description="share of the smoothed in the result; 0: there are no convolutions")
+    num_phis: int | None = Field(
+        4,
+        ge=1,
+        le=64,
+        description="convolutions that smooth enlarged scales, shared evenly; None: one per scale",
+    )
+    phi_ratio: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the smoothed in the result; 0: there are no convolutions",
+    )
     scale: Annotated[VectorQuantizerConfig, over_defaults(_SCALE)] = _SCALE
 
     @model_validator(mode="after")
     def _parts_fit(self) -> MultiScaleVQConfig:
         if self.scale.unit_codes:
-            raise ValueError("scale.unit_codes must be false: what a code of length 1 leaves has another length, which would be lost.")
+            raise ValueError(
+                "scale.unit_codes must be false: what a code of length 1 leaves has another length, which would be lost."
+            )
         height, width = self.grids[-1]
         if any(h > height or w > width for h, w in self.grids):
-            raise ValueError(f"scales must not be finer than the last one, which is the whole latent map; got {self.scales}.")
+            raise ValueError(
+                f"scales must not be finer than the last one, which is the whole latent map; got {self.scales}."
+            )
         return self
 
     @property
@@ -94,7 +116,7 @@ class MultiScaleVQ(Quantizer):
 
     From the coarsest scale on: what is left of the latent map is averaged down to the scale's grid, every vector there takes the nearest
     code of the one codebook, the map of codes is enlarged (bicubic) to the full grid, smoothed by a convolution φ, and added to
-    the result. Tokens [B, Σ h_k·w_k] scale by scale, so the first ones alone are a coarser picture.
+    the result. Tokens [B, Σ h_k·w_k] scale by scale, so the first ones alone are a coarser image.
 
     The loss is the mean over scales of ``mse(f̂_k, sg[f]) + beta·mse(sg[f̂_k], f)``, where f̂_k is the result after k scales and f the
     latents. φ and learned codes learn from the first term; the search works on a detached residual that keeps no graph.
@@ -108,9 +130,15 @@ class MultiScaleVQ(Quantizer):
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()
         if not isinstance(config, MultiScaleVQConfig):
-            raise ConfigError(f"MultiScaleVQ takes a MultiScaleVQConfig; got {describe(config)}. Or call build() on one.")
+            raise ConfigError(
+                f"MultiScaleVQ takes a MultiScaleVQConfig; got {describe(config)}. Or call build() on one."
+            )
         scale = config.scale
-        self.codebook_size, self.latent_dim, self.scales = scale.codebook_size, scale.latent_dim, config.grids
+        self.codebook_size, self.latent_dim, self.scales = (
+            scale.codebook_size,
+            scale.latent_dim,
+            config.grids,
+        )
         self.beta, self.estimator = scale.beta, scale.estimator
         self.project_in, self.project_out = projections(scale.latent_dim, scale.code_dim)
         dim = scale.code_dim or scale.latent_dim
@@ -119,7 +147,9 @@ class MultiScaleVQ(Quantizer):
         self.phis = nn.ModuleList(Phi(dim, config.phi_ratio) for _ in range(num_phis))
         self._phi_of_scale = phi_of_scale(len(self.scales), num_phis)
 
-    def forward(self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
+    ) -> QuantizerOutput:
         """Quantize latents [B, C, h, w] by the first ``num_stages`` scales; see ``Quantizer.forward``."""
         self.check_latents(latents)
         layout = self.layout(*latents.shape[2:])
@@ -130,10 +160,14 @@ class MultiScaleVQ(Quantizer):
             losses = [self.beta * masked_mse(target, result.detach(), valid) for result in results]
             if not ESTIMATORS[self.estimator].teaches_codes:
                 losses += [masked_mse(result, target.detach(), valid) for result in results]
-            loss = (torch.stack(losses).sum() / num_scales).to(torch.promote_types(latents.dtype, target.dtype))
+            loss = (torch.stack(losses).sum() / num_scales).to(
+                torch.promote_types(latents.dtype, target.dtype)
+            )
             noise = noise_map(noise, latents, target.shape[1], target.dtype)
             quantized = estimate(self.estimator, target, results[-1], valid, noise, self.training)
-            return QuantizerOutput(self._out(quantized).to(latents.dtype), loss, torch.cat(indices, dim=1).flatten())
+            return QuantizerOutput(
+                self._out(quantized).to(latents.dtype), loss, torch.cat(indices, dim=1).flatten()
+            )
 
     @torch.no_grad()
     def encode(self, latents: Tensor, layout: TokenLayout | None = None) -> Tensor:
@@ -142,9 +176,13 @@ class MultiScaleVQ(Quantizer):
         height, width = latents.shape[2:]
         layout = self.layout(height, width) if layout is None else layout
         if not isinstance(layout, TokenLayout) or layout.grids[-1] != (height, width):
-            raise InputError(f"the last scale must be the whole latent map, ({height}, {width}); got {layout}.")
+            raise InputError(
+                f"the last scale must be the whole latent map, ({height}, {width}); got {layout}."
+            )
         if any(h > height or w > width for h, w in layout.grids):
-            raise InputError(f"scales must not be finer than the last one, which is the whole latent map; got {layout}.")
+            raise InputError(
+                f"scales must not be finer than the last one, which is the whole latent map; got {layout}."
+            )
         with without_autocast(latents.device):
             indices, _ = self._quantize(*self._target(latents), layout, len(layout.grids))
         return torch.cat(indices, dim=1)
@@ -166,13 +204,19 @@ class MultiScaleVQ(Quantizer):
         """
         results = self._results(indices, layout)
         batch, dim = results[0].shape[:2]
-        inputs = [_pool(result, grid).flatten(2).transpose(1, 2) for result, grid in zip(results, layout.grids[1:], strict=False)]
+        inputs = [
+            _pool(result, grid).flatten(2).transpose(1, 2)
+            for result, grid in zip(results, layout.grids[1:], strict=False)
+        ]
         return torch.cat([results[0].new_zeros(batch, 0, dim), *inputs], dim=1)
 
     def layout(self, height: int, width: int) -> TokenLayout:
         """Every scale in proportion: times height/h_K and width/w_K, rounded half up, at least 1; the last one is (height, width)."""
         rows, columns = self.scales[-1]
-        grids = [(_in_proportion(h, height, rows), _in_proportion(w, width, columns)) for h, w in self.scales[:-1]]
+        grids = [
+            (_in_proportion(h, height, rows), _in_proportion(w, width, columns))
+            for h, w in self.scales[:-1]
+        ]
         return TokenLayout((*grids, (height, width)))
 
     def get_codebook(self) -> Tensor:
@@ -186,9 +230,13 @@ class MultiScaleVQ(Quantizer):
 
     def _out(self, result: Tensor) -> Tensor:
         with without_autocast(result.device):
-            return as_map(self.project_out(as_vectors(result)), result).to(self.scale.embedding.weight.dtype)
+            return as_map(self.project_out(as_vectors(result)), result).to(
+                self.scale.embedding.weight.dtype
+            )
 
-    def _quantize(self, target: Tensor, valid: Tensor, layout: TokenLayout, num_scales: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _quantize(
+        self, target: Tensor, valid: Tensor, layout: TokenLayout, num_scales: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The indices of each scale [B, h_k·w_k], and the result after it [B, D, h, w]."""
         share = valid.unsqueeze(1).to(target.dtype)
         total, indices, results = torch.zeros_like(target), [], []
@@ -207,7 +255,9 @@ class MultiScaleVQ(Quantizer):
     def _results(self, indices: Tensor, layout: TokenLayout) -> list[Tensor]:
         """The result after each scale that ``indices`` has, [B, D, h, w]."""
         if not isinstance(layout, TokenLayout):
-            raise InputError(f"a multi-scale quantizer decodes a TokenLayout, such as quantizer.layout(16, 16); got {describe(layout)}.")
+            raise InputError(
+                f"a multi-scale quantizer decodes a TokenLayout, such as quantizer.layout(16, 16); got {describe(layout)}."
+            )
         blocks = self.check_prefix(indices, layout)
         height, width = layout.grids[-1]
         with without_autocast(indices.device):
@@ -215,14 +265,20 @@ class MultiScaleVQ(Quantizer):
             total = codes.new_zeros(indices.shape[0], codes.shape[1], height, width)
             results = []
             for number, block in enumerate(blocks):
-                total = total + self._spread(F.embedding(block.flatten(), codes), number, layout, total)
+                total = total + self._spread(
+                    F.embedding(block.flatten(), codes), number, layout, total
+                )
                 results.append(total)
         return results
 
     def _spread(self, codes: Tensor, number: int, layout: TokenLayout, like: Tensor) -> Tensor:
         """The codes of scale ``number``, [B·h_k·w_k, D] -> what they add to the result, [B, D, h, w]."""
         height, width = layout.grids[number]
-        added = codes.view(like.shape[0], height, width, codes.shape[1]).permute(0, 3, 1, 2).contiguous()
+        added = (
+            codes.view(like.shape[0], height, width, codes.shape[1])
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
         if number < len(layout.grids) - 1:
             added = F.interpolate(added, size=layout.grids[-1], mode="bicubic")
         if not self.phis:
@@ -233,8 +289,12 @@ class MultiScaleVQ(Quantizer):
 
     @staticmethod
     def _check_stages(num_stages: int | None, num_scales: int) -> int:
-        if num_stages is not None and not (isinstance(num_stages, int) and 1 <= num_stages <= num_scales):
-            raise InputError(f"this quantizer has {num_scales} stages, its scales; got {num_stages} of them. Take from 1 to {num_scales}.")
+        if num_stages is not None and not (
+            isinstance(num_stages, int) and 1 <= num_stages <= num_scales
+        ):
+            raise InputError(
+                f"this quantizer has {num_scales} stages, its scales; got {num_stages} of them. Take from 1 to {num_scales}."
+            )
         return num_stages or num_scales
 
 

@@ -24,7 +24,9 @@ class ProductVQConfig(Config):
 
     kind: Literal["product"] = "product"
     num_heads: int = Field(2, ge=1, le=1024, description="parts that the channels are cut into")
-    shared: bool = Field(False, description="all heads use one codebook, and the projections around it")
+    shared: bool = Field(
+        False, description="all heads use one codebook, and the projections around it"
+    )
     head: Annotated[VectorQuantizerConfig, over_defaults(_HEAD)] = _HEAD
 
     @property
@@ -55,11 +57,21 @@ class ProductVQ(Quantizer):
     def __init__(self, config: ProductVQConfig) -> None:
         super().__init__()
         if not isinstance(config, ProductVQConfig):
-            raise ConfigError(f"ProductVQ takes a ProductVQConfig; got {describe(config)}. Or call build() on one.")
-        self.codebook_size, self.latent_dim, self.num_heads = config.codebook_size, config.latent_dim, config.num_heads
-        self.heads = nn.ModuleList(config.head.build() for _ in range(1 if config.shared else config.num_heads))
+            raise ConfigError(
+                f"ProductVQ takes a ProductVQConfig; got {describe(config)}. Or call build() on one."
+            )
+        self.codebook_size, self.latent_dim, self.num_heads = (
+            config.codebook_size,
+            config.latent_dim,
+            config.num_heads,
+        )
+        self.heads = nn.ModuleList(
+            config.head.build() for _ in range(1 if config.shared else config.num_heads)
+        )
 
-    def forward(self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
+    ) -> QuantizerOutput:
         """Quantize latents [B, C, h, w]; see ``Quantizer.forward``. ``noise`` is cut into heads as the latents are."""
         parts = self._parts(latents)
         noises: list[Tensor | None] = [None] * self.num_heads
@@ -74,26 +86,57 @@ class ProductVQ(Quantizer):
             for head, part, part_noise in zip(self._all_heads(), parts, noises, strict=True)
         ]
         quantized = torch.cat([out.quantized for out in outputs], dim=1)
-        indices = torch.stack([out.indices.view(latents.shape[0], latents.shape[2] * latents.shape[3]) for out in outputs], dim=1)
-        return QuantizerOutput(quantized, torch.stack([out.loss for out in outputs]).mean(), indices.flatten())
+        indices = torch.stack(
+            [
+                out.indices.view(latents.shape[0], latents.shape[2] * latents.shape[3])
+                for out in outputs
+            ],
+            dim=1,
+        )
+        return QuantizerOutput(
+            quantized, torch.stack([out.loss for out in outputs]).mean(), indices.flatten()
+        )
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> tokens int64 [B, heads*h*w], head by head."""
-        return torch.cat([head.encode(part) for head, part in zip(self._all_heads(), self._parts(latents), strict=True)], dim=1)
+        return torch.cat(
+            [
+                head.encode(part)
+                for head, part in zip(self._all_heads(), self._parts(latents), strict=True)
+            ],
+            dim=1,
+        )
 
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens int64 [B, heads*h*w] -> quantized latents [B, C, h, w]."""
-        if not isinstance(layout, TokenLayout) or len(layout.grids) != self.num_heads or len(set(layout.grids)) != 1:
-            raise InputError(f"this quantizer decodes a TokenLayout of {self.num_heads} equal grids, one per head; got {layout}.")
+        if (
+            not isinstance(layout, TokenLayout)
+            or len(layout.grids) != self.num_heads
+            or len(set(layout.grids)) != 1
+        ):
+            raise InputError(
+                f"this quantizer decodes a TokenLayout of {self.num_heads} equal grids, one per head; got {layout}."
+            )
         blocks = self.check_indices(indices, layout.num_tokens).chunk(self.num_heads, dim=1)
         grid = TokenLayout(layout.grids[:1])
-        return torch.cat([head.decode(block, grid) for head, block in zip(self._all_heads(), blocks, strict=True)], dim=1)
+        return torch.cat(
+            [
+                head.decode(block, grid)
+                for head, block in zip(self._all_heads(), blocks, strict=True)
+            ],
+            dim=1,
+        )
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
         """Codes of tokens: blocks of int64 [B, L_i], one per head -> [B, L, C/heads]."""
         if len(blocks) != self.num_heads:
-            raise InputError(f"this quantizer looks up {self.num_heads} blocks, one per head; got {len(blocks)}.")
-        return torch.cat([head.lookup([block]) for head, block in zip(self._all_heads(), blocks, strict=True)], dim=1)
+            raise InputError(
+                f"this quantizer looks up {self.num_heads} blocks, one per head; got {len(blocks)}."
+            )
+        return torch.cat(
+            [head.lookup([block]) for head, block in zip(self._all_heads(), blocks, strict=True)],
+            dim=1,
+        )
 
     def layout(self, height: int, width: int) -> TokenLayout:
         return TokenLayout(((height, width),) * self.num_heads)
@@ -109,4 +152,6 @@ class ProductVQ(Quantizer):
     def _parts(self, latents: Tensor) -> tuple[Tensor, ...]:
         self.check_latents(latents)
         # A vector is usable as a whole or not at all: one broken channel takes all heads out.
-        return torch.where(usable(latents).unsqueeze(1), latents, torch.nan).chunk(self.num_heads, dim=1)
+        return torch.where(usable(latents).unsqueeze(1), latents, torch.nan).chunk(
+            self.num_heads, dim=1
+        )

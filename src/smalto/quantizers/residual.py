@@ -34,7 +34,9 @@ class ResidualVQConfig(Config):
     @model_validator(mode="after")
     def _parts_fit(self) -> ResidualVQConfig:
         if self.stage.unit_codes:
-            raise ValueError("stage.unit_codes must be false: what a code of length 1 leaves has another length, which would be lost.")
+            raise ValueError(
+                "stage.unit_codes must be false: what a code of length 1 leaves has another length, which would be lost."
+            )
         return self
 
     @property
@@ -56,7 +58,7 @@ class ResidualVQConfig(Config):
 class ResidualVQ(Quantizer):
     """Residual vector quantization (Zeghidour et al. 2021, arXiv 2107.03312; Lee et al. 2022, arXiv 2203.01941).
 
-    Tokens [B, S·h·w] stage by stage: the first k·h·w of them are a picture with k stages. The search works on detached residuals and one
+    Tokens [B, S·h·w] stage by stage: the first k·h·w of them are an image with k stages. The search works on detached residuals and one
     estimator is applied to the sum, so with straight-through the gradient is the identity at any depth. The loss is the mean over
     stages of the stage's own.
 
@@ -67,14 +69,24 @@ class ResidualVQ(Quantizer):
     def __init__(self, config: ResidualVQConfig) -> None:
         super().__init__()
         if not isinstance(config, ResidualVQConfig):
-            raise ConfigError(f"ResidualVQ takes a ResidualVQConfig; got {describe(config)}. Or call build() on one.")
+            raise ConfigError(
+                f"ResidualVQ takes a ResidualVQConfig; got {describe(config)}. Or call build() on one."
+            )
         stage = config.stage
-        self.codebook_size, self.latent_dim, self.estimator = stage.codebook_size, stage.latent_dim, stage.estimator
+        self.codebook_size, self.latent_dim, self.estimator = (
+            stage.codebook_size,
+            stage.latent_dim,
+            stage.estimator,
+        )
         self.project_in, self.project_out = projections(stage.latent_dim, stage.code_dim)
-        inner = stage.model_copy(update={"latent_dim": stage.code_dim or stage.latent_dim, "code_dim": None})
+        inner = stage.model_copy(
+            update={"latent_dim": stage.code_dim or stage.latent_dim, "code_dim": None}
+        )
         self.stages = nn.ModuleList(inner.build() for _ in range(config.num_stages))
 
-    def forward(self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
+    ) -> QuantizerOutput:
         """Quantize latents [B, C, h, w] by the first ``num_stages`` stages; see ``Quantizer.forward``."""
         self.check_latents(latents)
         stages = self._first(num_stages)
@@ -91,8 +103,14 @@ class ResidualVQ(Quantizer):
             loss = torch.stack(losses).mean().to(torch.promote_types(latents.dtype, vectors.dtype))
             noise = noise_vectors(noise, latents, vectors.shape[1], vectors.dtype)
             quantized = estimate(self.estimator, vectors, total, valid, noise, self.training)
-            quantized = self.project_out(quantized).to(stages[0].embedding.weight.dtype)  # what decode gives
-            return QuantizerOutput(as_map(quantized.to(latents.dtype), latents), loss, _stage_major(indices, latents).reshape(-1))
+            quantized = self.project_out(quantized).to(
+                stages[0].embedding.weight.dtype
+            )  # what decode gives
+            return QuantizerOutput(
+                as_map(quantized.to(latents.dtype), latents),
+                loss,
+                _stage_major(indices, latents).reshape(-1),
+            )
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
@@ -110,7 +128,9 @@ class ResidualVQ(Quantizer):
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens int64 [B, k*h*w] -> quantized latents [B, C, h, w] from k stages, all of the layout's or the first ones."""
         if not isinstance(layout, TokenLayout) or len(set(layout.grids)) != 1:
-            raise InputError(f"a residual quantizer decodes a TokenLayout of equal grids, one per stage; got {layout}.")
+            raise InputError(
+                f"a residual quantizer decodes a TokenLayout of equal grids, one per stage; got {layout}."
+            )
         self._first(len(layout.grids))
         blocks = self.check_prefix(indices, layout)
         stages = self._first(len(blocks))
@@ -119,12 +139,18 @@ class ResidualVQ(Quantizer):
             for stage, block in zip(stages, blocks, strict=True):
                 total = total + nn.functional.embedding(block, stage.codes())
             quantized = self.project_out(total).to(stages[0].embedding.weight.dtype)
-        return quantized.view(len(indices), *layout.grids[0], self.latent_dim).permute(0, 3, 1, 2).contiguous()
+        return (
+            quantized.view(len(indices), *layout.grids[0], self.latent_dim)
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
         """Codes of tokens, in the space of codes before ``project_out``: int64 [B, L_i], one block per stage -> [B, L, code_dim or C]."""
         stages = self._first(len(blocks))
-        return torch.cat([stage.lookup([block]) for stage, block in zip(stages, blocks, strict=True)], dim=1)
+        return torch.cat(
+            [stage.lookup([block]) for stage, block in zip(stages, blocks, strict=True)], dim=1
+        )
 
     def layout(self, height: int, width: int) -> TokenLayout:
         return TokenLayout(((height, width),) * len(self.stages))
@@ -135,8 +161,12 @@ class ResidualVQ(Quantizer):
 
     def _first(self, num_stages: int | None) -> list[VectorQuantizer]:
         stages = [stage for stage in self.stages if isinstance(stage, VectorQuantizer)]
-        if num_stages is not None and not (isinstance(num_stages, int) and 1 <= num_stages <= len(stages)):
-            raise InputError(f"this quantizer has {len(stages)} stages; got {num_stages} of them. Take from 1 to {len(stages)}.")
+        if num_stages is not None and not (
+            isinstance(num_stages, int) and 1 <= num_stages <= len(stages)
+        ):
+            raise InputError(
+                f"this quantizer has {len(stages)} stages; got {num_stages} of them. Take from 1 to {len(stages)}."
+            )
         return stages[:num_stages]
 
     def _vectors(self, latents: Tensor) -> tuple[Tensor, Tensor]:

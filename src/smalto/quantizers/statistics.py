@@ -40,7 +40,10 @@ class Statistics:
         for tensor in (self.counts, self.sums, self.num_calls):
             tensor.zero_()
         if len(self.keys) != sample_size:
-            self.keys, self.sample = self.keys.new_empty(sample_size), self.sample.new_empty(sample_size, self.sample.shape[1])
+            self.keys, self.sample = (
+                self.keys.new_empty(sample_size),
+                self.sample.new_empty(sample_size, self.sample.shape[1]),
+            )
         self.keys.fill_(-torch.inf)
         self.sample.zero_()
         self.salt.fill_(salt)
@@ -54,7 +57,19 @@ class Statistics:
 
     def add(self, vectors: Tensor, codes: Tensor, indices: Tensor, valid: Tensor) -> None:
         """Take in one call: vectors [N, D], codes [K, D], indices [N], valid [N]."""
-        add_op(vectors, codes, indices, valid, self.salt, self.by_error, self.counts, self.sums, self.num_calls, self.keys, self.sample)
+        add_op(
+            vectors,
+            codes,
+            indices,
+            valid,
+            self.salt,
+            self.by_error,
+            self.counts,
+            self.sums,
+            self.num_calls,
+            self.keys,
+            self.sample,
+        )
 
     def pack(self, rank: int, world_size: int, most: int) -> Tensor:
         """Everything in one flat tensor, of one size in all processes, to be summed over them: every rank fills its own place.
@@ -64,7 +79,9 @@ class Statistics:
         size, width = len(self.keys), 1 + self.sample.shape[1]
         size = min(size, max(-(-size // world_size), most // (world_size * width)))
         own = torch.cat([self.keys[:size].unsqueeze(1), self.sample[:size]], dim=1)
-        own[:, 0] = torch.where(own[:, 0] > -torch.inf, own[:, 0], _NO_KEY)  # in a sum of zeros and infinities nothing would be left
+        own[:, 0] = torch.where(
+            own[:, 0] > -torch.inf, own[:, 0], _NO_KEY
+        )  # in a sum of zeros and infinities nothing would be left
         places = own.new_zeros(world_size, *own.shape)
         places[rank] = own
         return torch.cat([self.counts, self.num_calls, self.sums.flatten(), places.flatten()])
@@ -89,7 +106,9 @@ class Statistics:
 _NO_KEY = -1e30
 
 
-@torch.library.custom_op("smalto::add_statistics", mutates_args={"counts", "sums", "num_calls", "keys", "sample"})
+@torch.library.custom_op(
+    "smalto::add_statistics", mutates_args={"counts", "sums", "num_calls", "keys", "sample"}
+)
 def add_op(
     vectors: Tensor,
     codes: Tensor,
@@ -104,7 +123,9 @@ def add_op(
     sample: Tensor,
 ) -> None:
     """One operator, so that a compiled forward has it as one node."""
-    if torch._C._current_graph_task_id() != -1:  # a compiled forward that activation checkpointing runs again
+    if (
+        torch._C._current_graph_task_id() != -1
+    ):  # a compiled forward that activation checkpointing runs again
         return
     size = len(sums)
     new_counts, new_sums = code_sums(vectors, torch.where(valid, indices, size), size + 1)
@@ -146,7 +167,7 @@ def _draw(vectors: Tensor, salt: Tensor) -> Tensor:
 
 
 def _mix(numbers: Tensor) -> Tensor:
-    """Spread every bit of int64 numbers over all others (the finaliser of SplitMix64: Steele et al. 2014)."""
+    """Spread every bit of int64 numbers over all others (the finalizer of SplitMix64: Steele et al. 2014)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         numbers = (numbers ^ ((numbers >> shift) & (2 ** (64 - shift) - 1))) * factor
     return numbers ^ ((numbers >> 31) & (2**33 - 1))

@@ -21,7 +21,11 @@ from smalto.search import Metric, nearest_codes
 
 CodebookKind = Literal["learned", "ema", "projected"]
 EstimatorName = Literal["straight_through", "rotation", "diveq"]
-CODEBOOKS: dict[str, type[Codebook]] = {"learned": Codebook, "ema": EMACodebook, "projected": ProjectedCodebook}
+CODEBOOKS: dict[str, type[Codebook]] = {
+    "learned": Codebook,
+    "ema": EMACodebook,
+    "projected": ProjectedCodebook,
+}
 
 
 class VectorQuantizerConfig(Config):
@@ -30,14 +34,26 @@ class VectorQuantizerConfig(Config):
     kind: Literal["vector"] = "vector"
     codebook_size: int = Field(512, ge=1, le=2**24, description="number of codes (K)")
     latent_dim: int = Field(64, ge=1, le=65536, description="channels of the latents (C)")
-    code_dim: int | None = Field(None, ge=1, le=65536, description="look codes up in this many dimensions, behind linear projections")
+    code_dim: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="look codes up in this many dimensions, behind linear projections",
+    )
     codebook: CodebookKind = Field(
-        "learned", description="codes learn by gradient, by moving averages, or together through one linear map (SimVQ)"
+        "learned",
+        description="codes learn by gradient, by moving averages, or together through one linear map (SimVQ)",
     )
     metric: Metric = Field("l2", description="what nearest means")
-    unit_codes: bool = Field(False, description="with cosine: latents and codes are brought to length 1")
-    beta: float = Field(0.25, ge=0, allow_inf_nan=False, description="weight of the commitment loss")
-    estimator: EstimatorName = Field("straight_through", description="how the gradient passes the choice of a code")
+    unit_codes: bool = Field(
+        False, description="with cosine: latents and codes are brought to length 1"
+    )
+    beta: float = Field(
+        0.25, ge=0, allow_inf_nan=False, description="weight of the commitment loss"
+    )
+    estimator: EstimatorName = Field(
+        "straight_through", description="how the gradient passes the choice of a code"
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> VectorQuantizerConfig:
@@ -58,7 +74,11 @@ class VectorQuantizerConfig(Config):
 
     def folded(self) -> VectorQuantizerConfig:
         """The same with a projected codebook as the plain one that it folds to."""
-        return self.model_copy(update={"codebook": "learned"}) if self.codebook == "projected" else self
+        return (
+            self.model_copy(update={"codebook": "learned"})
+            if self.codebook == "projected"
+            else self
+        )
 
 
 class NearestCode(nn.Module):
@@ -73,13 +93,13 @@ class NearestCode(nn.Module):
     def __init__(self, metric: Metric) -> None:
         super().__init__()
         self.metric: Metric = metric
-        self.listener: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None] | None = None
+        self.observer: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None] | None = None
 
     def forward(self, vectors: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
         """Vectors [N, D], codes [K, D], valid bool [N] -> indices int64 [N], 0 where not valid."""
         indices = torch.where(valid, nearest_codes(vectors, codes, self.metric), 0)
-        if self.listener is not None:
-            self.listener(self, vectors, codes, indices, valid)
+        if self.observer is not None:
+            self.observer(self, vectors, codes, indices, valid)
         return indices
 
 
@@ -93,7 +113,7 @@ class VectorQuantizer(Quantizer):
         codebook: ``"learned"``: the codes learn by gradient, loss = mse(q, sg[z]) + beta·mse(z, sg[q]).
             ``"ema"``: the codes are moving averages kept by ``CodebookUpdater``, loss = beta·mse(z, sg[q]).
             ``"projected"``: frozen random codes times one linear map that learns by gradient (SimVQ, arXiv 2411.02038).
-        metric: ``"l2"`` or ``"cosine"`` (VAR's z-normalised search: the angle decides, the stored code is the value).
+        metric: ``"l2"`` or ``"cosine"`` (VAR's z-normalized search: the angle decides, the stored code is the value).
         code_dim: search in this many dimensions, between two linear projections (Yu et al. 2022, arXiv 2110.04627); the
             losses are taken there. None: codes have the dimension of the latents and there are no projections.
         estimator: ``"straight_through"``, ``"rotation"`` (arXiv 2410.06424) or ``"diveq"`` (arXiv 2509.26469: the codes learn from the
@@ -121,8 +141,18 @@ class VectorQuantizer(Quantizer):
         unit_codes: bool = False,
     ) -> None:
         super().__init__()
-        settings: dict[str, Any] = {"codebook_size": num_embeddings, "latent_dim": embedding_dim, "beta": beta, "codebook": codebook}
-        settings |= {"metric": metric, "code_dim": code_dim, "estimator": estimator, "unit_codes": unit_codes}
+        settings: dict[str, Any] = {
+            "codebook_size": num_embeddings,
+            "latent_dim": embedding_dim,
+            "beta": beta,
+            "codebook": codebook,
+        }
+        settings |= {
+            "metric": metric,
+            "code_dim": code_dim,
+            "estimator": estimator,
+            "unit_codes": unit_codes,
+        }
         parse_config(VectorQuantizerConfig, settings, "VectorQuantizer")
         self.num_embeddings = self.codebook_size = num_embeddings
         self.embedding_dim = self.latent_dim = embedding_dim
@@ -141,17 +171,23 @@ class VectorQuantizer(Quantizer):
         with without_autocast(self.embedding.weight.device):
             return self.project_out(self.codes()).to(self.embedding.weight.dtype)
 
-    def forward(self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
+    ) -> QuantizerOutput:
         """Quantize latents [B, C, h, w] -> (quantized [B, C, h, w], loss, encoding_indices int64 [B*h*w])."""
         self.check_latents(latents)
         self._check_stages(num_stages)
         with without_autocast(latents.device):
             vectors, valid = self.vectors(latents)
             codes, indices = self.assign(vectors, valid)
-            loss = self.loss(vectors, codes, valid).to(torch.promote_types(latents.dtype, self.dtype))
+            loss = self.loss(vectors, codes, valid).to(
+                torch.promote_types(latents.dtype, self.dtype)
+            )
             noise = noise_vectors(noise, latents, vectors.shape[1], self.dtype)
             quantized = estimate(self.estimator, vectors, codes, valid, noise, self.training)
-            quantized = self.project_out(quantized).to(self.embedding.weight.dtype)  # what decode gives
+            quantized = self.project_out(quantized).to(
+                self.embedding.weight.dtype
+            )  # what decode gives
             return QuantizerOutput(as_map(quantized.to(latents.dtype), latents), loss, indices)
 
     @torch.no_grad()
@@ -165,10 +201,16 @@ class VectorQuantizer(Quantizer):
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens int64 [B, h*w] -> quantized latents [B, C, h, w]."""
         if not isinstance(layout, TokenLayout) or len(layout.grids) != 1:
-            raise InputError(f"a single-scale quantizer decodes a TokenLayout of one grid, such as TokenLayout.single(4, 4); got {layout}.")
+            raise InputError(
+                f"a single-scale quantizer decodes a TokenLayout of one grid, such as TokenLayout.single(4, 4); got {layout}."
+            )
         indices = self.check_indices(indices, layout.num_tokens)
         quantized = self.lookup([indices])
-        return quantized.view(len(indices), *layout.grids[0], self.latent_dim).permute(0, 3, 1, 2).contiguous()
+        return (
+            quantized.view(len(indices), *layout.grids[0], self.latent_dim)
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
         """Codes of tokens as the decoder sees them: blocks of int64 [B, L_i] -> [B, L, C]."""
@@ -176,7 +218,9 @@ class VectorQuantizer(Quantizer):
             raise InputError("there are no tokens to look up: pass at least one block [B, L_i].")
         indices = self.check_range(torch.cat(list(blocks), dim=1))
         with without_autocast(indices.device):
-            return self.project_out(nn.functional.embedding(indices, self.codes())).to(self.embedding.weight.dtype)
+            return self.project_out(nn.functional.embedding(indices, self.codes())).to(
+                self.embedding.weight.dtype
+            )
 
     def layout(self, height: int, width: int) -> TokenLayout:
         return TokenLayout.single(height, width)
@@ -189,7 +233,9 @@ class VectorQuantizer(Quantizer):
     def vectors(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, C, h, w] -> vectors [N, D] as they are compared with codes, and which are usable, bool [N]."""
         vectors, valid = to_vectors(latents, self.dtype, self.project_in)
-        return (nn.functional.normalize(vectors, dim=1, eps=UNIT_EPS) if self.unit_codes else vectors), valid
+        return (
+            nn.functional.normalize(vectors, dim=1, eps=UNIT_EPS) if self.unit_codes else vectors
+        ), valid
 
     def assign(self, vectors: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [N, D] -> their codes [N, D], with the gradient of the codebook, and indices int64 [N]."""
@@ -207,7 +253,9 @@ class VectorQuantizer(Quantizer):
     @staticmethod
     def _check_stages(num_stages: int | None) -> None:
         if num_stages not in (None, 1):
-            raise InputError(f"this quantizer has no stages; num_stages must be None or 1; got {num_stages}.")
+            raise InputError(
+                f"this quantizer has no stages; num_stages must be None or 1; got {num_stages}."
+            )
 
 
 UNIT_EPS = 1e-6  # shorter vectors keep their direction only: a gradient through 1/length would tear the encoder apart

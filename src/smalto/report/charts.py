@@ -1,4 +1,4 @@
-"""Charts as SVG text. Colours are CSS classes, so that light and dark both work."""
+"""Charts as SVG text. Colors are CSS classes, so that light and dark both work."""
 
 from __future__ import annotations
 
@@ -28,15 +28,20 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool
     key_x = WIDTH - RIGHT
     for number, (label, xs, ys) in reversed(list(enumerate(drawn, start=1))):
         points = " ".join(
-            f"{_x(x, x_low, x_high):.1f},{_y(_log(y) if log_y else y, y_low, y_high):.1f}" for x, y in zip(xs, ys, strict=True)
+            f"{_x(x, x_low, x_high):.1f},{_y(_log(y) if log_y else y, y_low, y_high):.1f}"
+            for x, y in zip(xs, ys, strict=True)
         )
         parts.append(f'<polyline class="line s{number}" points="{points}"/>')
-        parts.append(f'<text class="key s{number}" x="{key_x}" y="14" text-anchor="end">{label}</text>')
+        parts.append(
+            f'<text class="key s{number}" x="{key_x}" y="14" text-anchor="end">{label}</text>'
+        )
         key_x -= 7 * len(label) + 14
     return _svg(parts, f"{y_label} over {x_label}")
 
 
-def bar_chart(values: Sequence[float], x_label: str, y_label: str, line: float | None = None) -> str:
+def bar_chart(
+    values: Sequence[float], x_label: str, y_label: str, line: float | None = None
+) -> str:
     """Bars of ``values`` side by side, as one area; ``line`` is a level to compare with."""
     if not values:
         return ""
@@ -47,9 +52,14 @@ def bar_chart(values: Sequence[float], x_label: str, y_label: str, line: float |
         y = _y(value, 0, top)
         points += [f"{_x(i, 0, count):.2f},{y:.2f}", f"{_x(i + 1, 0, count):.2f},{y:.2f}"]
     points.append(f"{WIDTH - RIGHT},{HEIGHT - BOTTOM}")
-    parts = [_axes(0, count, 0, top, x_label, y_label, False), f'<polygon class="bars" points="{" ".join(points)}"/>']
+    parts = [
+        _axes(0, count, 0, top, x_label, y_label, False),
+        f'<polygon class="bars" points="{" ".join(points)}"/>',
+    ]
     if line is not None:
-        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(line, 0, top):.1f}" y2="{_y(line, 0, top):.1f}"/>')
+        parts.append(
+            f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(line, 0, top):.1f}" y2="{_y(line, 0, top):.1f}"/>'
+        )
     return _svg(parts, f"{y_label} by {x_label}")
 
 
@@ -57,17 +67,33 @@ def _svg(parts: list[str], title: str) -> str:
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
 
 
-def _axes(x_low: float, x_high: float, y_low: float, y_high: float, x_label: str, y_label: str, log_y: bool) -> str:
+def _axes(
+    x_low: float,
+    x_high: float,
+    y_low: float,
+    y_high: float,
+    x_label: str,
+    y_label: str,
+    log_y: bool,
+) -> str:
     parts = []
     for value in _ticks(y_low, y_high):
         y = _y(value, y_low, y_high)
         shown = _number(10**value) if log_y else _number(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown}</text>'
+        )
     for value in _ticks(x_low, x_high):
         x = _x(value, x_low, x_high)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_number(value)}</text>')
-    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{x_label}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_number(value)}</text>'
+        )
+    parts.append(
+        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{x_label}</text>'
+    )
     parts.append(f'<text class="tick" x="{LEFT - 6}" y="14">{y_label}</text>')
     return "".join(parts)
 

@@ -33,7 +33,9 @@ def code_sums_op(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[
 @code_sums_op.register_fake
 def _(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(vectors.dtype, torch.float32)
-    return vectors.new_empty(codebook_size, dtype=dtype), vectors.new_empty(codebook_size, vectors.shape[1], dtype=dtype)
+    return vectors.new_empty(codebook_size, dtype=dtype), vectors.new_empty(
+        codebook_size, vectors.shape[1], dtype=dtype
+    )
 
 
 def _add_in_order(vectors: Tensor, indices: Tensor, counts: Tensor) -> Tensor:

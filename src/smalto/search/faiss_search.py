@@ -20,10 +20,14 @@ from smalto.search.tiled import slices
 Floats = NDArray[numpy.float32]
 Numbers = NDArray[numpy.floating]
 
-FLOATS_PER_TILE = 2**16  # of codes: these stay in the second-level cache, a whole large codebook does not
+FLOATS_PER_TILE = (
+    2**16
+)  # of codes: these stay in the second-level cache, a whole large codebook does not
 COLUMNS = 64  # codes that faiss takes at a time
 MOST_DIMENSIONS = 16  # beyond, faiss multiplies matrices as torch does, and not faster
-FEWEST_FLOATS = 128_000  # with fewer numbers in the queries faiss 1.15 goes code by code, 15 times slower
+FEWEST_FLOATS = (
+    128_000  # with fewer numbers in the queries faiss 1.15 goes code by code, 15 times slower
+)
 MOST_FLOATS = 2**20  # it copies queries and codebook: beyond, tiled search needs less memory
 _LARGEST = 1e15  # of a number in a query
 
@@ -51,7 +55,9 @@ def search(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
         raise MissingExtra("faiss-cpu", "ann", 'backend="faiss"')
     codes, vectors = _numpy(codebook), _numpy(queries)
     if cosine and not codes.any(axis=1).all():
-        return tiled.search(queries, codebook, cosine)  # a zero code has no direction, so distances tell nothing of angles
+        return tiled.search(
+            queries, codebook, cosine
+        )  # a zero code has no direction, so distances tell nothing of angles
     shift = numpy.zeros(1, numpy.float32) if cosine else codes.mean(axis=0).astype(numpy.float32)
     vectors = _prepare(vectors, shift, cosine=False)
     # faiss squares a query, which can overflow, and knows nothing of NaN; a zero query has no direction.
@@ -70,7 +76,9 @@ def search(queries: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
     return indices
 
 
-def _search_codes(queries: Floats, codes: Numbers, shift: Floats, cosine: bool) -> NDArray[numpy.int64]:
+def _search_codes(
+    queries: Floats, codes: Numbers, shift: Floats, cosine: bool
+) -> NDArray[numpy.int64]:
     """Tile by tile of codes; of equal distances the first stays."""
     faiss = _faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -82,7 +90,10 @@ def _search_codes(queries: Floats, codes: Numbers, shift: Floats, cosine: bool) 
         # up with copies of its first code, and whoever finds one of those has found the first.
         padding = numpy.repeat(tile[:1], -len(tile) % COLUMNS, axis=0)
         found = faiss.knn(queries, numpy.concatenate([tile, padding]) if len(padding) else tile, 1)
-        distances, positions = found[0][:, 0], numpy.where(found[1][:, 0] < len(tile), found[1][:, 0], 0)
+        distances, positions = (
+            found[0][:, 0],
+            numpy.where(found[1][:, 0] < len(tile), found[1][:, 0], 0),
+        )
         better = distances < best
         best = numpy.where(better, distances, best)
         indices = numpy.where(better, positions + rows.start, indices)

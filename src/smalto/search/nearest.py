@@ -15,7 +15,12 @@ Backend = Literal["tiled", "faiss"]
 
 
 def nearest_codes(
-    queries: Tensor, codebook: Tensor, metric: Metric = "l2", *, backend: Backend | None = None, exact: bool = False
+    queries: Tensor,
+    codebook: Tensor,
+    metric: Metric = "l2",
+    *,
+    backend: Backend | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Return the index of the nearest code of every query.
 
@@ -40,22 +45,35 @@ def nearest_codes(
         MissingExtra: faiss is asked for and not installed.
     """
     if not isinstance(queries, Tensor) or not isinstance(codebook, Tensor):
-        raise InputError(f"queries and codebook must be tensors; got {describe(queries)} and {describe(codebook)}.")
-    if queries.ndim != 2 or codebook.ndim != 2 or queries.shape[1] != codebook.shape[1] or queries.shape[1] == 0:
+        raise InputError(
+            f"queries and codebook must be tensors; got {describe(queries)} and {describe(codebook)}."
+        )
+    if (
+        queries.ndim != 2
+        or codebook.ndim != 2
+        or queries.shape[1] != codebook.shape[1]
+        or queries.shape[1] == 0
+    ):
         raise InputError(
             f"nearest_codes expects queries [N, D] and a codebook [K, D] with the same D of at least 1; got {list(queries.shape)} "
             f"and {list(codebook.shape)}. Flatten a latent map [B, C, h, w] with .permute(0, 2, 3, 1).reshape(-1, C)."
         )
     if codebook.shape[0] == 0:
-        raise InputError(f"the codebook is empty {list(codebook.shape)}: it needs at least one code.")
+        raise InputError(
+            f"the codebook is empty {list(codebook.shape)}: it needs at least one code."
+        )
     if not queries.is_floating_point() or not codebook.is_floating_point():
-        raise InputError(f"queries and codebook must be floating point; got {queries.dtype} and {codebook.dtype}.")
+        raise InputError(
+            f"queries and codebook must be floating point; got {queries.dtype} and {codebook.dtype}."
+        )
     if metric not in ("l2", "cosine"):
         raise InputError(f'metric must be "l2" or "cosine"; got {metric!r}.')
     if backend not in (None, "tiled", "faiss"):
         raise InputError(f'backend must be "tiled", "faiss" or None; got {backend!r}.')
     if backend == "faiss" and (exact or queries.device.type != "cpu"):
-        raise InputError('backend="faiss" searches in float32 on the CPU; use backend=None for exact=True and for other devices.')
+        raise InputError(
+            'backend="faiss" searches in float32 on the CPU; use backend=None for exact=True and for other devices.'
+        )
     with torch.no_grad():
         indices: Tensor = nearest_op(queries, codebook, metric == "cosine", backend or "", exact)
         return indices
@@ -63,7 +81,9 @@ def nearest_codes(
 
 def search(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
     """``nearest_codes`` without the checks; an empty ``backend`` chooses."""
-    if backend == "faiss" or (not backend and not exact and faiss_search.is_faster(queries, codebook)):
+    if backend == "faiss" or (
+        not backend and not exact and faiss_search.is_faster(queries, codebook)
+    ):
         return faiss_search.search(queries, codebook, cosine)
     return tiled.search(queries, codebook, cosine, exact)
 

@@ -25,7 +25,7 @@ class Verification:
         problems: what is wrong with the store, at most 1,000 lines; ``num_problems`` counts all.
         num_sampled: rows that were encoded again; ``not_found``: names of the sample that are not in the source any more, or cannot be
             read; ``changed``: those whose files are others than when they were tokenized.
-        differing: (id, number of tokens that differ, position of the first) of pictures that gave other tokens.
+        differing: (id, number of tokens that differ, position of the first) of images that gave other tokens.
     """
 
     num_rows: int
@@ -40,7 +40,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Nothing is damaged, and every picture of the sample gave the same tokens again."""
+        """Nothing is damaged, and every image of the sample gave the same tokens again."""
         return not self.num_problems and not self.differing
 
     def add(self, problem: str) -> None:
@@ -52,7 +52,7 @@ class Verification:
 def check_store(store: TokenStore, progress: Progress | None = None) -> Verification:
     """Check every row's checksum, range and length, and that ids are unique and found."""
     found, progress = Verification(len(store)), progress or Progress()
-    progress.begin("checking", len(store), "rows")
+    progress.start("checking", len(store), "rows")
     hashes: list[numpy.ndarray] = []
     lost: list[str] = []
     for table in store.tables():
@@ -63,14 +63,16 @@ def check_store(store: TokenStore, progress: Progress | None = None) -> Verifica
         lost = lost or _lost_by_the_index(store, table["id"].to_pylist())
         found.num_checked += table.num_rows
         progress.advance(table.num_rows)
-    progress.end()
+    progress.finish()
     if lost:
         again = f"remove {store.path / '_indices'} and run `smalto store compact {store.path}`"
-        found.add(f"the index of ids is damaged: it does not find {lost[0]!r}. No row is lost; {again}")
+        found.add(
+            f"the index of ids is damaged: it does not find {lost[0]!r}. No row is lost; {again}"
+        )
     try:
         store.errors()
     except DataError as error:
-        found.add(f"the table of bad pictures: {error}")
+        found.add(f"the table of bad images: {error}")
     every = numpy.concatenate(hashes) if hashes else numpy.zeros(0, numpy.uint64)
     if repeated := len(every) - len(numpy.unique(every)):
         found.add(f"{repeated} rows have an id that another row has too")
@@ -88,16 +90,26 @@ def _check_table(store: TokenStore, table: pyarrow.Table, found: Verification) -
     """Note what is wrong with these rows; returns a hash of each id."""
     ids = table["id"].to_pylist()
     try:
-        layouts, tokens, sums = row_layouts(table, store.header), token_arrays(table), checksums(table)
+        layouts, tokens, sums = (
+            row_layouts(table, store.header),
+            token_arrays(table),
+            checksums(table),
+        )
     except (InputError, ValueError) as error:
         found.add(f"rows {ids[0]!r} to {ids[-1]!r} make no sense: {error}")
         return numpy.zeros(0, numpy.uint64)
-    for id, layout, row, expected, stored in zip(ids, layouts, tokens, sums, table["crc"].to_pylist(), strict=True):
+    for id, layout, row, expected, stored in zip(
+        ids, layouts, tokens, sums, table["crc"].to_pylist(), strict=True
+    ):
         if expected != stored:
             found.add(f"row {id!r} is damaged: its checksum does not fit")
         if len(row) != layout.num_tokens:
-            found.add(f"row {id!r} has {len(row)} tokens; its layout {layout} has {layout.num_tokens}")
+            found.add(
+                f"row {id!r} has {len(row)} tokens; its layout {layout} has {layout.num_tokens}"
+            )
         elif int(row.max()) >= store.header.codebook_size:
-            found.add(f"row {id!r} has the token {int(row.max())}; there are {store.header.codebook_size} codes")
+            found.add(
+                f"row {id!r} has the token {int(row.max())}; there are {store.header.codebook_size} codes"
+            )
     digests = b"".join(hashlib.blake2b(id.encode(), digest_size=8).digest() for id in ids)
     return numpy.frombuffer(digests, numpy.uint64)

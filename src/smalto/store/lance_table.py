@@ -24,17 +24,21 @@ import pyarrow
 from lance.fragment import write_fragments
 from lance.optimize import Compaction
 
-from smalto.core.allocator import returned_memory
+from smalto.core.allocator import release_freed_memory
 from smalto.core.errors import DataError, SmaltoError
 from smalto.core.files import file_sha256, sync_folder, write_atomic
 
-STORAGE_VERSION: Literal["2.1"] = "2.1"  # of Lance's files, said explicitly: the default changes with its releases
+STORAGE_VERSION: Literal["2.1"] = (
+    "2.1"  # of Lance's files, said explicitly: the default changes with its releases
+)
 ROWS_PER_FILE = 2**20
 _CACHE_BYTES = 2**26
 _FEW_ROWS = 2**17  # so many are read through without an index
 _PIECE_BYTES = 2**21
 _HEAD = "head.json"
-_FOOTER = struct.Struct("<QQQIIHH4s")  # of Lance's files: three offsets, numbers of buffers and columns, version, magic
+_FOOTER = struct.Struct(
+    "<QQQIIHH4s"
+)  # of Lance's files: three offsets, numbers of buffers and columns, version, magic
 
 
 class LanceTable:
@@ -51,7 +55,9 @@ class LanceTable:
     def create(cls, path: Path, schema: pyarrow.Schema) -> LanceTable:
         """An empty table in a folder that does not exist yet."""
         with _errors_named(path):
-            dataset = lance.write_dataset(schema.empty_table(), str(path), schema=schema, data_storage_version=STORAGE_VERSION)
+            dataset = lance.write_dataset(
+                schema.empty_table(), str(path), schema=schema, data_storage_version=STORAGE_VERSION
+            )
         table = cls(path, dataset)
         table._write_head()
         return table
@@ -112,7 +118,10 @@ class LanceTable:
         """Write rows to files that do not count until ``commit``."""
         with _errors_named(self.path):
             fragments: list[Any] = write_fragments(
-                rows, str(self.path), max_rows_per_file=ROWS_PER_FILE, data_storage_version=STORAGE_VERSION
+                rows,
+                str(self.path),
+                max_rows_per_file=ROWS_PER_FILE,
+                data_storage_version=STORAGE_VERSION,
             )
         self._check_whole(fragments)
         return fragments
@@ -121,13 +130,19 @@ class LanceTable:
         """Let written rows count, all at once."""
         with _errors_named(self.path):
             operation = lance.LanceOperation.Append(fragments)
-            self._dataset = lance.LanceDataset.commit(self._dataset, operation, read_version=self._dataset.version)
+            self._dataset = lance.LanceDataset.commit(
+                self._dataset, operation, read_version=self._dataset.version
+            )
         self._write_head()
 
     def upsert(self, rows: pyarrow.Table) -> None:
         """Replace the rows of these ids and add new ones, in one commit."""
         with _errors_named(self.path):
-            merge = self._dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            merge = (
+                self._dataset.merge_insert("id")
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+            )
             transaction, _ = merge.execute_uncommitted(rows)
             self._check_whole(transaction.operation.new_fragments)
             self._dataset = lance.LanceDataset.commit(self._dataset, transaction)
@@ -148,8 +163,12 @@ class LanceTable:
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> pyarrow.Table:
         """Rows [start, stop)."""
         with _errors_named(self.path):
-            found = self._dataset.scanner(columns=columns, offset=start, limit=stop - start).to_table()
-        assert found.num_rows == stop - start, f"{self.path}: {found.num_rows} of {stop - start} rows"
+            found = self._dataset.scanner(
+                columns=columns, offset=start, limit=stop - start
+            ).to_table()
+        assert found.num_rows == stop - start, (
+            f"{self.path}: {found.num_rows} of {stop - start} rows"
+        )
         return found
 
     def find(self, ids: Sequence[str], columns: list[str]) -> pyarrow.Table:
@@ -163,7 +182,9 @@ class LanceTable:
         indices = self._dataset.describe_indices()
         for file in self._index_files(indices[0]) if indices else ():
             _check_footer(file)
-        return bool(indices) and len(self) - indices[0].num_rows_indexed <= _may_lag(indices[0].num_rows_indexed)
+        return bool(indices) and len(self) - indices[0].num_rows_indexed <= _may_lag(
+            indices[0].num_rows_indexed
+        )
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pyarrow.Table | DataError]:
         """All rows a few thousand at a time; for a data file that cannot be read the error instead of its remaining rows."""
@@ -188,7 +209,7 @@ class LanceTable:
         Files that were written and never committed go too. Rows keep their order. Does nothing where nothing is to be done.
         """
         version = self.version
-        with _errors_named(self.path), returned_memory():
+        with _errors_named(self.path), release_freed_memory():
             plan = Compaction.plan(self._dataset, self._join_options())
             done = [task.execute(self._dataset) for task in plan.tasks]
             for result in done:
@@ -205,9 +226,18 @@ class LanceTable:
 
     def _join_options(self) -> Any:
         """In small pieces: of its own accord Lance takes 1,024 rows at a time, however long, and reads up to 2 GiB ahead."""
-        size = sum(file.file_size_bytes or 0 for fragment in self._dataset.get_fragments() for file in fragment.data_files())
+        size = sum(
+            file.file_size_bytes or 0
+            for fragment in self._dataset.get_fragments()
+            for file in fragment.data_files()
+        )
         rows = max(1, min(8192, _PIECE_BYTES * len(self) // max(1, size)))
-        return {"target_rows_per_fragment": ROWS_PER_FILE, "num_threads": 1, "batch_size": rows, "io_buffer_size": 8 * _PIECE_BYTES}
+        return {
+            "target_rows_per_fragment": ROWS_PER_FILE,
+            "num_threads": 1,
+            "batch_size": rows,
+            "io_buffer_size": 8 * _PIECE_BYTES,
+        }
 
     def _index(self, lazily: bool) -> None:
         """Index the ids. A whole index is merged anew each time, so for growing tables ``lazily``; rows outside it are read through."""
@@ -231,10 +261,16 @@ class LanceTable:
             _sync_file(file)
 
     def _is_whole(self, index: Any) -> bool:
-        return sum(file.stat().st_size for file in self._index_files(index)) == index.total_size_bytes
+        return (
+            sum(file.stat().st_size for file in self._index_files(index)) == index.total_size_bytes
+        )
 
     def _index_files(self, index: Any) -> list[Path]:
-        return [file for segment in index.segments for file in (self.path / "_indices" / str(segment.uuid)).glob("*")]
+        return [
+            file
+            for segment in index.segments
+            for file in (self.path / "_indices" / str(segment.uuid)).glob("*")
+        ]
 
     def _check_whole(self, fragments: list[Any]) -> None:
         """Flush new data files to disk, and see that they are as long as they should be: where a disk is full, Lance may cut the last
@@ -290,7 +326,11 @@ def _cut_short(path: Path) -> OSError:
 def _read_head(path: Path) -> dict[str, Any]:
     try:
         head = json.loads((path / _HEAD).read_text(encoding="utf-8"))
-        return {"version": int(head["version"]), "rows": int(head["rows"]), "manifest": str(head["manifest"])}
+        return {
+            "version": int(head["version"]),
+            "rows": int(head["rows"]),
+            "manifest": str(head["manifest"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path / _HEAD} is missing or damaged ({type(error).__name__}), so nobody can say whether {path} is whole. "
@@ -300,7 +340,12 @@ def _read_head(path: Path) -> dict[str, Any]:
 
 def _opened(path: Path, version: int | None = None) -> Any:
     with _errors_named(path):
-        return lance.dataset(str(path), version, index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES)
+        return lance.dataset(
+            str(path),
+            version,
+            index_cache_size_bytes=_CACHE_BYTES,
+            metadata_cache_size_bytes=_CACHE_BYTES,
+        )
 
 
 def _newest(path: Path) -> Any:
@@ -340,7 +385,9 @@ def _errors_named(path: Path) -> Iterator[None]:
     except Exception as error:
         raise _explained(path, str(error)) from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how a panic in Rust arrives; it is no Exception
+        if (
+            type(error).__name__ != "PanicException"
+        ):  # how a panic in Rust arrives; it is no Exception
             raise
         raise _explained(path, str(error)) from None
 
@@ -349,12 +396,19 @@ def _explained(path: Path, text: str) -> Exception:
     for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
         if f"(os error {number})" in text:
             return OSError(number, os.strerror(number), str(path))
-    missing = re.search(r"[Nn]ot found: .*/((data|_versions|_indices|_deletions|_transactions)(/[\w-]+)+\.\w+)", text)
+    missing = re.search(
+        r"[Nn]ot found: .*/((data|_versions|_indices|_deletions|_transactions)(/[\w-]+)+\.\w+)",
+        text,
+    )
     if missing and missing[2] == "_indices":
-        return DataError(f"{path / missing[1]} is missing. No row is lost: `smalto store compact {path}` makes that index anew.")
+        return DataError(
+            f"{path / missing[1]} is missing. No row is lost: `smalto store compact {path}` makes that index anew."
+        )
     if missing:
         return DataError(
             f"{path / missing[1]} is missing, so {path} is not whole. Rows in other files can be read; restore that one from a copy, or "
-            "tokenize the pictures anew with --overwrite."
+            "tokenize the images anew with --overwrite."
         )
-    return DataError(f"{path} cannot be read: it is damaged, or no Lance table ({' '.join(text.split())[:300]}).")
+    return DataError(
+        f"{path} cannot be read: it is damaged, or no Lance table ({' '.join(text.split())[:300]})."
+    )

@@ -29,10 +29,10 @@ class StoreHeader(Config):
 
     Attributes:
         fingerprint: of the tokenizer; ``kind``: of its quantizer; ``tokenizer``: where it was.
-        grids: the layout of every picture; None where pictures keep their shape.
-        transform: what was done to pictures first.
+        grids: the layout of every image; None where images keep their shape.
+        transform: what was done to images first.
         precision: what the encoder computed in.
-        source: where the pictures were.
+        source: where the images were.
     """
 
     format_version: Literal[1] = 1
@@ -59,7 +59,7 @@ class StoreHeader(Config):
     ) -> StoreHeader:
         """The header for tokens of ``tokenizer`` (an ImageTokenizer), which lies in the folder ``path``."""
         quantizer = getattr(tokenizer.config, "quantizer", None)
-        facts = {
+        metadata = {
             "fingerprint": fingerprint or tokenizer.fingerprint(),
             "kind": quantizer.kind if quantizer is not None else tokenizer.config.kind,
             "codebook_size": tokenizer.quantize.codebook_size,
@@ -69,7 +69,7 @@ class StoreHeader(Config):
             "tokenizer": str(Path(path).resolve()) if path else "",
             "source": source,
         }
-        return parse_config(cls, facts, "token store")
+        return parse_config(cls, metadata, "token store")
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -93,20 +93,22 @@ class StoreHeader(Config):
             if getattr(self, key) != getattr(other, key)
         ]
         if different:
-            raise RunError(f"{path} holds other tokens ({'; '.join(different)}). Tokens of two kinds do not mix: name another --out.")
+            raise RunError(
+                f"{path} holds other tokens ({'; '.join(different)}). Tokens of two kinds do not mix: name another --out."
+            )
 
 
 class TokenRow(NamedTuple):
-    """The tokens of one view of one picture.
+    """The tokens of one view of one image.
 
     Attributes:
         id: unique in the store; see ``row_id``.
         tokens: whole numbers [L].
         layout: of the tokens; None takes the store's.
         label: the class, or empty.
-        height, width: of the original picture in pixels.
+        height, width: of the original image in pixels.
         crop: (top, left, height, width) of the part that was tokenized, in pixels of the original.
-        size, modified, digest: of the picture's file: bytes, time in ns, 16 bytes of its contents' hash.
+        size, modified, digest: of the image's file: bytes, time in ns, 16 bytes of its contents' hash.
     """
 
     id: str
@@ -122,7 +124,7 @@ class TokenRow(NamedTuple):
 
 
 def row_id(name: str, view: str = "") -> str:
-    """The id of a picture's row: its name, with ``%``, ``?``, control characters and bytes that are no UTF-8 percent-encoded, and the
+    """The id of an image's row: its name, with ``%``, ``?``, control characters and bytes that are no UTF-8 percent-encoded, and the
     view (such as ``flip``) after a ``?``."""
     return _NEEDS_ENCODING.sub(_percent, name) + (f"?{view}" if view else "")
 
@@ -143,37 +145,69 @@ def rows_to_table(rows: Sequence[TokenRow], header: StoreHeader) -> pyarrow.Tabl
     if not all(row.id for row in rows):
         raise InputError(f"every row needs an id; got {[row.id for row in rows][:5]} ...")
     if odd := [row.id for row in rows if _NO_ID.search(row.id)]:
-        raise InputError(f"ids are texts without control characters; got {odd[0]!r}. row_id(name) makes one of any name.")
+        raise InputError(
+            f"ids are texts without control characters; got {odd[0]!r}. row_id(name) makes one of any name."
+        )
     arrays = [_as_array(row, fixed, header.codebook_size) for row in rows]
     flat = pyarrow.array(numpy.concatenate(arrays).astype(header.dtype, copy=False))
-    columns: dict[str, Any] = {"id": [row.id for row in rows], "label": [_NO_UTF8.sub(_percent, row.label) or None for row in rows]}
+    columns: dict[str, Any] = {
+        "id": [row.id for row in rows],
+        "label": [_NO_UTF8.sub(_percent, row.label) or None for row in rows],
+    }
     if fixed is not None:
         columns["tokens"] = pyarrow.FixedSizeListArray.from_arrays(flat, fixed.num_tokens)
     else:
         offsets = numpy.cumsum([0, *map(len, arrays)], dtype=numpy.int32)
         columns["tokens"] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), flat)
-        columns["grids"] = [[n for grid in row.layout.grids for n in grid] for row in rows if row.layout is not None]
+        columns["grids"] = [
+            [n for grid in row.layout.grids for n in grid] for row in rows if row.layout is not None
+        ]
     columns |= {name: [getattr(row, name) for row in rows] for name in NUMBERS}
     columns |= {
         "crop": [list(row.crop) for row in rows],
         "digest": [row.digest.ljust(16, b"\0") if row.digest else None for row in rows],
     }
     columns["crc"] = [0] * len(rows)
-    cells = [columns[f.name] if isinstance(columns[f.name], pyarrow.Array) else pyarrow.array(columns[f.name], f.type) for f in schema]
+    cells = [
+        columns[f.name]
+        if isinstance(columns[f.name], pyarrow.Array)
+        else pyarrow.array(columns[f.name], f.type)
+        for f in schema
+    ]
     table = pyarrow.table(cells, schema=schema)
-    return table.set_column(table.num_columns - 1, schema.field("crc"), pyarrow.array(checksums(table), pyarrow.uint32()))
+    return table.set_column(
+        table.num_columns - 1,
+        schema.field("crc"),
+        pyarrow.array(checksums(table), pyarrow.uint32()),
+    )
 
 
 def checksums(table: pyarrow.Table) -> list[int]:
     """CRC-32 of each row, over all of its columns but ``crc``."""
-    grids = [_bytes_of(row) for row in _lists(table["grids"])] if "grids" in table.column_names else [b""] * table.num_rows
+    grids = (
+        [_bytes_of(row) for row in _lists(table["grids"])]
+        if "grids" in table.column_names
+        else [b""] * table.num_rows
+    )
     numbers = numpy.stack([table[name].to_numpy().astype(numpy.int64) for name in NUMBERS], axis=1)
-    numbers = numpy.concatenate([numbers, flat_values(table["crop"]).reshape(-1, 4).astype(numpy.int64)], axis=1)
-    texts = zip(table["id"].to_pylist(), table["label"].to_pylist(), table["digest"].to_pylist(), grids, strict=True)
+    numbers = numpy.concatenate(
+        [numbers, flat_values(table["crop"]).reshape(-1, 4).astype(numpy.int64)], axis=1
+    )
+    texts = zip(
+        table["id"].to_pylist(),
+        table["label"].to_pylist(),
+        table["digest"].to_pylist(),
+        grids,
+        strict=True,
+    )
     found = []
-    for row, (tokens, (id, label, digest, grid)) in enumerate(zip(token_arrays(table), texts, strict=True)):
+    for row, (tokens, (id, label, digest, grid)) in enumerate(
+        zip(token_arrays(table), texts, strict=True)
+    ):
         words = f"{id}\0{label or ''}\0".encode() + (digest or b"") + grid
-        found.append(zlib.crc32(_bytes_of(tokens), zlib.crc32(numbers[row].tobytes(), zlib.crc32(words))))
+        found.append(
+            zlib.crc32(_bytes_of(tokens), zlib.crc32(numbers[row].tobytes(), zlib.crc32(words)))
+        )
     return found
 
 
@@ -190,22 +224,29 @@ def _as_array(row: TokenRow, fixed: TokenLayout | None, codebook_size: int) -> n
     tokens = numpy.asarray(row.tokens).reshape(-1)
     layout = row.layout or fixed
     if layout is None:
-        raise InputError(f"row {row.id!r} needs a layout: in this store pictures keep their shape.")
+        raise InputError(f"row {row.id!r} needs a layout: in this store images keep their shape.")
     if fixed is not None and layout != fixed:
-        raise InputError(f"row {row.id!r} has the layout {layout}; all rows of this store have {fixed}.")
+        raise InputError(
+            f"row {row.id!r} has the layout {layout}; all rows of this store have {fixed}."
+        )
     if tokens.dtype.kind not in "iu" or len(tokens) != layout.num_tokens:
         raise InputError(
             f"row {row.id!r}: the layout {layout} has {layout.num_tokens} tokens, whole numbers; got {tokens.dtype} [{len(tokens)}]."
         )
     if int(tokens.min()) < 0 or int(tokens.max()) >= codebook_size:
-        raise InputError(f"row {row.id!r}: tokens lie in [0, {codebook_size}); got {int(tokens.min())} to {int(tokens.max())}.")
+        raise InputError(
+            f"row {row.id!r}: tokens lie in [0, {codebook_size}); got {int(tokens.min())} to {int(tokens.max())}."
+        )
     return tokens
 
 
 def store_schema(header: StoreHeader) -> pyarrow.Schema:
     kind, fixed = pyarrow.from_numpy_dtype(header.dtype), header.layout
     tokens = pyarrow.list_(kind, fixed.num_tokens) if fixed is not None else pyarrow.list_(kind)
-    fields = [pyarrow.field("id", pyarrow.string(), nullable=False), pyarrow.field("tokens", tokens, nullable=False)]
+    fields = [
+        pyarrow.field("id", pyarrow.string(), nullable=False),
+        pyarrow.field("tokens", tokens, nullable=False),
+    ]
     if fixed is None:
         fields.append(pyarrow.field("grids", pyarrow.list_(pyarrow.int32()), nullable=False))
     fields += [
@@ -218,7 +259,9 @@ def store_schema(header: StoreHeader) -> pyarrow.Schema:
         pyarrow.field("digest", pyarrow.binary(16)),
         pyarrow.field("crc", pyarrow.uint32(), nullable=False),
     ]
-    return pyarrow.schema(fields, {"smalto": json.dumps(header.model_dump(mode="json"), sort_keys=True)})
+    return pyarrow.schema(
+        fields, {"smalto": json.dumps(header.model_dump(mode="json"), sort_keys=True)}
+    )
 
 
 def token_arrays(table: pyarrow.Table) -> numpy.ndarray | list[numpy.ndarray]:
@@ -232,7 +275,9 @@ def token_arrays(table: pyarrow.Table) -> numpy.ndarray | list[numpy.ndarray]:
 def flat_values(column: pyarrow.ChunkedArray) -> numpy.ndarray:
     """All values of a column of lists, one after the other."""
     flat = column.combine_chunks().flatten()
-    return (flat.combine_chunks() if isinstance(flat, pyarrow.ChunkedArray) else flat).to_numpy(zero_copy_only=False)
+    return (flat.combine_chunks() if isinstance(flat, pyarrow.ChunkedArray) else flat).to_numpy(
+        zero_copy_only=False
+    )
 
 
 def _lists(column: pyarrow.ChunkedArray) -> list[numpy.ndarray]:
@@ -248,7 +293,10 @@ def row_layouts(table: pyarrow.Table, header: StoreHeader) -> list[TokenLayout]:
     """The layout of every row of a table. Raises InputError where a grid makes no sense."""
     if header.layout is not None:
         return [header.layout] * table.num_rows
-    return [TokenLayout(tuple((int(h), int(w)) for h, w in row.reshape(-1, 2))) for row in _lists(table["grids"])]
+    return [
+        TokenLayout(tuple((int(h), int(w)) for h, w in row.reshape(-1, 2)))
+        for row in _lists(table["grids"])
+    ]
 
 
 def _bytes_of(array: numpy.ndarray) -> bytes:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smalto.core.config import parse_config
 from smalto.core.errors import DataError, InputError, RunError
-from smalto.core.files import aside, remove_leftovers
+from smalto.core.files import atomic_path, remove_leftovers
 from smalto.core.layout import TokenLayout
 from smalto.images.image_file import Skipped
 from smalto.images.transforms import Transform
@@ -43,7 +43,7 @@ _LOCK = ".lock"
 
 
 class TokenStore:
-    """Tokens on disk: one row per picture (or view of one), committed in batches, never half-written.
+    """Tokens on disk: one row per image (or view of one), committed in batches, never half-written.
 
     ``len(store)`` rows; ``store[i]`` is one, ``store.batch(indices)`` several. Opening reads no rows and writes nothing. Use ``create`` and
     ``open``.
@@ -72,20 +72,24 @@ class TokenStore:
         Args:
             path: a folder that does not exist yet, such as ``tokens.lance``.
             tokenizer: the ImageTokenizer whose tokens it will hold, or a StoreHeader.
-            layout: of every picture; None: pictures keep their shape, and every row has its own.
-            transform, precision: how the pictures become tokens; what is appended later has to agree.
+            layout: of every image; None: images keep their shape, and every row has its own.
+            transform, precision: how the images become tokens; what is appended later has to agree.
 
         Raises:
             RunError: something is there already.
         """
         path = Path(path)
         if path.exists():
-            raise RunError(f"{path} exists already. Open it with TokenStore.open, or name another place.")
+            raise RunError(
+                f"{path} exists already. Open it with TokenStore.open, or name another place."
+            )
         header = tokenizer
         if not isinstance(header, StoreHeader):
-            header = StoreHeader.of(tokenizer, layout=layout, transform=transform, precision=precision)
+            header = StoreHeader.of(
+                tokenizer, layout=layout, transform=transform, precision=precision
+            )
         try:
-            with aside(path) as folder:  # appears whole
+            with atomic_path(path) as folder:  # appears whole
                 LanceTable.create(folder, store_schema(header))
                 LanceTable.create(folder / _ERRORS, _ERROR_SCHEMA)
         except OSError as error:
@@ -104,13 +108,21 @@ class TokenStore:
         path = Path(path)
         if not path.exists():
             raise DataError(f"{path} does not exist: token stores are made by `smalto tokenize`.")
-        if not path.is_dir() or not any((path / name).exists() for name in ("head.json", "_versions", "data")):
-            raise DataError(f"{path} is no token store: that is a folder made by `smalto tokenize`.")
+        if not path.is_dir() or not any(
+            (path / name).exists() for name in ("head.json", "_versions", "data")
+        ):
+            raise DataError(
+                f"{path} is no token store: that is a folder made by `smalto tokenize`."
+            )
         table = LanceTable.open(path)
         try:
-            header = parse_config(StoreHeader, json.loads((table.schema.metadata or {})[b"smalto"]), str(path))
+            header = parse_config(
+                StoreHeader, json.loads((table.schema.metadata or {})[b"smalto"]), str(path)
+            )
         except (KeyError, ValueError) as error:
-            raise DataError(f"{path} is a Lance table, but no token store of this smalto ({error}).") from None
+            raise DataError(
+                f"{path} is a Lance table, but no token store of this smalto ({error})."
+            ) from None
         return cls(path, table, header)
 
     def refresh(self) -> None:
@@ -140,7 +152,7 @@ class TokenStore:
         """Rows by number, in the order asked for.
 
         Returns:
-            ``id``, ``label``: lists of texts. ``tokens``: int64 [B, L], or a list of [L_i] where pictures keep their shape. ``layout``: a
+            ``id``, ``label``: lists of texts. ``tokens``: int64 [B, L], or a list of [L_i] where images keep their shape. ``layout``: a
             list of TokenLayout. ``height``, ``width``: int64 [B]; ``crop``: int64 [B, 4].
 
         Raises:
@@ -152,23 +164,33 @@ class TokenStore:
             raise InputError(f"rows are asked for by whole numbers; got {asked.dtype}.")
         asked = asked.astype(numpy.int64)
         if asked.size and (asked.min() < 0 or asked.max() >= len(self)):
-            raise InputError(f"rows are numbered 0 to {len(self) - 1}; got {int(asked.min())} to {int(asked.max())}.")
+            raise InputError(
+                f"rows are numbered 0 to {len(self) - 1}; got {int(asked.min())} to {int(asked.max())}."
+            )
         rising, places = numpy.unique(asked, return_inverse=True)
         return self._columns(self._table.take(rising.tolist(), self._read), places)
 
     def rows(self, start: int = 0, stop: int | None = None) -> dict[str, Any]:
         """Rows [start, stop), as ``batch`` gives them, faster."""
-        return self._columns(self._table.read(start, len(self) if stop is None else min(stop, len(self)), self._read))
+        return self._columns(
+            self._table.read(start, len(self) if stop is None else min(stop, len(self)), self._read)
+        )
 
-    def tokens(self, start: int, stop: int, classes: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def tokens(
+        self, start: int, stop: int, classes: Sequence[str]
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Rows [start, stop) for training: tokens as they are stored, [n, L] or an array of [L_i], and the numbers of their labels in
         ``classes``, int64 [n], -1 for none."""
         return _tokens_and_labels(self._table.read(start, stop, ["tokens", "label"]), classes)
 
-    def tokens_at(self, indices: numpy.ndarray, classes: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def tokens_at(
+        self, indices: numpy.ndarray, classes: Sequence[str]
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Like ``tokens``, of rows by number in any order."""
         rising, places = numpy.unique(indices, return_inverse=True)
-        tokens, labels = _tokens_and_labels(self._table.take(rising.tolist(), ["tokens", "label"]), classes)
+        tokens, labels = _tokens_and_labels(
+            self._table.take(rising.tolist(), ["tokens", "label"]), classes
+        )
         return tokens[places], labels[places]
 
     def token_rows(self, start: int, stop: int) -> list[TokenRow]:
@@ -180,21 +202,42 @@ class TokenStore:
         return self._token_rows(self._table.take(indices.tolist()))
 
     def _token_rows(self, table: pyarrow.Table) -> list[TokenRow]:
-        facts = zip(*(table[name].to_pylist() for name in ("id", "label", "crop", "digest", *NUMBERS)), strict=True)
+        metadata = zip(
+            *(table[name].to_pylist() for name in ("id", "label", "crop", "digest", *NUMBERS)),
+            strict=True,
+        )
         return [
-            TokenRow(id, tokens, layout, label or "", height, width, tuple(crop), size, modified, digest or b"")
+            TokenRow(
+                id,
+                tokens,
+                layout,
+                label or "",
+                height,
+                width,
+                tuple(crop),
+                size,
+                modified,
+                digest or b"",
+            )
             for tokens, layout, (id, label, crop, digest, height, width, size, modified) in zip(
-                token_arrays(table), row_layouts(table, self.header), facts, strict=True
+                token_arrays(table), row_layouts(table, self.header), metadata, strict=True
             )
         ]
 
     def ids(self) -> list[str]:
         """The ids of all rows, in order."""
-        return [id for table in self._table.batches(["id"]) for id in _or_raise(table)["id"].to_pylist()]
+        return [
+            id for table in self._table.batches(["id"]) for id in _or_raise(table)["id"].to_pylist()
+        ]
 
     def labels(self, start: int = 0, stop: int | None = None) -> list[str]:
         """The label of every row in [start, stop)."""
-        return [label or "" for label in self._table.read(start, len(self) if stop is None else stop, ["label"])["label"].to_pylist()]
+        return [
+            label or ""
+            for label in self._table.read(start, len(self) if stop is None else stop, ["label"])[
+                "label"
+            ].to_pylist()
+        ]
 
     def classes(self) -> list[str]:
         """All labels that occur, sorted."""
@@ -206,7 +249,14 @@ class TokenStore:
     def known(self, ids: Sequence[str]) -> dict[str, tuple[int, int, bytes]]:
         """(size, modified, digest) of the files of those ids that are in the store."""
         found = self._table.find(ids, ["id", "size", "modified", "digest"]) if ids else None
-        return {row["id"]: (row["size"], row["modified"], row["digest"] or b"") for row in found.to_pylist()} if found is not None else {}
+        return (
+            {
+                row["id"]: (row["size"], row["modified"], row["digest"] or b"")
+                for row in found.to_pylist()
+            }
+            if found is not None
+            else {}
+        )
 
     def lost_by_the_index(self, ids: Sequence[str]) -> list[str]:
         """Of ids that are in the store those that ``known`` does not find: the index of ids is damaged. Empty where there is none."""
@@ -226,7 +276,9 @@ class TokenStore:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise RunError(f"another process is writing to {self.path}. Wait for it, or name another --out.") from None
+            raise RunError(
+                f"another process is writing to {self.path}. Wait for it, or name another --out."
+            ) from None
         try:
             if first:
                 remove_leftovers(self.path)
@@ -257,7 +309,11 @@ class TokenStore:
             RunError: the tokens are of another kind than the store's, or another process is writing.
             InputError: an id that is there already, a token outside the codebook, or another number of tokens than the layout's.
         """
-        given = {"grids": layout.grids if layout is not None else None, "transform": transform, "precision": precision}
+        given = {
+            "grids": layout.grids if layout is not None else None,
+            "transform": transform,
+            "precision": precision,
+        }
         told: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if tokenizer is not None:
             made_by = StoreHeader.of(tokenizer, layout=None, transform="")
@@ -270,31 +326,45 @@ class TokenStore:
         """Like ``append``, of rows that ``rows_to_table`` has checked and laid out."""
         ids = table["id"].to_pylist()
         if len(set(ids)) < len(ids):
-            raise InputError(f"every row needs an id of its own; {Counter(ids).most_common(1)[0][0]!r} is there more than once.")
+            raise InputError(
+                f"every row needs an id of its own; {Counter(ids).most_common(1)[0][0]!r} is there more than once."
+            )
         with self.writing():
             if not replace and (there := self.known(ids)):
-                raise InputError(f"{len(there)} of these ids are in {self.path} already, such as {min(there)!r}. replace=True redoes them.")
+                raise InputError(
+                    f"{len(there)} of these ids are in {self.path} already, such as {min(there)!r}. replace=True redoes them."
+                )
             (self._table.upsert if replace else self._table.append)(table)
 
     def add_errors(self, errors: Sequence[tuple[Skipped, int, int]]) -> None:
-        """Note pictures that could not be used: each with the size and time of its file."""
+        """Note images that could not be used: each with the size and time of its file."""
         if not errors:
             return
         ids = [row_id(skipped.name) for skipped, _, _ in errors]
-        columns = [ids, [s.reason for s, _, _ in errors], [size for _, size, _ in errors], [modified for _, _, modified in errors]]
-        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, _ERROR_SCHEMA, strict=True)]
+        columns = [
+            ids,
+            [s.reason for s, _, _ in errors],
+            [size for _, size, _ in errors],
+            [modified for _, _, modified in errors],
+        ]
+        arrays = [
+            pyarrow.array(column, field.type)
+            for column, field in zip(columns, _ERROR_SCHEMA, strict=True)
+        ]
         with self.writing():
             self._errors().upsert(pyarrow.table(arrays, schema=_ERROR_SCHEMA))
 
     def forget_errors(self, names: Sequence[str]) -> None:
-        """Remove pictures from the errors: they are good now."""
+        """Remove images from the errors: they are good now."""
         with self.writing():
             self._errors().delete([row_id(name) for name in names])
 
     def errors(self) -> dict[str, tuple[str, int, int]]:
-        """Pictures that could not be used, by name: (reason, size, modified)."""
+        """Images that could not be used, by name: (reason, size, modified)."""
         rows = [row for batch in self._errors().batches() for row in _or_raise(batch).to_pylist()]
-        return {split_id(row["id"])[0]: (row["reason"], row["size"], row["modified"]) for row in rows}
+        return {
+            split_id(row["id"])[0]: (row["reason"], row["size"], row["modified"]) for row in rows
+        }
 
     def compact(self, keep: timedelta = timedelta(0), *, lazily: bool = False) -> None:
         """Join small files, index the ids, remove what no version needs. Rows keep their numbers.
@@ -316,14 +386,25 @@ class TokenStore:
 
     @property
     def _read(self) -> list[str]:
-        return ["id", "tokens", "label", "height", "width", "crop", *([] if self.header.grids is not None else ["grids"])]
+        return [
+            "id",
+            "tokens",
+            "label",
+            "height",
+            "width",
+            "crop",
+            *([] if self.header.grids is not None else ["grids"]),
+        ]
 
     def _columns(self, table: pyarrow.Table, order: numpy.ndarray | None = None) -> dict[str, Any]:
         order = numpy.arange(table.num_rows) if order is None else order
         tokens = token_arrays(table)
         ids, labels = table["id"].to_pylist(), table["label"].to_pylist()
         layouts = row_layouts(table, self.header)
-        numbers = {name: torch.from_numpy(table[name].to_numpy().astype(numpy.int64)[order]) for name in ("height", "width")}
+        numbers = {
+            name: torch.from_numpy(table[name].to_numpy().astype(numpy.int64)[order])
+            for name in ("height", "width")
+        }
         chosen: Tensor | list[Tensor]
         if isinstance(tokens, list):
             chosen = [torch.from_numpy(tokens[i].astype(numpy.int64)) for i in order]
@@ -335,7 +416,9 @@ class TokenStore:
             "layout": [layouts[i] for i in order],
             "label": [labels[i] or "" for i in order],
             **numbers,
-            "crop": torch.from_numpy(flat_values(table["crop"]).reshape(-1, 4).astype(numpy.int64)[order]),
+            "crop": torch.from_numpy(
+                flat_values(table["crop"]).reshape(-1, 4).astype(numpy.int64)[order]
+            ),
         }
 
 
@@ -355,8 +438,12 @@ def _or_raise(batch: pyarrow.Table | DataError) -> pyarrow.Table:
     return batch
 
 
-def _tokens_and_labels(table: pyarrow.Table, classes: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    numbers = compute.index_in(table["label"].combine_chunks(), pyarrow.array(list(classes), pyarrow.string()))
+def _tokens_and_labels(
+    table: pyarrow.Table, classes: Sequence[str]
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    numbers = compute.index_in(
+        table["label"].combine_chunks(), pyarrow.array(list(classes), pyarrow.string())
+    )
     tokens = token_arrays(table)
     if isinstance(tokens, list):
         each = numpy.empty(len(tokens), object)

@@ -20,7 +20,9 @@ ROWS_PER_COMMIT = 4096
 SECONDS_PER_COMMIT = 10.0
 MANY_SMALL_FILES = 64
 SOME_SMALL_FILES = 16
-KEEP_REPLACED = timedelta(hours=1)  # so long jobs leave the files that they replace to whoever reads them
+KEEP_REPLACED = timedelta(
+    hours=1
+)  # so long jobs leave the files that they replace to whoever reads them
 _WAITING = 8
 
 
@@ -49,14 +51,19 @@ class StoreWriter:
         self._put(_Item(rows, replace, None))
 
     def put_error(self, skipped: Skipped, size: int, modified: int) -> None:
-        """A picture to note as bad."""
+        """An image to note as bad."""
         self._put(_Item((), False, (skipped, size, modified)))
 
     def __enter__(self) -> StoreWriter:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._queue.put(None)
         self._thread.join()
         if self._failure is not None and error is not self._failure:
@@ -76,13 +83,17 @@ class StoreWriter:
                 self._ended = self._queue.get() is None
 
     def _write_until_the_end(self) -> None:
-        tables: list[pyarrow.Table] = []  # in Arrow's memory, apart from that of tensors, where they would leave holes
+        tables: list[
+            pyarrow.Table
+        ] = []  # in Arrow's memory, apart from that of tensors, where they would leave holes
         errors: list[tuple[Skipped, int, int]] = []
         replace, due = False, 0.0
         while True:
             waiting = bool(tables or errors)
             try:
-                item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
+                item = self._queue.get(
+                    timeout=max(0.0, due - time.monotonic()) if waiting else None
+                )
                 self._ended = item is None
             except queue.Empty:
                 item = None
@@ -91,13 +102,19 @@ class StoreWriter:
                 tables += [rows_to_table(item.rows, self._store.header)] if item.rows else []
                 errors += [item.error] if item.error else []
                 replace |= item.replace
-            if self._ended or sum(map(len, tables)) >= ROWS_PER_COMMIT or (waiting and time.monotonic() >= due):
+            if (
+                self._ended
+                or sum(map(len, tables)) >= ROWS_PER_COMMIT
+                or (waiting and time.monotonic() >= due)
+            ):
                 self._commit(tables, errors, replace)
                 tables, errors, replace = [], [], False
             if self._ended:
                 return
 
-    def _commit(self, tables: list[pyarrow.Table], errors: list[tuple[Skipped, int, int]], replace: bool) -> None:
+    def _commit(
+        self, tables: list[pyarrow.Table], errors: list[tuple[Skipped, int, int]], replace: bool
+    ) -> None:
         if tables:
             self._store.append_table(pyarrow.concat_tables(tables), replace=replace)
         self._store.add_errors(errors)

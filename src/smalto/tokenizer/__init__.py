@@ -2,7 +2,12 @@
 
 from smalto.tokenizer.loading import load
 from smalto.tokenizer.model import ImageTokenizer, TokenizerConfig, TokenizerOutput
-from smalto.tokenizer.presets import SimpleVQVAE, SimpleVQVAEConfig, default_tokenizer, default_tokenizer_config
+from smalto.tokenizer.presets import (
+    SimpleVQVAE,
+    SimpleVQVAEConfig,
+    default_tokenizer,
+    default_tokenizer_config,
+)
 
 __all__ = [
     "ImageTokenizer",

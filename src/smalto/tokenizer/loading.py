@@ -15,7 +15,10 @@ from smalto.tokenizer.model import AnyTokenizerConfig, ImageTokenizer, Tokenizer
 from smalto.tokenizer.presets import SimpleVQVAEConfig
 from smalto.tokenizer.saving import FORMAT_VERSION
 
-_CONFIGS: dict[str, type[AnyTokenizerConfig]] = {"image-tokenizer": TokenizerConfig, "simple-vqvae": SimpleVQVAEConfig}
+_CONFIGS: dict[str, type[AnyTokenizerConfig]] = {
+    "image-tokenizer": TokenizerConfig,
+    "simple-vqvae": SimpleVQVAEConfig,
+}
 
 
 def load(folder: str | Path) -> ImageTokenizer:
@@ -27,13 +30,21 @@ def load(folder: str | Path) -> ImageTokenizer:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        there = "holds no tokenizer" if folder.is_dir() else "is a file" if folder.is_file() else "does not exist"
+        there = (
+            "holds no tokenizer"
+            if folder.is_dir()
+            else "is a file"
+            if folder.is_file()
+            else "does not exist"
+        )
         raise RunError(
             f"{folder} {there}: a tokenizer is a folder with config.json and model.safetensors, such as a run of `smalto train`. "
             "A file of VAR becomes one by `smalto convert FILE --to smalto --out FOLDER`."
         )
     try:
-        config = _parse((folder / "config.json").read_text(encoding="utf-8"), str(folder / "config.json"))
+        config = _parse(
+            (folder / "config.json").read_text(encoding="utf-8"), str(folder / "config.json")
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not readable JSON ({error}).") from None
     tokenizer = config.build()
@@ -42,7 +53,9 @@ def load(folder: str | Path) -> ImageTokenizer:
         with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
             beside = (file.metadata() or {}).get("smalto")
     except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(f"{folder / 'model.safetensors'} cannot be read ({error}). Take the one of an older checkpoint.") from None
+        raise RunError(
+            f"{folder / 'model.safetensors'} cannot be read ({error}). Take the one of an older checkpoint."
+        ) from None
     if beside is not None and _parse(beside, "model.safetensors") != config:
         raise RunError(
             f"{folder / 'model.safetensors'} does not fit config.json beside it: it was written with another one. Take both anew."
@@ -50,7 +63,9 @@ def load(folder: str | Path) -> ImageTokenizer:
     try:
         tokenizer.load_state_dict(state, assign=True)  # in the precision that was saved
     except RuntimeError as error:
-        raise RunError(f"{folder / 'model.safetensors'} does not fit config.json beside it: {error}") from None
+        raise RunError(
+            f"{folder / 'model.safetensors'} does not fit config.json beside it: {error}"
+        ) from None
     return tokenizer.eval()
 
 
@@ -61,7 +76,11 @@ def _parse(text: str, source: str) -> AnyTokenizerConfig:
         raise ConfigError(f"{source} is not readable JSON ({error}).") from None
     version = data.pop("format_version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        raise ConfigError(f"{source} has format_version {version!r}; this smalto reads {FORMAT_VERSION}.")
+        raise ConfigError(
+            f"{source} has format_version {version!r}; this smalto reads {FORMAT_VERSION}."
+        )
     if not isinstance(data.get("kind"), str) or data["kind"] not in _CONFIGS:
-        raise ConfigError(f"{source}: kind must be one of {sorted(_CONFIGS)}; got {data.get('kind')!r}.")
+        raise ConfigError(
+            f"{source}: kind must be one of {sorted(_CONFIGS)}; got {data.get('kind')!r}."
+        )
     return parse_config(_CONFIGS[data["kind"]], data, source)

@@ -20,7 +20,15 @@ from smalto.core.errors import ConfigError, InputError, describe
 from smalto.core.layout import TokenLayout, as_grids
 from smalto.quantizers import MultiScaleVQ, QuantizerConfig, ResidualVQ, VectorQuantizerConfig, fold
 from smalto.tokenizer import saving
-from smalto.tokenizer.token_blocks import Blocks, DiagonalBlocks, PatchHws, cut, join, layout_by_grid, stacked_layout
+from smalto.tokenizer.token_blocks import (
+    BlockKind,
+    DiagonalBlocks,
+    PatchHws,
+    join_blocks,
+    layout_by_grid,
+    split_blocks,
+    stacked_layout,
+)
 
 
 class TokenizerOutput(NamedTuple):
@@ -83,7 +91,7 @@ class ImageTokenizer(nn.Module):
         stride: pixels per latent position; H and W must be multiples of it.
     """
 
-    default_blocks: Blocks = "whole"
+    default_blocks: BlockKind = "whole"
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -94,13 +102,17 @@ class ImageTokenizer(nn.Module):
         self.quantize = config.quantizer.build()
         self.decoder = config.autoencoder.build_decoder()
 
-    def forward(self, images: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None) -> TokenizerOutput:
+    def forward(
+        self, images: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
+    ) -> TokenizerOutput:
         """Images [B, C, H, W] -> (reconstruction [B, C, H, W] not clamped, vq_loss scalar, indices int64 [B*L]), with gradients.
 
         ``num_stages`` and ``noise`` are the quantizer's: see ``Quantizer.forward``.
         """
         self.check_images(images)
-        quantized, vq_loss, indices = self.quantize(self._latents(images), num_stages=num_stages, noise=noise)
+        quantized, vq_loss, indices = self.quantize(
+            self._latents(images), num_stages=num_stages, noise=noise
+        )
         return TokenizerOutput(self.decoder(quantized).to(images.dtype), vq_loss, indices)
 
     @torch.no_grad()
@@ -119,15 +131,17 @@ class ImageTokenizer(nn.Module):
         if isinstance(self.quantize, MultiScaleVQ):
             return self.quantize.encode(self._latents(images), layout)
         if layout is not None and layout != self.layout(*images.shape[2:]):
-            raise InputError(f"this tokenizer has no choice of grids: these images give {self.layout(*images.shape[2:])}; got {layout}.")
+            raise InputError(
+                f"this tokenizer has no choice of grids: these images give {self.layout(*images.shape[2:])}; got {layout}."
+            )
         return self.quantize.encode(self._latents(images))
 
     def decode(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> Tensor:
         """Tokens int64 [B, L] -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
-            tokens: what ``encode`` gave. Of residual and multi-scale tokenizers the tokens of the first grids alone give a coarser picture.
-            layout: ``tokenizer.layout(height, width)`` of the pictures that were encoded.
+            tokens: what ``encode`` gave. Of residual and multi-scale tokenizers the tokens of the first grids alone give a coarser image.
+            layout: ``tokenizer.layout(height, width)`` of the images that were encoded.
 
         Raises:
             InputError: a token outside the codebook, or another number of tokens than the layout's.
@@ -169,7 +183,9 @@ class ImageTokenizer(nn.Module):
         """All codes: [K, D], or [G, K, D] where every grid of the layout has its own."""
         return self.quantize.get_codebook()
 
-    def img_to_idxBl(self, imgs: Tensor, patch_hws: PatchHws | None = None, *, blocks: Blocks | None = None) -> list[Tensor]:
+    def img_to_idxBl(
+        self, imgs: Tensor, patch_hws: PatchHws | None = None, *, blocks: BlockKind | None = None
+    ) -> list[Tensor]:
         """Images [B, C, H, W] in [-1, 1] -> blocks of tokens, a list of int64 [B, L_i], without gradients.
 
         Args:
@@ -185,13 +201,17 @@ class ImageTokenizer(nn.Module):
             InputError: an unknown kind, halves of a layout of several grids, or scales that do not fit.
         """
         if isinstance(patch_hws, str):
-            raise InputError(f"the second argument is patch_hws; say img_to_idxBl(images, blocks={patch_hws!r}).")
+            raise InputError(
+                f"the second argument is patch_hws; say img_to_idxBl(images, blocks={patch_hws!r})."
+            )
         self.check_images(imgs)
-        layout = self.layout(*imgs.shape[2:]) if patch_hws is None else TokenLayout(as_grids(patch_hws))
-        return cut(self.encode(imgs, layout), layout, blocks or self.default_blocks)
+        layout = (
+            self.layout(*imgs.shape[2:]) if patch_hws is None else TokenLayout(as_grids(patch_hws))
+        )
+        return split_blocks(self.encode(imgs, layout), layout, blocks or self.default_blocks)
 
     def idxBl_to_var_input(self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None) -> Tensor:
-        """Blocks of tokens -> the input of the autoregressive model that follows.
+        """BlockKind of tokens -> the input of the autoregressive model that follows.
 
         Of a multi-scale tokenizer, as in VAR: for every scale but the last what the decoder would be given so far, averaged down to
         the next scale's grid: [B, L - L_1, C]. Of others: the codes in order, [B, L, D]; D is ``latent_dim``, for residual and product
@@ -201,57 +221,80 @@ class ImageTokenizer(nn.Module):
             idx_Bl: what ``img_to_idxBl`` gave.
             patch_hws: of a multi-scale tokenizer: (rows, columns) of each scale. None: its configured ones.
         """
-        tokens = join(idx_Bl)
+        tokens = join_blocks(idx_Bl)
         if isinstance(self.quantize, MultiScaleVQ):
             return self.quantize.var_input(tokens, self._layout_of(idx_Bl, patch_hws))
         return self.quantize.lookup(idx_Bl)
 
     @overload
     def idxBl_to_img(
-        self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None, last_one: Literal[True] = True, *, clamp: bool = True
+        self,
+        idx_Bl: list[Tensor],
+        patch_hws: PatchHws | None = None,
+        last_one: Literal[True] = True,
+        *,
+        clamp: bool = True,
     ) -> Tensor: ...
 
     @overload
     def idxBl_to_img(
-        self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None, *, last_one: Literal[False], clamp: bool = True
+        self,
+        idx_Bl: list[Tensor],
+        patch_hws: PatchHws | None = None,
+        *,
+        last_one: Literal[False],
+        clamp: bool = True,
     ) -> list[Tensor]: ...
 
     def idxBl_to_img(
-        self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None, last_one: bool = True, *, clamp: bool = True
+        self,
+        idx_Bl: list[Tensor],
+        patch_hws: PatchHws | None = None,
+        last_one: bool = True,
+        *,
+        clamp: bool = True,
     ) -> Tensor | list[Tensor]:
-        """Blocks of tokens -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
+        """BlockKind of tokens -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
             idx_Bl: what ``img_to_idxBl`` gave: blocks that lie below one another, or one block per grid of the layout. Of a residual or
-                multi-scale tokenizer the first ones alone give a coarser picture.
+                multi-scale tokenizer the first ones alone give a coarser image.
             patch_hws: (rows, columns) of each block; where ``idx_Bl`` holds the first scales only, of all scales nevertheless. None:
                 the configured scales; for other tokenizers every map is taken to be square.
-            last_one: False gives the list of pictures after each grid of the layout.
+            last_one: False gives the list of images after each grid of the layout.
 
         Raises:
-            InputError: the lengths do not fit, or diagonal blocks, which leave out half of the picture. They are known by the list that
+            InputError: the lengths do not fit, or diagonal blocks, which leave out half of the image. They are known by the list that
                 ``img_to_idxBl`` gave; put into another list they cannot be told from halves of a smaller map.
         """
-        tokens = join(idx_Bl)
+        tokens = join_blocks(idx_Bl)
         if isinstance(idx_Bl, DiagonalBlocks):
-            raise InputError('diagonal blocks hold half of the picture and cannot be decoded. Use img_to_idxBl(images, blocks="halves").')
+            raise InputError(
+                'diagonal blocks hold half of the image and cannot be decoded. Use img_to_idxBl(images, blocks="halves").'
+            )
         layout = self._layout_of(idx_Bl, patch_hws)
         if last_one:
             return self.decode(tokens, layout, clamp=clamp)
         return self.decode_each(tokens, layout, clamp=clamp)
 
-    def decode_each(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> list[Tensor]:
-        """The pictures [B, C, H, W] that the first grid's tokens make, the first two grids', and so on to all of ``tokens`` [B, L].
+    def decode_each(
+        self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True
+    ) -> list[Tensor]:
+        """The images [B, C, H, W] that the first grid's tokens make, the first two grids', and so on to all of ``tokens`` [B, L].
 
-        Of a tokenizer whose grids say nothing alone (product) there is one picture.
+        Of a tokenizer whose grids say nothing alone (product) there is one image.
         """
         last = self.decode(tokens, layout, clamp=clamp)
-        earlier = [n for n in itertools.accumulate(layout.lengths) if n < tokens.shape[1]] if self.is_progressive else []
+        earlier = (
+            [n for n in itertools.accumulate(layout.lengths) if n < tokens.shape[1]]
+            if self.is_progressive
+            else []
+        )
         return [*(self.decode(tokens[:, :n], layout, clamp=clamp) for n in earlier), last]
 
     @property
     def is_progressive(self) -> bool:
-        """Whether the tokens of the first grids alone make a picture: residual and multi-scale tokenizers."""
+        """Whether the tokens of the first grids alone make an image: residual and multi-scale tokenizers."""
         return isinstance(self.quantize, (MultiScaleVQ, ResidualVQ))
 
     def _layout_of(self, idx_Bl: list[Tensor], patch_hws: PatchHws | None) -> TokenLayout:
@@ -263,16 +306,26 @@ class ImageTokenizer(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are floating point [B, in_channels, H, W] with sides that the stride divides."""
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self.in_channels:
+        if (
+            not isinstance(images, Tensor)
+            or images.ndim != 4
+            or images.shape[1] != self.in_channels
+        ):
             raise InputError(
                 f"images must be a tensor [B, {self.in_channels}, H, W]; got {describe(images)}. "
                 "One image [C, H, W] becomes a batch with images[None]."
             )
         if not images.is_floating_point():
-            raise InputError(f"images must be floating point in [-1, 1]; got {images.dtype}. Convert with images.float() / 127.5 - 1.")
+            raise InputError(
+                f"images must be floating point in [-1, 1]; got {images.dtype}. Convert with images.float() / 127.5 - 1."
+            )
         weights = _dtype(self.encoder)
-        if images.dtype not in (weights, torch.float32) and not torch.is_autocast_enabled(images.device.type):
-            raise InputError(f"images are {images.dtype} and the tokenizer is {weights}. Convert with images.to({weights}).")
+        if images.dtype not in (weights, torch.float32) and not torch.is_autocast_enabled(
+            images.device.type
+        ):
+            raise InputError(
+                f"images are {images.dtype} and the tokenizer is {weights}. Convert with images.to({weights})."
+            )
         self.layout(*images.shape[2:])
 
     def _latents(self, images: Tensor) -> Tensor:
@@ -290,7 +343,9 @@ class ImageTokenizer(nn.Module):
         """A copy with projected codebooks (SimVQ) as the plain ones of the same codes: same tokens, for files that outlive training."""
         tokenizer = fold(self)
         if isinstance(self.config, TokenizerConfig):
-            tokenizer.config = self.config.model_copy(update={"quantizer": self.config.quantizer.folded()})
+            tokenizer.config = self.config.model_copy(
+                update={"quantizer": self.config.quantizer.folded()}
+            )
         return tokenizer
 
 

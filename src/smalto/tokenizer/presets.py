@@ -10,7 +10,7 @@ from smalto.autoencoders import SimpleAutoencoderConfig
 from smalto.core.config import parse_config
 from smalto.quantizers import VectorQuantizerConfig
 from smalto.tokenizer.model import AnyTokenizerConfig, ImageTokenizer, TokenizerConfig
-from smalto.tokenizer.token_blocks import Blocks
+from smalto.tokenizer.token_blocks import BlockKind
 
 
 class SimpleVQVAEConfig(AnyTokenizerConfig):
@@ -25,12 +25,20 @@ class SimpleVQVAEConfig(AnyTokenizerConfig):
     def general(self) -> TokenizerConfig:
         """The same tokenizer as an ImageTokenizer."""
         return TokenizerConfig(
-            autoencoder=SimpleAutoencoderConfig(latent_dim=self.embedding_dim, hidden_dim=self.hidden_dim, encoder_relu=self.encoder_relu),
-            quantizer=VectorQuantizerConfig(codebook_size=self.vocab_size, latent_dim=self.embedding_dim),
+            autoencoder=SimpleAutoencoderConfig(
+                latent_dim=self.embedding_dim,
+                hidden_dim=self.hidden_dim,
+                encoder_relu=self.encoder_relu,
+            ),
+            quantizer=VectorQuantizerConfig(
+                codebook_size=self.vocab_size, latent_dim=self.embedding_dim
+            ),
         )
 
     def build(self) -> SimpleVQVAE:
-        return SimpleVQVAE(self.vocab_size, self.embedding_dim, self.hidden_dim, encoder_relu=self.encoder_relu)
+        return SimpleVQVAE(
+            self.vocab_size, self.embedding_dim, self.hidden_dim, encoder_relu=self.encoder_relu
+        )
 
 
 class SimpleVQVAE(ImageTokenizer):
@@ -44,17 +52,33 @@ class SimpleVQVAE(ImageTokenizer):
             orthant and makes codebooks collapse, so it is off.
     """
 
-    default_blocks: Blocks = "halves"
+    default_blocks: BlockKind = "halves"
 
-    def __init__(self, vocab_size: int = 16, embedding_dim: int = 64, hidden_dim: int = 128, *, encoder_relu: bool = False) -> None:
+    def __init__(
+        self,
+        vocab_size: int = 16,
+        embedding_dim: int = 64,
+        hidden_dim: int = 128,
+        *,
+        encoder_relu: bool = False,
+    ) -> None:
         own = parse_config(
             SimpleVQVAEConfig,
-            {"vocab_size": vocab_size, "embedding_dim": embedding_dim, "hidden_dim": hidden_dim, "encoder_relu": encoder_relu},
+            {
+                "vocab_size": vocab_size,
+                "embedding_dim": embedding_dim,
+                "hidden_dim": hidden_dim,
+                "encoder_relu": encoder_relu,
+            },
             "SimpleVQVAE",
         )
         super().__init__(own.general())
         self.config = own
-        self.vocab_size, self.embedding_dim, self.hidden_dim = own.vocab_size, own.embedding_dim, own.hidden_dim
+        self.vocab_size, self.embedding_dim, self.hidden_dim = (
+            own.vocab_size,
+            own.embedding_dim,
+            own.hidden_dim,
+        )
 
 
 def default_tokenizer_config(codebook_size: int = 512) -> TokenizerConfig:

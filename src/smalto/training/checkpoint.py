@@ -33,7 +33,9 @@ def _check_sums(folder: Path) -> None:
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         wrong = [name for name, digest in sums.items() if file_sha256(folder / name) != digest]
         if wrong or STATE_FILE not in sums:
-            raise RunError(f"{folder.name}: {', '.join(wrong) or SUMS_FILE} is damaged: its checksum differs.")
+            raise RunError(
+                f"{folder.name}: {', '.join(wrong) or SUMS_FILE} is damaged: its checksum differs."
+            )
     except (OSError, ValueError) as error:
         raise RunError(f"{folder.name}: a file is missing or cannot be read ({error}).") from None
 
@@ -45,7 +47,12 @@ def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(value, dict):
         # Pairs, because JSON would turn an optimizer's whole-number keys into text.
-        return {"items": [[key, _take_tensors(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
+        return {
+            "items": [
+                [key, _take_tensors(inner, f"{name}/{key}", tensors)]
+                for key, inner in value.items()
+            ]
+        }
     if isinstance(value, (list, tuple)):
         return [_take_tensors(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
     return value

@@ -16,12 +16,23 @@ from smalto.training.recipe import OptimizerConfig
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters that learn, in two groups: weights of layers decay; norms, biases and codes do not."""
-    codes = {id(p) for module in model.modules() if isinstance(module, (Codebook, ProjectedCodebook)) for p in module.parameters()}
+    codes = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, (Codebook, ProjectedCodebook))
+        for p in module.parameters()
+    }
     learning = [p for p in model.parameters() if p.requires_grad]
     decays = [p.ndim > 1 and id(p) not in codes for p in learning]
     groups = [
-        {"params": [p for p, decay in zip(learning, decays, strict=True) if decay], "weight_decay": weight_decay},
-        {"params": [p for p, decay in zip(learning, decays, strict=True) if not decay], "weight_decay": 0.0},
+        {
+            "params": [p for p, decay in zip(learning, decays, strict=True) if decay],
+            "weight_decay": weight_decay,
+        },
+        {
+            "params": [p for p, decay in zip(learning, decays, strict=True) if not decay],
+            "weight_decay": 0.0,
+        },
     ]
     return [group for group in groups if group["params"]]
 

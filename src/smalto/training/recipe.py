@@ -18,21 +18,36 @@ from smalto.losses import LossesConfig
 from smalto.losses.adversarial import MIN_LAST_SIDE
 from smalto.quantizers import MultiScaleVQConfig, Revive
 from smalto.tokenizer import TokenizerConfig, default_tokenizer_config
+from smalto.training.earlier_formats import rename_settings, rename_tables
 
 NONE = "none"  # what TOML, which has no null, says for "not set": code_dim = "none"
 
 
 class DataConfig(Config):
-    """Pictures and crops."""
+    """Images and crops."""
 
-    source: str = Field("", description="folder of pictures; filled in when a run starts")
-    size: int = Field(64, ge=8, le=8192, description="side of a crop in pixels; a multiple of the tokenizer's stride")
+    source: str = Field("", description="folder of images; filled in when a run starts")
+    size: int = Field(
+        64,
+        ge=8,
+        le=8192,
+        description="side of a crop in pixels; a multiple of the tokenizer's stride",
+    )
     batch: int = Field(16, ge=1, le=65536, description="crops per step, of all processes together")
-    longer_side: int = Field(LONGER_SIDE, ge=8, le=65536, description="larger pictures are reduced to this when decoded")
-    crops_per_picture: int = Field(8, ge=1, le=4096, description="crops cut from one decode")
+    longer_side: int = Field(
+        LONGER_SIDE, ge=8, le=65536, description="larger images are reduced to this when decoded"
+    )
+    crops_per_image: int = Field(8, ge=1, le=4096, description="crops cut from one decode")
     flip: bool = Field(True, description="mirror half of the crops")
-    colour: float = Field(0.0, ge=0, le=1, description="how far the colours of crops may change; helps where pictures are few")
-    cache_mb: int = Field(1024, ge=0, description="decoded pictures kept in memory by each process, MiB")
+    color: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how far the colors of crops may change; helps where images are few",
+    )
+    cache_mb: int = Field(
+        1024, ge=0, description="decoded images kept in memory by each process, MiB"
+    )
 
 
 class OptimizerConfig(Config):
@@ -44,17 +59,31 @@ class OptimizerConfig(Config):
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: bool = Field(True, description="cosine decay to zero at the last step")
     clip: float = Field(0.0, ge=0, description="longer gradients are shortened to this; 0: never")
-    accumulate: int = Field(1, ge=1, description="parts in which a process takes its batch, one after the other, to save memory")
-    average: float = Field(
-        0.0, ge=0, lt=1, description="save moving averages of the weights with this decay, such as 0.999; 0: the weights"
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts in which a process takes its batch, one after the other, to save memory",
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="save moving averages of the weights with this decay, such as 0.999; 0: the weights",
     )
 
 
 class CodebookConfig(Config):
     """Codebook upkeep, see CodebookUpdater."""
 
-    memory: float = Field(160.0, gt=0, description="how far moving averages look back, in tokens per code")
-    revive_below: float = Field(0.1, ge=0, lt=1, description="a code with less than this share of an even share is dead; 0: never")
+    decay_tokens: float = Field(
+        160.0, gt=0, description="how far moving averages look back, in tokens per code"
+    )
+    revive_below: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="a code with less than this share of an even share is dead; 0: never",
+    )
 
     def revive(self) -> Revive | None:
         return Revive(self.revive_below) if self.revive_below else None
@@ -67,12 +96,16 @@ class CheckpointConfig(Config):
     keep: int = Field(2, ge=1, description="checkpoints kept")
 
 
-class GuardConfig(Config):
+class MonitorConfig(Config):
     """What is done when a run goes wrong: see smalto.training.monitor."""
 
-    action: Literal["warn", "rollback", "off"] = Field("warn", description="rollback also goes back to a good checkpoint, more carefully")
-    psnr_fall: float = Field(3.0, gt=0, description="dB below the best moving average")
-    usage_fall: float = Field(0.5, gt=0, lt=1, description="share of the most codes in use that is lost")
+    action: Literal["warn", "rollback", "off"] = Field(
+        "warn", description="rollback also goes back to a good checkpoint, more carefully"
+    )
+    psnr_drop: float = Field(3.0, gt=0, description="dB below the best moving average")
+    usage_drop: float = Field(
+        0.5, gt=0, lt=1, description="share of the most codes in use that is lost"
+    )
 
 
 class FinetuneConfig(Config):
@@ -80,16 +113,17 @@ class FinetuneConfig(Config):
 
     tokenizer: str = Field("", description="folder it came from; filled in when a run starts")
     learn: Literal["everything", "decoder", "all-but-codebook"] = Field(
-        "everything", description="decoder: tokens stay exactly as they are; all-but-codebook: codes stay, encoder and decoder learn"
+        "everything",
+        description="decoder: tokens stay exactly as they are; all-but-codebook: codes stay, encoder and decoder learn",
     )
 
 
 class EvaluateConfig(Config):
-    """How often a run looks at held-out pictures."""
+    """How often a run looks at held-out images."""
 
     every: int = Field(100, ge=1, description="steps between two looks at fixed held-out crops")
     crops: int = Field(64, ge=1, le=65536, description="how many of them")
-    pictures: int = Field(256, ge=1, description="whole held-out pictures measured at the end, at most")
+    images: int = Field(256, ge=1, description="whole held-out images measured at the end, at most")
 
 
 class Recipe(Config):
@@ -97,10 +131,20 @@ class Recipe(Config):
 
     seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(2400, ge=0)
-    precision: Precision = Field("float32", description='"bf16" runs encoder and decoder in bfloat16; the quantizer stays in float32')
-    gradient_checkpointing: bool = Field(False, description="less memory in training, a third more time; for autoencoder.kind cnn")
-    channels_last: bool = Field(False, description="maps lie pixel by pixel in memory: faster for autoencoder.kind cnn in bf16")
-    compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps; needs a C++ compiler")
+    precision: Precision = Field(
+        "float32",
+        description='"bf16" runs encoder and decoder in bfloat16; the quantizer stays in float32',
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="less memory in training, a third more time; for autoencoder.kind cnn"
+    )
+    channels_last: bool = Field(
+        False,
+        description="maps lie pixel by pixel in memory: faster for autoencoder.kind cnn in bf16",
+    )
+    compile: bool = Field(
+        False, description="torch.compile: minutes at the start, faster steps; needs a C++ compiler"
+    )
     tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -108,14 +152,16 @@ class Recipe(Config):
     codebook: CodebookConfig = CodebookConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    guard: GuardConfig = GuardConfig()
+    monitor: MonitorConfig = MonitorConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")
     def _crops_fit(self) -> Recipe:
         stride = self.tokenizer.autoencoder.stride
         if self.data.size % stride:
-            raise ValueError(f"data.size is {self.data.size}, which the tokenizer's stride {stride} does not divide.")
+            raise ValueError(
+                f"data.size is {self.data.size}, which the tokenizer's stride {stride} does not divide."
+            )
         quantizer = self.tokenizer.quantizer
         side = self.data.size // stride
         if isinstance(quantizer, MultiScaleVQConfig) and quantizer.grids[-1] != (side, side):
@@ -125,7 +171,9 @@ class Recipe(Config):
                 f"{rows} x {columns}. Set data.size to {rows * stride}, or scales that end with {side}."
             )
         if self.gradient_checkpointing and self.tokenizer.autoencoder.kind != "cnn":
-            raise ValueError(f"gradient_checkpointing is for autoencoder.kind 'cnn'; this one is {self.tokenizer.autoencoder.kind!r}.")
+            raise ValueError(
+                f"gradient_checkpointing is for autoencoder.kind 'cnn'; this one is {self.tokenizer.autoencoder.kind!r}."
+            )
         return self
 
     @model_validator(mode="after")
@@ -137,11 +185,21 @@ class Recipe(Config):
                 f"Set it to at most {(self.data.size // MIN_LAST_SIDE).bit_length() - 1}."
             )
         if adversarial.lead > adversarial.start:
-            raise ValueError(f"losses.adversarial.lead is {adversarial.lead}, more than the {adversarial.start} steps before its start.")
-        if perceptual.weight and perceptual.network == "lpips-vgg" and self.data.size < MIN_LPIPS_SIDE:
-            raise ValueError(f"losses.perceptual.network lpips-vgg needs crops of {MIN_LPIPS_SIDE} pixels; data.size is {self.data.size}.")
+            raise ValueError(
+                f"losses.adversarial.lead is {adversarial.lead}, more than the {adversarial.start} steps before its start."
+            )
+        if (
+            perceptual.weight
+            and perceptual.network == "lpips-vgg"
+            and self.data.size < MIN_LPIPS_SIDE
+        ):
+            raise ValueError(
+                f"losses.perceptual.network lpips-vgg needs crops of {MIN_LPIPS_SIDE} pixels; data.size is {self.data.size}."
+            )
         if perceptual.weight and self.tokenizer.autoencoder.in_channels != 3:
-            raise ValueError("losses.perceptual looks at pictures of 3 channels; set losses.perceptual.weight to 0.")
+            raise ValueError(
+                "losses.perceptual looks at images of 3 channels; set losses.perceptual.weight to 0."
+            )
         return self
 
 
@@ -155,16 +213,19 @@ def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None 
     Raises:
         ConfigError: not readable, not TOML, an unknown key (with the nearest right one) or a value out of range.
     """
-    data = _read_toml(Path(path)) if path else {}
+    data = rename_tables(_read_toml(Path(path)), str(path)) if path else {}
     recipe = parse_config(Recipe, _merge(Recipe().model_dump(mode="json"), data), str(path))
     return change_recipe(recipe, settings or {})
 
 
 def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """A copy with some settings replaced, checked. Raises ConfigError as ``load_recipe`` does."""
+    settings = rename_settings(settings, "settings")
     data = recipe.model_dump(mode="json")
     keys = dotted_keys(Recipe)
-    for key, value in sorted(settings.items(), key=lambda item: not item[0].endswith(".kind")):  # which settings there are follows from it
+    for key, value in sorted(
+        settings.items(), key=lambda item: not item[0].endswith(".kind")
+    ):  # which settings there are follows from it
         if key not in keys:
             raise ConfigError(f"unknown key {key!r}: {nearest_key(key, keys)}")
         *parents, last = key.split(".")
@@ -179,7 +240,9 @@ def change_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 def codebook_size_key(recipe: Recipe) -> str:
     """Where the recipe's kind of quantizer keeps the number of codes."""
-    inner = {"vector": "", "residual": "stage.", "product": "head.", "multiscale": "scale."}[recipe.tokenizer.quantizer.kind]
+    inner = {"vector": "", "residual": "stage.", "product": "head.", "multiscale": "scale."}[
+        recipe.tokenizer.quantizer.kind
+    ]
     return f"tokenizer.quantizer.{inner}codebook_size"
 
 
@@ -191,7 +254,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set takes key=value, such as --set optimizer.lr=0.0005; got {text!r}.")
+        raise ConfigError(
+            f"--set takes key=value, such as --set optimizer.lr=0.0005; got {text!r}."
+        )
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -16,17 +16,40 @@ import safetensors.torch
 from torch import Tensor
 
 from smalto.core.errors import RunError
-from smalto.core.files import aside, check_writable, file_sha256, remove_leftovers, sync_tree, write_atomic
+from smalto.core.files import (
+    atomic_path,
+    check_writable,
+    file_sha256,
+    remove_leftovers,
+    sync_tree,
+    write_atomic,
+)
 from smalto.tokenizer import ImageTokenizer, load
-from smalto.training.checkpoint import STATE_FILE, SUMS_FILE, Checkpoint, _check_sums, _put_tensors, _take_tensors
+from smalto.training.checkpoint import (
+    STATE_FILE,
+    SUMS_FILE,
+    Checkpoint,
+    _check_sums,
+    _put_tensors,
+    _take_tensors,
+)
+from smalto.training.earlier_formats import upgrade_split, upgrade_state
 from smalto.training.recipe import Recipe, load_recipe, recipe_toml
 
 LOCK_FILE = ".lock"
 START_FOLDER = "start"  # the tokenizer that a fine-tuning began with
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
-SPLIT_FILE = "split.json"  # where the pictures came from and the names of those held out
+SPLIT_FILE = "split.json"  # where the images came from and the names of those held out
 OWN_NAMES = frozenset(
-    {"recipe.toml", SPLIT_FILE, "config.json", "model.safetensors", "checkpoints", "metrics.json", "report.html"}
+    {
+        "recipe.toml",
+        SPLIT_FILE,
+        "config.json",
+        "model.safetensors",
+        "checkpoints",
+        "metrics.json",
+        "report.html",
+    }
     | {"tokens.lance", "decoded"}  # of a demo
     | {LOCK_FILE, START_FOLDER, "tensorboard"}
     | set(LOGS)
@@ -51,7 +74,11 @@ class RunFolder:
     @staticmethod
     def is_run(path: Path) -> bool:
         """Whether a folder looks like a run."""
-        return (path / "recipe.toml").is_file() and (path / SPLIT_FILE).is_file() and (path / "checkpoints").is_dir()
+        return (
+            (path / "recipe.toml").is_file()
+            and (path / SPLIT_FILE).is_file()
+            and (path / "checkpoints").is_dir()
+        )
 
     @classmethod
     def create(
@@ -73,7 +100,7 @@ class RunFolder:
         """
         path = Path(path)
         cls.check_free(path, overwrite)
-        with aside(path) as new:
+        with atomic_path(path) as new:
             new.mkdir()
             write_atomic(new / "recipe.toml", recipe_toml(recipe))
             write_atomic(new / SPLIT_FILE, json.dumps(split) + "\n")
@@ -86,7 +113,9 @@ class RunFolder:
                 start.save(new / START_FOLDER)
             sync_tree(new)
             if path.is_dir():
-                os.replace(path, new.parent / "old")  # goes with the temporary folder, once the new run is in its place
+                os.replace(
+                    path, new.parent / "old"
+                )  # goes with the temporary folder, once the new run is in its place
         return cls(path)
 
     @staticmethod
@@ -96,10 +125,16 @@ class RunFolder:
             raise RunError(f"{path} is a file. Name a folder for --out.")
         entries = {p.name for p in path.iterdir()} if path.is_dir() else set()
         if entries and not overwrite:
-            raise RunError(f"{path} exists already. Go on with --resume {path}, replace it with --overwrite, or name another --out.")
+            raise RunError(
+                f"{path} exists already. Go on with --resume {path}, replace it with --overwrite, or name another --out."
+            )
         foreign = sorted(entries - OWN_NAMES)
         if entries and (not RunFolder.is_run(path) or foreign):
-            what = f"holds other things too ({', '.join(foreign[:3])})" if RunFolder.is_run(path) else "is not a run of smalto"
+            what = (
+                f"holds other things too ({', '.join(foreign[:3])})"
+                if RunFolder.is_run(path)
+                else "is not a run of smalto"
+            )
             raise RunError(f"{path} {what}, so --overwrite leaves it alone. Name another --out.")
         if entries:
             with RunFolder(path).locked():  # nobody may be training it
@@ -119,31 +154,38 @@ class RunFolder:
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise RunError(f"{self.path} is being trained by another process. Wait for it, stop it, or name another --out.") from None
+            raise RunError(
+                f"{self.path} is being trained by another process. Wait for it, stop it, or name another --out."
+            ) from None
         try:
             yield
         finally:
             lock.release()
 
     def split(self) -> dict[str, Any]:
-        """``source``, ``num_pictures`` and the names ``held_out``."""
+        """``source``, ``num_images`` and the names ``held_out``."""
         return read_split(self.path / SPLIT_FILE)
 
     def recipe(self) -> Recipe:
         return load_recipe(self.path / "recipe.toml")
 
-    def save(self, step: int, tokenizer: ImageTokenizer, state: dict[str, Any], keep: int = 2) -> None:
+    def save(
+        self, step: int, tokenizer: ImageTokenizer, state: dict[str, Any], keep: int = 2
+    ) -> None:
         """Write checkpoint ``step``, make it the run's latest model, and remove all but the newest ``keep``."""
         target = self.checkpoint(step)
         if not target.exists():  # saved already by a run that was stopped right here
-            with aside(target) as new:
+            with atomic_path(target) as new:
                 tokenizer.save(new)
                 tensors: dict[str, Tensor] = {}
                 plain = _take_tensors(state, "", tensors)
                 metadata = {"smalto": json.dumps({"step": step, "state": plain}, sort_keys=True)}
                 write_atomic(new / STATE_FILE, safetensors.torch.save(tensors, metadata))
                 names = sorted(path.name for path in new.iterdir())
-                write_atomic(new / SUMS_FILE, "".join(f"{file_sha256(new / name)}  {name}\n" for name in names))
+                write_atomic(
+                    new / SUMS_FILE,
+                    "".join(f"{file_sha256(new / name)}  {name}\n" for name in names),
+                )
         tokenizer.save(self.path)
         for old in self.steps()[:-keep]:
             shutil.rmtree(self.checkpoint(old))
@@ -168,7 +210,9 @@ class RunFolder:
                 folder = self.checkpoint(step)
                 self.event("damaged checkpoint", step=step, text=str(error))
                 shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
-                os.replace(folder, folder.with_name(f"damaged-{folder.name}"))  # its name is free for a good one
+                os.replace(
+                    folder, folder.with_name(f"damaged-{folder.name}")
+                )  # its name is free for a good one
         raise RunError(f"{self.path} has no checkpoint that can be read. {' '.join(reasons)}")
 
     def read(self, step: int) -> Checkpoint:
@@ -183,9 +227,18 @@ class RunFolder:
             tokenizer = load(folder)
             with safetensors.safe_open(folder / STATE_FILE, "pt") as file:
                 header = json.loads(file.metadata()["smalto"])
-                state = _put_tensors(header["state"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no dict)
-            return Checkpoint(step, tokenizer, state)
-        except (RunError, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                state = _put_tensors(
+                    header["state"], {name: file.get_tensor(name) for name in file.keys()}
+                )
+            return Checkpoint(step, tokenizer, upgrade_state(state))
+        except (
+            RunError,
+            safetensors.SafetensorError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:
             raise RunError(f"{folder.name}: {error}") from None
 
     def continue_from(self, checkpoint: Checkpoint, recipe: Recipe, split: dict[str, Any]) -> None:
@@ -196,7 +249,9 @@ class RunFolder:
         write_atomic(self.path / "recipe.toml", recipe_toml(recipe))
         write_atomic(self.path / SPLIT_FILE, json.dumps(split) + "\n")
         self.forget_after(step)
-        checkpoint.tokenizer.save(self.path)  # a kill between a checkpoint and this has left the one before
+        checkpoint.tokenizer.save(
+            self.path
+        )  # a kill between a checkpoint and this has left the one before
         if step < recipe.steps:
             (self.path / "metrics.json").unlink(missing_ok=True)
         self.event("resumed", step=step)
@@ -207,13 +262,15 @@ class RunFolder:
             if later > step:
                 shutil.rmtree(self.checkpoint(later))
         for name in ("log.jsonl", "times.jsonl"):
-            rows = [row for row in read_jsonl(self.path / name) if row.get("step", step + 1) <= step]
+            rows = [
+                row for row in read_jsonl(self.path / name) if row.get("step", step + 1) <= step
+            ]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def event(self, event: str, **facts: Any) -> None:
+    def event(self, event: str, **metadata: Any) -> None:
         """Add a line to events.jsonl."""
         with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **facts}) + "\n")
+            file.write(json.dumps({"event": event, **metadata}) + "\n")
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"
@@ -237,11 +294,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def read_split(path: Path) -> dict[str, Any]:
     """What split.json says. Raises RunError where it is damaged."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts["source"], str) or not isinstance(facts["num_pictures"], int) or not isinstance(facts["held_out"], list):
+        metadata = upgrade_split(json.loads(path.read_text(encoding="utf-8")))
+        if (
+            not isinstance(metadata["source"], str)
+            or not isinstance(metadata["num_images"], int)
+            or not isinstance(metadata["held_out"], list)
+        ):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
-            f"{path} is damaged: it should say source, num_pictures and held_out. Without it nobody knows what was held out."
+            f"{path} is damaged: it should say source, num_images and held_out. Without it nobody knows what was held out."
         ) from None
-    return dict(facts)
+    return dict(metadata)

@@ -9,7 +9,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """Writes figures into ``folder/tensorboard``, or nothing at all where tensorboard is not installed."""
+    """Writes metrics into ``folder/tensorboard``, or nothing at all where tensorboard is not installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._writer: Any = None
@@ -17,11 +17,13 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=step)  # a resumed run repeats what was not saved
+        self._writer = SummaryWriter(
+            str(folder / FOLDER), purge_step=step
+        )  # a resumed run repeats what was not saved
 
-    def add(self, step: int, figures: dict[str, float]) -> None:
+    def add(self, step: int, metrics: dict[str, float]) -> None:
         if self._writer is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:

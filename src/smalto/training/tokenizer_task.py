@@ -25,7 +25,9 @@ from smalto.tokenizer import ImageTokenizer
 from smalto.training.optimization import WeightAverage, learning_rate_share, parameter_groups
 from smalto.training.recipe import Recipe
 
-CAUTION = 0.5  # after each step back, learning rates and the adversarial weight are multiplied by this
+LR_BACK_OFF = (
+    0.5  # after each step back, learning rates and the adversarial weight are multiplied by this
+)
 
 
 class TokenizerTask:
@@ -41,30 +43,47 @@ class TokenizerTask:
         tokenizer: the one that learns.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer, recipe: Recipe, held_out: Tensor, keep_codes: bool = False) -> None:
+    def __init__(
+        self, tokenizer: ImageTokenizer, recipe: Recipe, held_out: Tensor, keep_codes: bool = False
+    ) -> None:
         self.tokenizer, self._recipe, self._held_out = tokenizer, recipe, held_out
         self.device = next(tokenizer.parameters()).device
-        self._fixed = _fix(tokenizer, recipe.finetune.learn)
+        self._frozen = _freeze(tokenizer, recipe.finetune.learn)
         self._set_up_networks()
         settings, adversarial = recipe.optimizer, recipe.losses.adversarial
         self._discriminator: PatchDiscriminator | None = None
         if adversarial.weight:
-            self._discriminator = adversarial.build(tokenizer.in_channels).to(next(tokenizer.parameters()))
-            distributed.broadcast([*self._discriminator.parameters(), *self._discriminator.buffers()])
-            self._judge = _in_step(self._discriminator)
-            self._judge_optimizer = torch.optim.AdamW(
-                parameter_groups(self._discriminator, settings.weight_decay), lr=adversarial.lr, betas=adversarial.betas
+            self._discriminator = adversarial.build(tokenizer.in_channels).to(
+                next(tokenizer.parameters())
             )
-        self._objective = Objective(recipe.losses, _last_layer(tokenizer.decoder), self._discriminator, self.device)
-        self._optimizer = torch.optim.AdamW(parameter_groups(tokenizer, settings.weight_decay), lr=settings.lr, betas=settings.betas)
+            distributed.broadcast(
+                [*self._discriminator.parameters(), *self._discriminator.buffers()]
+            )
+            self._discriminator_network = _data_parallel(self._discriminator)
+            self._discriminator_optimizer = torch.optim.AdamW(
+                parameter_groups(self._discriminator, settings.weight_decay),
+                lr=adversarial.lr,
+                betas=adversarial.betas,
+            )
+        self._objective = Objective(
+            recipe.losses, _last_layer(tokenizer.decoder), self._discriminator, self.device
+        )
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(tokenizer, settings.weight_decay), lr=settings.lr, betas=settings.betas
+        )
         self._updater: CodebookUpdater | None = None
         if recipe.finetune.learn == "everything":
             codebook = recipe.codebook
             self._updater = CodebookUpdater(
-                tokenizer, self._optimizer, codebook.revive(), memory=codebook.memory, seed=recipe.seed, keep_codes=keep_codes
+                tokenizer,
+                self._optimizer,
+                codebook.revive(),
+                decay_tokens=codebook.decay_tokens,
+                seed=recipe.seed,
+                keep_codes=keep_codes,
             )
-        self._average = WeightAverage(tokenizer, settings.average) if settings.average else None
-        self._caution = 1.0
+        self._average = WeightAverage(tokenizer, settings.ema_decay) if settings.ema_decay else None
+        self._lr_scale = 1.0
 
     @property
     def result(self) -> ImageTokenizer:
@@ -81,32 +100,46 @@ class TokenizerTask:
         """The codebook's k-means start."""
         if self._updater is not None:
             self._updater.start(batch.to(self.device) for batch in batches)
-        self._average = WeightAverage(self.tokenizer, self._recipe.optimizer.average) if self._average else None
+        self._average = (
+            WeightAverage(self.tokenizer, self._recipe.optimizer.ema_decay)
+            if self._average
+            else None
+        )
 
     def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
         """Learn from this process's part of a batch [B, C, size, size] in [-1, 1]."""
         self.tokenizer.train()
-        for part in self._fixed:
+        for part in self._frozen:
             part.eval()
         self._set_learning_rates(step)
         self._optimizer.zero_grad(set_to_none=True)
         parts = batch.to(self.device).chunk(self._recipe.optimizer.accumulate)
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         fakes = []
         for number, images in enumerate(parts):
             share = len(images) / len(batch)
             last = number == len(parts) - 1
-            with computing(self.device, self._recipe.precision, len(images)), _gradients_stay_here(self._network, not last):
+            with (
+                computing(self.device, self._recipe.precision, len(images)),
+                _no_gradient_sync(self._network, not last),
+            ):
                 reconstruction, vq_loss, _ = self._network(self._as_laid_out(images))
-                values = self._objective.backward(reconstruction, vq_loss, images, step, share=share, caution=self._caution)
+                values = self._objective.backward(
+                    reconstruction,
+                    vq_loss,
+                    images,
+                    step,
+                    share=share,
+                    adversarial_scale=self._lr_scale,
+                )
             fakes.append(reconstruction.detach())
             values["psnr"] = psnr(fakes[-1], images).mean()
             for name, value in values.items():
-                figures[name] = figures.get(name, 0.0) + share * value.to(reconstruction.dtype)
-        figures["gradient_norm"] = self._update()
+                metrics[name] = metrics.get(name, 0.0) + share * value.to(reconstruction.dtype)
+        metrics["gradient_norm"] = self._update()
         if self._recipe.losses.adversarial.learns_at(step):
-            figures["discriminator_loss"] = self._teach_discriminator(parts, fakes)
-        return self._to_log(figures)
+            metrics["discriminator_loss"] = self._teach_discriminator(parts, fakes)
+        return self._to_log(metrics)
 
     def _update(self) -> Tensor:
         """One step of optimizer, codebook and averages; none of them where the gradient is not finite. Returns the gradient's length."""
@@ -124,25 +157,39 @@ class TokenizerTask:
         return norm
 
     def _teach_discriminator(self, parts: tuple[Tensor, ...], fakes: list[Tensor]) -> Tensor:
-        """One step of the discriminator on pictures and their reconstructions; returns its loss."""
+        """One step of the discriminator on images and their reconstructions; returns its loss."""
         assert self._discriminator is not None
-        self._judge_optimizer.zero_grad(set_to_none=True)
+        self._discriminator_optimizer.zero_grad(set_to_none=True)
         num_images, total = sum(map(len, parts)), torch.zeros((), device=self.device)
         for number, (images, fake) in enumerate(zip(parts, fakes, strict=True)):
-            with computing(self.device, self._recipe.precision, len(images)), _gradients_stay_here(self._judge, number < len(parts) - 1):
-                loss = hinge(*self._judge(self._as_laid_out(torch.cat([images, fake]))).chunk(2)) * (len(images) / num_images)
+            with (
+                computing(self.device, self._recipe.precision, len(images)),
+                _no_gradient_sync(self._discriminator_network, number < len(parts) - 1),
+            ):
+                loss = hinge(
+                    *self._discriminator_network(
+                        self._as_laid_out(torch.cat([images, fake]))
+                    ).chunk(2)
+                ) * (len(images) / num_images)
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self._discriminator.parameters(), self._recipe.optimizer.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(
+            self._discriminator.parameters(), self._recipe.optimizer.clip or math.inf
+        )
         if math.isfinite(float(norm)):
-            self._judge_optimizer.step()
+            self._discriminator_optimizer.step()
         return total
 
-    def _to_log(self, figures: dict[str, Tensor]) -> dict[str, float]:
-        """The figures as numbers, means over all processes."""
-        dtype = figures["loss"].dtype
-        means = distributed.all_reduce(torch.stack([value.detach().to(dtype) for value in figures.values()])) / distributed.world_size()
-        log = {name: round(value, 7) for name, value in zip(figures, means.tolist(), strict=True)}
+    def _to_log(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """The metrics as numbers, means over all processes."""
+        dtype = metrics["loss"].dtype
+        means = (
+            distributed.all_reduce(
+                torch.stack([value.detach().to(dtype) for value in metrics.values()])
+            )
+            / distributed.world_size()
+        )
+        log = {name: round(value, 7) for name, value in zip(metrics, means.tolist(), strict=True)}
         if self._updater is not None:
             log["usage"] = round(min(self._updater.usage().values()), 5)
             log["not_finite"] = self._updater.num_not_finite
@@ -153,10 +200,10 @@ class TokenizerTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Figures on the held-out crops: PSNR, and the distance in the perceptual loss's network where there is one."""
+        """Metrics on the held-out crops: PSNR, and the distance in the perceptual loss's network where there is one."""
         model = self.result.eval()
         perceptual = self._objective.terms.get("perceptual")
-        own = distributed.share(len(self._held_out))
+        own = distributed.rank_range(len(self._held_out))
         sums = torch.zeros(2, device=self.device)
         for images in self._held_out[own.start : own.stop].split(self._recipe.data.batch):
             with computing(self.device, self._recipe.precision, len(images)):
@@ -168,18 +215,21 @@ class TokenizerTask:
         if not len(self._held_out):
             return {}
         means = (distributed.all_reduce(sums) / len(self._held_out)).tolist()
-        figures = {"held_out_psnr": round(means[0], 4)}
+        metrics = {"held_out_psnr": round(means[0], 4)}
         if isinstance(perceptual, Perceptual):
-            figures["held_out_distance"] = round(means[1], 6)
-        return figures
+            metrics["held_out_distance"] = round(means[1], 6)
+        return metrics
 
-    def ease(self) -> None:
+    def back_off(self) -> None:
         """Go on more carefully: half the learning rates, half the adversarial weight."""
-        self._caution *= CAUTION
+        self._lr_scale *= LR_BACK_OFF
 
     def state(self) -> dict[str, Any]:
         """What resuming needs beside ``result``."""
-        state: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "caution": self._caution}
+        state: dict[str, Any] = {
+            "optimizer": self._optimizer.state_dict(),
+            "lr_scale": self._lr_scale,
+        }
         if self._updater is not None:
             state["updater"] = self._updater.state_dict()
         if self._average is not None:
@@ -187,12 +237,14 @@ class TokenizerTask:
             state["averaged_steps"] = self._average.num_steps
         if self._discriminator is not None:
             state["discriminator"] = dict(self._discriminator.state_dict())
-            state["discriminator_optimizer"] = self._judge_optimizer.state_dict()
+            state["discriminator_optimizer"] = self._discriminator_optimizer.state_dict()
         return state
 
     def load(self, result: ImageTokenizer, state: dict[str, Any]) -> None:
         """Take over a checkpoint: the tokenizer saved and what ``state`` gave."""
-        if self._average is not None:  # before the weights, for the task may be built around the very tokenizer that was saved
+        if (
+            self._average is not None
+        ):  # before the weights, for the task may be built around the very tokenizer that was saved
             self._average.tokenizer.load_state_dict(result.state_dict())
             self._average.num_steps = state.get("averaged_steps", 0)
         self.tokenizer.load_state_dict(state.get("weights", result.state_dict()))
@@ -201,8 +253,8 @@ class TokenizerTask:
             self._updater.load_state_dict(state["updater"])
         if self._discriminator is not None and "discriminator" in state:
             self._discriminator.load_state_dict(state["discriminator"])
-            _load_moments(self._judge_optimizer, state["discriminator_optimizer"])
-        self._caution = state["caution"]
+            _load_moments(self._discriminator_optimizer, state["discriminator_optimizer"])
+        self._lr_scale = state["lr_scale"]
 
     def _set_up_networks(self) -> None:
         """The form in which the tokenizer runs: laid out, checkpointed, compiled, in step with other processes."""
@@ -215,21 +267,29 @@ class TokenizerTask:
         if self._recipe.compile:
             network = torch.compile(network)  # type: ignore[assignment]
         # Of a multi-scale quantizer some phi may serve no scale.
-        self._network = _in_step(network, some_unused=isinstance(self.tokenizer.quantize, MultiScaleVQ))
+        self._network = _data_parallel(
+            network, some_unused=isinstance(self.tokenizer.quantize, MultiScaleVQ)
+        )
 
     def _as_laid_out(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self._recipe.channels_last else images
+        return (
+            images.contiguous(memory_format=torch.channels_last)
+            if self._recipe.channels_last
+            else images
+        )
 
     def _set_learning_rates(self, step: int) -> None:
-        share = learning_rate_share(self._recipe.optimizer, step, self._recipe.steps) * self._caution
+        share = (
+            learning_rate_share(self._recipe.optimizer, step, self._recipe.steps) * self._lr_scale
+        )
         for group in self._optimizer.param_groups:
             group["lr"] = self._recipe.optimizer.lr * share
         if self._discriminator is not None:
-            for group in self._judge_optimizer.param_groups:
+            for group in self._discriminator_optimizer.param_groups:
                 group["lr"] = self._recipe.losses.adversarial.lr * share
 
 
-def _fix(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
+def _freeze(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
     """Switch off the gradients of what a fine-tuning leaves as it is; returns the parts that stay in evaluation mode."""
     if learn == "decoder":
         for part in (tokenizer.encoder, tokenizer.quantize):
@@ -244,7 +304,10 @@ def _fix(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
 
 def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take over an optimizer's state; its settings stay those of the recipe, which a resumed run may change."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -255,16 +318,22 @@ def _last_layer(decoder: nn.Module) -> Tensor:
     return [p for p in decoder.parameters() if p.ndim > 1][-1]
 
 
-def _in_step(network: nn.Module, some_unused: bool = False) -> nn.Module:
+def _data_parallel(network: nn.Module, some_unused: bool = False) -> nn.Module:
     """Where several processes work together: the network with gradients averaged over all of them."""
     if distributed.world_size() == 1:
         return network
     # After the start, buffers are kept in step by the codebook updater, or are the same by themselves.
-    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # its name since torch 2.13
+    new = (
+        "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    )  # its name since torch 2.13
     buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
     return DistributedDataParallel(network, find_unused_parameters=some_unused, **buffers)
 
 
-def _gradients_stay_here(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
+def _no_gradient_sync(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
     """Inside, gradients add up in this process only: of all but the last part of a batch."""
-    return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
+    return (
+        network.no_sync()
+        if stay and isinstance(network, DistributedDataParallel)
+        else contextlib.nullcontext()
+    )

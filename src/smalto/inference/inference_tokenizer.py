@@ -1,4 +1,4 @@
-"""What every job that runs a tokenizer over pictures shares."""
+"""What every job that runs a tokenizer over images shares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smalto.tokenizer import ImageTokenizer, load
 
 
 @dataclass(frozen=True)
-class Runner:
+class InferenceTokenizer:
     """A tokenizer on its device, in the form that runs fastest, with how to run it.
 
     Attributes:
@@ -32,22 +32,37 @@ class Runner:
     batch: int
 
     @classmethod
-    def of(cls, tokenizer: ImageTokenizer | str | Path, device: str, precision: Precision, batch: int, progress: Progress) -> Runner:
+    def of(
+        cls,
+        tokenizer: ImageTokenizer | str | Path,
+        device: str,
+        precision: Precision,
+        batch: int,
+        progress: Progress,
+    ) -> InferenceTokenizer:
         if batch < 1:
             raise ConfigError(f"batch must be at least 1; got {batch}.")
         model = tokenizer if isinstance(tokenizer, ImageTokenizer) else load(tokenizer)
         if model.in_channels != 3:
             raise DataError(
-                f"this tokenizer takes images of {model.in_channels} channels; picture files have 3. Call encode() with tensors."
+                f"this tokenizer takes images of {model.in_channels} channels; image files have 3. Call encode() with tensors."
             )
         target = resolve_device(device)
-        progress.say(f"device {target}, {precision}")
+        progress.message(f"device {target}, {precision}")
         return cls.on(model.to(target), precision, batch)
 
     @classmethod
-    def on(cls, tokenizer: ImageTokenizer, precision: Precision, batch: int = 1) -> Runner:
+    def on(
+        cls, tokenizer: ImageTokenizer, precision: Precision, batch: int = 1
+    ) -> InferenceTokenizer:
         """Run a tokenizer on the device where it is."""
-        return cls(tokenizer.for_inference(precision), tokenizer.fingerprint(), next(tokenizer.parameters()).device, precision, batch)
+        return cls(
+            tokenizer.for_inference(precision),
+            tokenizer.fingerprint(),
+            next(tokenizer.parameters()).device,
+            precision,
+            batch,
+        )
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> tokens [B, L] on the CPU."""
@@ -62,9 +77,12 @@ class Runner:
 
     @torch.no_grad()
     def decode_each(self, tokens: Tensor, layout: TokenLayout) -> list[Tensor]:
-        """Tokens [B, L] -> the pictures, as ``decode`` gives them, after each grid of the layout."""
+        """Tokens [B, L] -> the images, as ``decode`` gives them, after each grid of the layout."""
         with memory_errors(self.device, len(tokens)):
-            return [images.float().cpu() for images in self.tokenizer.decode_each(tokens.to(self.device), layout)]
+            return [
+                images.float().cpu()
+                for images in self.tokenizer.decode_each(tokens.to(self.device), layout)
+            ]
 
     def roundtrip(self, images: Tensor) -> tuple[Tensor, Tensor, float]:
         """Images -> tokens, what comes back, and the seconds that both took."""

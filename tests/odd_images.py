@@ -1,4 +1,4 @@
-"""A folder of good, odd and broken picture files, of more than 25 kinds."""
+"""A folder of good, odd and broken image files, of more than 25 kinds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy
 from PIL import Image, PngImagePlugin
 
-from tests.conftest import picture
+from tests.conftest import make_image
 
-GREY = numpy.linspace(0, 255, 40 * 48).reshape(40, 48)
+GRAY = numpy.linspace(0, 255, 40 * 48).reshape(40, 48)
 
 
 def _image(seed: int = 0) -> Image.Image:
-    return Image.fromarray(picture(seed))
+    return Image.fromarray(make_image(seed))
 
 
 def _bytes(format: str, image: Image.Image | None = None, **options: object) -> bytes:
@@ -35,14 +35,19 @@ def _rotated() -> bytes:
 
 def _with_alpha() -> Image.Image:
     image = _image().convert("RGBA")
-    image.putalpha(Image.fromarray(GREY.astype(numpy.uint8)))
+    image.putalpha(Image.fromarray(GRAY.astype(numpy.uint8)))
     return image
 
 
 def _bomb() -> bytes:
     """A PNG header that claims 60,000 x 60,000 pixels."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(bytes(1000))) + _chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + _chunk(b"IEND", b"")
+    )
 
 
 def _text_bomb() -> bytes:
@@ -75,21 +80,25 @@ GOOD: dict[str, Callable[[], bytes]] = {
     "wrong-suffix.jpg": lambda: _bytes("PNG"),
     "comment.png": _commented,
     "rotated.jpg": _rotated,
-    "grey.png": lambda: _bytes("PNG", Image.fromarray(GREY.astype(numpy.uint8))),
-    "grey-alpha.png": lambda: _bytes("PNG", _with_alpha().convert("LA")),
+    "gray.png": lambda: _bytes("PNG", Image.fromarray(GRAY.astype(numpy.uint8))),
+    "gray-alpha.png": lambda: _bytes("PNG", _with_alpha().convert("LA")),
     "black-and-white.png": lambda: _bytes("PNG", _image().convert("1")),
     "palette.png": lambda: _bytes("PNG", _image().convert("P", palette=Image.Palette.ADAPTIVE)),
-    "palette-clear.png": lambda: _bytes("PNG", _image().convert("P", palette=Image.Palette.ADAPTIVE), transparency=3),
+    "palette-clear.png": lambda: _bytes(
+        "PNG", _image().convert("P", palette=Image.Palette.ADAPTIVE), transparency=3
+    ),
     "alpha.png": lambda: _bytes("PNG", _with_alpha()),
     "alpha.webp": lambda: _bytes("WEBP", _with_alpha(), lossless=True),
-    "deep-grey.png": lambda: _bytes("PNG", Image.fromarray((GREY * 257).astype(numpy.uint16))),
-    "deep-grey.tif": lambda: _bytes("TIFF", Image.fromarray((GREY * 257).astype(numpy.uint16))),
-    "float.tif": lambda: _bytes("TIFF", Image.fromarray((GREY / 255).astype(numpy.float32))),
+    "deep-gray.png": lambda: _bytes("PNG", Image.fromarray((GRAY * 257).astype(numpy.uint16))),
+    "deep-gray.tif": lambda: _bytes("TIFF", Image.fromarray((GRAY * 257).astype(numpy.uint16))),
+    "float.tif": lambda: _bytes("TIFF", Image.fromarray((GRAY / 255).astype(numpy.float32))),
     "cmyk.jpg": lambda: _bytes("JPEG", _image().convert("CMYK"), quality=95),
     "cmyk.tif": lambda: _bytes("TIFF", _image().convert("CMYK")),
     "ycbcr.tif": lambda: _bytes("TIFF", _image().convert("YCbCr")),
     "animated.gif": lambda: _bytes("GIF", save_all=True, append_images=[_image(1), _image(2)]),
-    "animated.webp": lambda: _bytes("WEBP", save_all=True, append_images=[_image(1)], lossless=True),
+    "animated.webp": lambda: _bytes(
+        "WEBP", save_all=True, append_images=[_image(1)], lossless=True
+    ),
     "pages.tif": lambda: _bytes("TIFF", save_all=True, append_images=[_image(1)]),
     "tiny.png": lambda: _bytes("PNG", _image().resize((5, 6))),
     "thin.png": lambda: _bytes("PNG", _image().resize((900, 8))),
@@ -99,7 +108,7 @@ GOOD: dict[str, Callable[[], bytes]] = {
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.png": (lambda: b"", "empty"),
-    "text.jpg": (lambda: b"this is no picture", "not an image"),
+    "text.jpg": (lambda: b"this is no image", "not an image"),
     "notes.txt": (lambda: b"notes", "not an image"),
     "page.html": (lambda: b"<html></html>", "not an image"),
     "movie.mp4": (lambda: b"\0\0\0\x18ftypmp42", "not an image"),
@@ -136,4 +145,8 @@ def write_odd_folder(folder: Path) -> dict[str, str]:
     (folder / "self.png").symlink_to(folder / "self.png")
     os.mkfifo(folder / "pipe.png")
     (folder / ".hidden.png").write_bytes(b"")
-    return expected | {"gone.png": "broken link", "self.png": "broken link", "pipe.png": "not a file"}
+    return expected | {
+        "gone.png": "broken link",
+        "self.png": "broken link",
+        "pipe.png": "not a file",
+    }

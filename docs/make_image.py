@@ -1,4 +1,4 @@
-"""Make docs/demo.webp, the README's picture, from a finished demo: python docs/make_picture.py runs/demo"""
+"""Make docs/demo.webp, the README's image, from a finished demo: python docs/make_image.py runs/demo"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from smalto.images.bundled import bundled_photographs
-from smalto.images.reading import read_picture
+from smalto.images.reading import read_image
 
 HEIGHT, GAP = 300, 6
 
@@ -19,9 +19,11 @@ def main(run: Path) -> None:
     pairs = []
     for name in json.loads((run / "split.json").read_text())["held_out"]:
         decoded = Image.open(run / "decoded" / f"{Path(name).stem}.png")
-        original = Image.fromarray(read_picture(originals[name])).crop((0, 0, *decoded.size))
+        original = Image.fromarray(read_image(originals[name])).crop((0, 0, *decoded.size))
         size = (round(decoded.width * HEIGHT / decoded.height), HEIGHT)
-        pairs.append([image.resize(size, Image.Resampling.LANCZOS) for image in (original, decoded)])
+        pairs.append(
+            [image.resize(size, Image.Resampling.LANCZOS) for image in (original, decoded)]
+        )
     width = sum(pair[0].width for pair in pairs) + GAP * (len(pairs) - 1)
     sheet = Image.new("RGB", (width, 2 * HEIGHT + GAP), "white")
     left = 0

@@ -26,6 +26,7 @@ import numpy
 import torch
 from machine import RESULTS, store
 from PIL import Image
+from smalto.inference.encoder_threads import Encoders
 
 import smalto
 from smalto.core.allocator import retain_freed_memory
@@ -34,9 +35,8 @@ from smalto.images.bundled import bundled_photographs
 from smalto.images.finding import find_images
 from smalto.images.reading import read_image
 from smalto.images.transforms import Transform
-from smalto.inference.encoder_threads import Encoders
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.training.recipe import load_recipe
+from smalto.training.recipe_file import load_recipe
 
 SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 10
 SHAPES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}

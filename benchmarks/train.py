@@ -29,8 +29,10 @@ from smalto.core.allocator import retain_freed_memory
 from smalto.images.bundled import bundled_photographs
 from smalto.images.reading import read_image
 from smalto.quantizers import CodebookUpdater
-from smalto.training.recipe import Recipe, change_recipe, load_recipe
+from smalto.training.recipe import change_recipe
+from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import read_jsonl
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
@@ -47,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PLAIN, PEER = "the same network, plain float32", "diffusers VQModel, plain float32"
 
 
-def recipe(**settings: Any) -> Recipe:
+def recipe(**settings: Any) -> TokenizerRecipe:
     """The network with squared error alone: what all contenders can do."""
     losses = {"losses.perceptual.weight": 0, "losses.adversarial.weight": 0, "optimizer.clip": 0}
     return change_recipe(load_recipe(RECIPE), losses | settings)

@@ -8,10 +8,10 @@ from typing import Any
 import smalto
 from smalto.core.progress import Progress
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.recipe import Recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 
-def trained(recipe: Recipe, run: Path) -> ImageTokenizer:
+def trained(recipe: TokenizerRecipe, run: Path) -> ImageTokenizer:
     if not (run / "metrics.json").is_file():
         if run.is_dir():
             smalto.resume(run, progress=Lines())

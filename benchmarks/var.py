@@ -26,7 +26,9 @@ from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.interop.var import load_tokenizer
 from smalto.metrics import psnr
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.recipe import Recipe, change_recipe, load_recipe
+from smalto.training.recipe import change_recipe
+from smalto.training.recipe_file import load_recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "var-small.toml"
 
@@ -45,7 +47,7 @@ def main(folder: Path) -> None:
     print("stored in", store("var", result))
 
 
-def single_scale(recipe: Recipe) -> Recipe:
+def single_scale(recipe: TokenizerRecipe) -> TokenizerRecipe:
     """The same recipe with the multi-scale quantizer's one scale as a quantizer of its own."""
     scale = recipe.tokenizer.quantizer.scale.model_dump()
     settings = {f"tokenizer.quantizer.{name}": value for name, value in scale.items()}

@@ -24,7 +24,7 @@ from smalto.images.bundled import HELD_OUT, bundled_photographs
 from smalto.images.image_reader import ImageReader
 from smalto.images.tensors import to_unit_range
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.recipe import load_recipe
+from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import read_jsonl
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"

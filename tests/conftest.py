@@ -14,7 +14,8 @@ from PIL import Image
 
 from smalto.core.layout import TokenLayout
 from smalto.store.schema import StoreHeader, TokenRow
-from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.recipe import change_recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 torch.set_num_threads(1)  # two test processes share two cores
 
@@ -45,7 +46,7 @@ def make_image(seed: int, height: int = 40, width: int = 48) -> numpy.ndarray:
 def write_images(folder: Path, number: int, height: int = 40, width: int = 48) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(number):
-        Image.fromarray(make_image(i, height, width)).save(folder / f"image{i:02d}.png")
+        Image.fromarray(make_image(i, height, width)).save(folder / f"photo{i:02d}.png")
     return folder
 
 
@@ -74,8 +75,8 @@ def tiny_sets() -> list[str]:
 
 
 @pytest.fixture
-def tiny_recipe() -> Recipe:
-    return change_recipe(Recipe(), TINY)
+def tiny_recipe() -> TokenizerRecipe:
+    return change_recipe(TokenizerRecipe(), TINY)
 
 
 @pytest.fixture

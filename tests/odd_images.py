@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy
 from PIL import Image, PngImagePlugin
 
+from smalto.images.image_formats import missing_reader
 from tests.conftest import make_image
 
+UNREAD = "an image format that smalto does not read"
 GRAY = numpy.linspace(0, 255, 40 * 48).reshape(40, 48)
 
 
@@ -100,11 +102,26 @@ GOOD: dict[str, Callable[[], bytes]] = {
         "WEBP", save_all=True, append_images=[_image(1)], lossless=True
     ),
     "pages.tif": lambda: _bytes("TIFF", save_all=True, append_images=[_image(1)]),
+    "plain.ppm": lambda: _bytes("PPM"),
+    "plain.tga": lambda: _bytes("TGA"),
+    "rle.tga": lambda: _bytes("TGA", compression="tga_rle"),
+    "gray.pgm": lambda: _bytes("PPM", Image.fromarray(GRAY.astype(numpy.uint8))),
+    "plain.jp2": lambda: _bytes("JPEG2000"),
+    "codestream.j2k": lambda: _bytes("JPEG2000", no_jp2=True),
+    "nosuffix-jp2": lambda: _bytes("JPEG2000"),
+    "icon.ico": lambda: _bytes("ICO", sizes=[(16, 16), (48, 40)]),
     "tiny.png": lambda: _bytes("PNG", _image().resize((5, 6))),
     "thin.png": lambda: _bytes("PNG", _image().resize((900, 8))),
     "with space and ünïcode 图.png": lambda: _bytes("PNG"),
     "new\nline.png": lambda: _bytes("PNG"),
 }
+
+if not missing_reader("AVIF"):
+    GOOD |= {
+        "plain.avif": lambda: _bytes("AVIF", quality=95),
+        "really-avif.jpg": lambda: _bytes("AVIF", quality=95),
+        "nosuffix-avif": lambda: _bytes("AVIF", quality=95),
+    }
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.png": (lambda: b"", "empty"),
@@ -119,10 +136,15 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated.webp": (lambda: _bytes("WEBP", lossless=True)[:1000], ""),
     "truncated.gif": (lambda: _bytes("GIF")[:900], "damaged"),
     "truncated.tif": (lambda: _bytes("TIFF", compression="tiff_lzw")[:400], ""),
+    "truncated.jp2": (lambda: _bytes("JPEG2000")[:900], "damaged"),
+    "truncated.ppm": (lambda: _bytes("PPM")[:900], "damaged"),
+    "truncated.tga": (lambda: _bytes("TGA")[:900], "damaged"),
     "flipped.png": (lambda: _flip(_bytes("PNG")), "damaged"),
     "bomb.png": (_bomb, "oversized"),
     "textbomb.png": (_text_bomb, "damaged"),
-    "script.eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    "readme.txt": (lambda: b"P1 is a file name here", "not an image"),
+    "script.jpg": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", f"{UNREAD}: EPS"),
+    "raw.CR2": (lambda: b"II*\0\x10\0\0\0CR\x02\0", f"{UNREAD}: CR2"),
 }
 
 
@@ -132,7 +154,10 @@ def _flip(data: bytes) -> bytes:
 
 
 def write_odd_folder(folder: Path) -> dict[str, str]:
-    """Write all of them, in subfolders too, with links, a pipe and a link loop; returns the bad names and what is said of each."""
+    """Write all files, in subfolders too, with links, a pipe and a link loop.
+
+    Return the names of the bad files, each with the beginning of the expected reason.
+    """
     (folder / "deep" / "deeper").mkdir(parents=True)
     for name, make in GOOD.items():
         (folder / name).write_bytes(make())

@@ -19,6 +19,7 @@ from smalto.store.dataset import TokenDataset as TokenDataset
 from smalto.store.dataset import TokenLoader as TokenLoader
 from smalto.store.exports import export_store as export_store
 from smalto.store.exports import import_store as import_store
+from smalto.store.schema import StoreHeader as StoreHeader
 from smalto.store.schema import TokenRow as TokenRow
 from smalto.store.token_store import TokenStore as TokenStore
 from smalto.tokenizer import ImageTokenizer as ImageTokenizer
@@ -26,7 +27,7 @@ from smalto.tokenizer import SimpleVQVAE as SimpleVQVAE
 from smalto.tokenizer import TokenizerConfig as TokenizerConfig
 from smalto.tokenizer import default_tokenizer as default_tokenizer
 from smalto.tokenizer import load as load
-from smalto.training.recipe import Recipe as Recipe
-from smalto.training.recipe import load_recipe as load_recipe
+from smalto.training.recipe_file import load_recipe as load_recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe as TokenizerRecipe
 
 __version__: str

@@ -97,10 +97,10 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert (
         "PSNR"
         in smalto_command(
-            "reconstruct", "photos/image00.png", "--tokenizer", "run", cwd=tmp_path
+            "reconstruct", "photos/photo00.png", "--tokenizer", "run", cwd=tmp_path
         ).stdout
     )
-    assert (tmp_path / "image00-reconstruction.png").exists()
+    assert (tmp_path / "photo00-reconstruction.png").exists()
     assert (
         "held-out images"
         in smalto_command("evaluate", "photos", "--tokenizer", "run", cwd=tmp_path).stdout

@@ -14,7 +14,7 @@ def test_auto_takes_what_is_there() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="'cuda' is not available here; there is cpu"):
+    with pytest.raises(ConfigError, match="'cuda', which is not available; expected one of cpu"):
         resolve_device("cuda")
 
 

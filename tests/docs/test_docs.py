@@ -44,7 +44,7 @@ def test_both_languages_show_the_same(english: Path, chinese: Path) -> None:
 @pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
 def test_its_code_runs(page: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 6, 80, 96)
-    (tmp_path / "photos" / "image00.png").rename(tmp_path / "photos" / "cat.png")
+    (tmp_path / "photos" / "photo00.png").rename(tmp_path / "photos" / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "my.toml").write_text("\n".join(code for _, code in blocks(page, "toml")))
     found = blocks(page, "python", "bash")

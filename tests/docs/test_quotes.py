@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smalto.evaluation.formatting import metric_rows
+from smalto.metrics.formatting import metric_rows
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]

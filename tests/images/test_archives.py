@@ -18,13 +18,20 @@ from smalto.images.archives import open_file
 from smalto.images.finding import find_images
 from smalto.images.reading import read_image
 from smalto.images.worker_pool import ReaderPool
-from smalto.training.recipe import Recipe
-from tests.conftest import make_image, write_images
+from smalto.training.tokenizer_recipe import TokenizerRecipe
+from tests.conftest import make_image
+from tests.odd_images import UNREAD
 
 
 def png(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(make_image(seed)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def saved(format: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(make_image(0)).save(buffer, format)
     return buffer.getvalue()
 
 
@@ -74,16 +81,66 @@ def test_an_archive_is_a_folder(kind: str, tmp_path: Path) -> None:
 
 
 def test_archives_in_a_folder_are_folders_of_it(tmp_path: Path) -> None:
-    write_images(tmp_path, 1)
-    write_tar(tmp_path / "shard-000.tar", {"000.png": png(1), "000.json": b"{}"})
+    (tmp_path / "plain.png").write_bytes(png(0))
+    write_tar(tmp_path / "shard-000.tar", {"000.png": png(1), "000.txt": b"a caption"})
     write_zip(tmp_path / "more.ZIP", {"x/y.png": png(2)})
     files, skipped = find_images(tmp_path)
     assert [file.name for file in files] == [
         "more.ZIP/x/y.png",
-        "image00.png",
+        "plain.png",
         "shard-000.tar/000.png",
     ]
     assert [reason for _, reason in skipped] == ["not an image"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_members_of_other_image_formats_are_read_or_named(kind: str, tmp_path: Path) -> None:
+    contents = {"a.JP2": saved("JPEG2000"), "b.tga": saved("TGA"), "c.ppm": saved("PPM")}
+    named = {"d.cr2": b"II*\0", "e.svg": b"<svg/>", "f.pdf": b"%PDF-", "g.txt": b"x"}
+    files, skipped = find_images(WRITERS[kind](tmp_path / f"images.{kind}", contents | named))
+    assert [file.name for file in files] == list(contents)
+    for file in files:
+        assert numpy.array_equal(read_image(file), make_image(0))
+    assert dict(skipped) == {
+        "d.cr2": f"{UNREAD}: CR2",
+        "e.svg": f"{UNREAD}: SVG",
+        "f.pdf": f"{UNREAD}: PDF",
+        "g.txt": "not an image",
+    }
+
+
+def test_labels_of_a_shard_come_from_cls_and_json_members(tmp_path: Path) -> None:
+    samples: dict[str, tuple[dict[str, bytes], str]] = {
+        "a": ({"cls": b"7\n", "json": b'{"label": 1}'}, "7"),  # cls wins
+        "b": ({"json": b'{"width": 40, "label": 3}'}, "3"),
+        "c": ({"json": b'{"cls": 0}'}, "0"),
+        "d": ({"json": b'{"class": "cat"}'}, "cat"),
+        "e": ({"json": b'{"class_id": 12, "category": 4}'}, "12"),
+        "f": ({"json": b'{"category": 4}'}, "4"),
+        "g": ({"json": b'{"label": [1, 2], "cls": true, "class": null, "category": 5}'}, "5"),
+        "h": ({"json": b'{"caption": "a cat"}'}, ""),
+        "i": ({"json": b"[1, 2]"}, ""),
+        "j": ({"json": b"no json"}, ""),
+        "k": ({"json": b"\xff\xfe"}, ""),
+        "l": ({"json": b"[" * 100_000}, ""),
+        "m": ({"json": b'{"label": "' + b"x" * 2000 + b'"}'}, ""),
+        "n": ({"cls": b"", "json": b'{"label": 9}'}, "9"),
+        "o": ({}, ""),
+    }
+    contents = {}
+    for key, (others, _) in samples.items():
+        contents |= {f"{key}.png": png(0)} | {
+            f"{key}.{kind}": data for kind, data in others.items()
+        }
+    files, skipped = find_images(write_tar(tmp_path / "shard.tar", contents))
+    assert {file.name[0]: file.label for file in files} == {
+        key: label for key, (_, label) in samples.items()
+    }
+    assert {reason for _, reason in skipped} == {"not an image"}
+    in_folder = {"dogs/p.png": png(0), "dogs/p.json": b"{}", "dogs/q.png": png(0)}
+    in_folder["dogs/q.json"] = b'{"label": 2}'
+    files, _ = find_images(write_tar(tmp_path / "folders.tar", in_folder))
+    assert [file.label for file in files] == ["dogs", "2"]
 
 
 def test_nothing_in_an_archive_escapes_or_blocks(tmp_path: Path) -> None:
@@ -129,13 +186,15 @@ def test_a_damaged_archive_is_named(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_run_trains_on_an_archive(kind: str, tmp_path: Path, tiny_recipe: Recipe) -> None:
+def test_a_run_trains_on_an_archive(
+    kind: str, tmp_path: Path, tiny_recipe: TokenizerRecipe
+) -> None:
     source = WRITERS[kind](tmp_path / f"images.{kind}", {f"{i}.png": png(i) for i in range(6)})
     trained = smalto.train(source, tiny_recipe, out=tmp_path / "run", workers=1)
-    assert trained.metrics["measured_on"] == "held-out images"
+    assert trained.metrics.measured_on == "held-out images"
     again = smalto.evaluate(source, tmp_path / "run", workers=0)
-    assert again.metrics["num_images"] == trained.metrics["num_images"]
-    assert smalto.resume(tmp_path / "run", settings={"steps": 8}, workers=0).metrics["steps"] == 8
+    assert again.metrics.num_images == trained.metrics.num_images
+    assert smalto.resume(tmp_path / "run", settings={"steps": 8}, workers=0).metrics.steps == 8
 
 
 def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:

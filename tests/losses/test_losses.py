@@ -19,7 +19,8 @@ from smalto.losses import (
     Weight,
 )
 from smalto.losses.adversarial import fooling, hinge
-from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.recipe import change_recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 CPU = torch.device("cpu")
 
@@ -190,15 +191,18 @@ def test_a_share_of_the_objective_has_a_share_of_the_gradient() -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least one of l1, l2 and perceptual"):
+    with pytest.raises(ValueError, match="the weight 0 for l1, l2 and perceptual"):
         LossesConfig(l2=Weight())
     with pytest.raises(ValueError, match=r"lpips\.LPIPS\(net='vgg'\)"):
         PerceptualConfig(weight=1.0, network="lpips-vgg")
     with pytest.raises(ConfigError, match="Set it to at most 2"):
-        change_recipe(Recipe(), {"losses.adversarial.weight": 0.1, "data.size": 16})
+        change_recipe(TokenizerRecipe(), {"losses.adversarial.weight": 0.1, "data.size": 16})
     with pytest.raises(ConfigError, match="more than the 5 steps before its start"):
-        change_recipe(Recipe(), {"losses.adversarial.lead": 6, "losses.adversarial.start": 5})
+        change_recipe(
+            TokenizerRecipe(), {"losses.adversarial.lead": 6, "losses.adversarial.start": 5}
+        )
     with pytest.raises(ConfigError, match="images of 3 channels"):
         change_recipe(
-            Recipe(), {"losses.perceptual.weight": 1, "tokenizer.autoencoder.in_channels": 1}
+            TokenizerRecipe(),
+            {"losses.perceptual.weight": 1, "tokenizer.autoencoder.in_channels": 1},
         )

@@ -12,16 +12,17 @@ from torch import Tensor
 
 import smalto
 from smalto.core.errors import ConfigError
-from smalto.evaluation.evaluator import FeatureNetworks, compare
-from smalto.evaluation.formatting import codec_rows, metric_rows
+from smalto.evaluation.evaluator import compare
+from smalto.evaluation.feature_networks import FeatureNetworks
+from smalto.metrics.formatting import codec_rows, metric_rows
 from smalto.metrics.frechet import FeatureMoments, write_statistics
-from smalto.training.recipe import Recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import smalto_command, write_images
 from tests.features.test_networks import inception_state, lpips_state
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_recipe: Recipe) -> Path:
+def run(tmp_path: Path, tiny_recipe: TokenizerRecipe) -> Path:
     smalto.train(
         write_images(tmp_path / "images", 6, 176, 180),
         tiny_recipe,
@@ -168,7 +169,7 @@ def test_other_images_are_not_taken_for_the_runs_own(run: Path, tmp_path: Path) 
     assert own["measured_on"] == "held-out images"
     other = write_images(tmp_path / "other", 6, 60, 60)
     assert (
-        evaluate(other, run, device="cpu", workers=0).metrics["measured_on"]
+        evaluate(other, run, device="cpu", workers=0).metrics.measured_on
         == "images of another source than the training's"
     )
     (run.parent / "images").rename(tmp_path / "moved")

@@ -10,13 +10,14 @@ import torch
 import smalto
 from smalto.core.errors import ConfigError, DataError
 from smalto.pipelines.train import Trained
-from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.recipe import change_recipe
 from smalto.training.run_folder import START_FOLDER, RunFolder
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import smalto_command
 
 
 @pytest.fixture
-def start(image_folder: Path, tiny_recipe: Recipe, tmp_path: Path) -> Path:
+def start(image_folder: Path, tiny_recipe: TokenizerRecipe, tmp_path: Path) -> Path:
     smalto.train(image_folder, tiny_recipe, out=tmp_path / "start", device="cpu", workers=0)
     return tmp_path / "start"
 
@@ -32,7 +33,7 @@ def finetuned(
         "optimizer.lr": 0.01,
         "evaluate.crops": 4,
     }
-    recipe = change_recipe(Recipe(), chosen | settings)
+    recipe = change_recipe(TokenizerRecipe(), chosen | settings)
     return smalto.train(image_folder, recipe, out=out, start=start, device="cpu", workers=0)  # type: ignore[arg-type]
 
 
@@ -43,7 +44,7 @@ def test_with_the_decoder_alone_no_token_changes(
     before, after = smalto.load(start), smalto.load(tmp_path / "decoder")
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     assert torch.equal(before.encode(images), after.encode(images))
-    assert trained.metrics["indices_changed"] == 0
+    assert trained.metrics.indices_changed == 0
     assert not torch.equal(before.decoder[0].weight, after.decoder[0].weight)  # type: ignore[index]
     assert "by this fine-tuning (N = 1)" in (tmp_path / "decoder" / "report.html").read_text()
 
@@ -54,7 +55,7 @@ def test_everything_or_all_but_the_codebook(
     codes = smalto.load(start).quantize.embedding.weight
     for learn in ("everything", "all-but-codebook"):
         trained = finetuned(image_folder, start, tmp_path / learn, learn)
-        assert trained.metrics["indices_changed"] > 0
+        assert trained.metrics.indices_changed > 0
         assert torch.equal(codes, smalto.load(tmp_path / learn).quantize.embedding.weight) == (
             learn == "all-but-codebook"
         )
@@ -74,7 +75,7 @@ def test_it_begins_where_the_other_run_ended(
 ) -> None:
     trained = finetuned(image_folder, start, tmp_path / "none", "everything", steps=0)
     assert trained.tokenizer.fingerprint() == smalto.load(start).fingerprint()
-    assert trained.metrics["indices_changed"] == 0
+    assert trained.metrics.indices_changed == 0
 
 
 def test_a_fine_tuning_resumes_as_what_it_is(
@@ -86,11 +87,11 @@ def test_a_fine_tuning_resumes_as_what_it_is(
     )
     finetuned(image_folder, start, tmp_path / "same", "decoder", **{"optimizer.decay": False})
     resumed = smalto.resume(tmp_path / "part", settings={"steps": 12}, device="cpu", workers=0)
-    assert resumed.metrics["indices_changed"] == 0
+    assert resumed.metrics.indices_changed == 0
     assert (tmp_path / "part" / "model.safetensors").read_bytes() == (
         tmp_path / "same" / "model.safetensors"
     ).read_bytes()
-    assert whole.metrics["steps"] == 12
+    assert whole.metrics.steps == 12
     with pytest.raises(ConfigError, match=r"keeps its finetune\.learn"):
         smalto.resume(tmp_path / "part", settings={"finetune.learn": "everything"})
 
@@ -125,14 +126,14 @@ def test_a_simple_vqvae_and_a_file_of_var_are_starts_too(
         "tokenizer.quantizer.scale.latent_dim": 8,
         "data.size": 64,
     }
-    var = change_recipe(Recipe(), settings).tokenizer.build()
+    var = change_recipe(TokenizerRecipe(), settings).tokenizer.build()
     var.save(tmp_path / "var")
     smalto.convert(tmp_path / "var", tmp_path / "var.pth", "var")
     small = {"data.size": 64, "data.batch": 2, "steps": 2}
     trained = finetuned(
         image_folder, tmp_path / "var.pth", tmp_path / "from-var", "decoder", **small
     )
-    assert trained.metrics["indices_changed"] == 0
+    assert trained.metrics.indices_changed == 0
     (tmp_path / "other.pth").write_bytes(b"no weights")
     with pytest.raises(DataError, match="damaged or no checkpoint"):
         finetuned(image_folder, tmp_path / "other.pth", tmp_path / "other", "everything")
@@ -142,7 +143,7 @@ def test_mistakes(image_folder: Path, start: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer to begin with"):
         smalto.train(
             image_folder,
-            change_recipe(Recipe(), {"finetune.learn": "decoder"}),
+            change_recipe(TokenizerRecipe(), {"finetune.learn": "decoder"}),
             out=tmp_path / "a",
             workers=0,
         )

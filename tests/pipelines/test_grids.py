@@ -14,10 +14,11 @@ import smalto
 from smalto.core.errors import ConfigError
 from smalto.core.layout import TokenLayout
 from smalto.evaluation.evaluator import Evaluator
-from smalto.evaluation.formatting import grid_rows
 from smalto.metrics import perplexity, psnr
+from smalto.metrics.formatting import grid_rows
 from smalto.pipelines.evaluate import evaluate
-from smalto.training.recipe import change_recipe, load_recipe
+from smalto.training.recipe import change_recipe
+from smalto.training.recipe_file import load_recipe
 from tests.conftest import smalto_command, write_images
 
 SIZE = 64  # codes
@@ -147,5 +148,5 @@ def test_a_run_with_scales_resumes(run: Path, tmp_path: Path) -> None:
 
     shutil.copytree(run, tmp_path / "run")
     resumed = smalto.resume(tmp_path / "run", settings={"steps": 6}, workers=0)
-    assert resumed.metrics["steps"] == 6
+    assert resumed.metrics.steps == 6
     assert change_recipe(resumed.run.recipe(), {}).gradient_checkpointing

@@ -81,22 +81,22 @@ def test_new_images_are_added_and_changed_ones_said(
     tokenize(image_folder, tokenizer, tmp_path / "t", flip=True)
     before = tokens_by_id(tmp_path / "t")
     Image.fromarray(make_image(50)).save(image_folder / "new.png")
-    os.utime(image_folder / "image01.png", (1, 1))  # touched, and the same
-    Image.fromarray(make_image(51)).save(image_folder / "image02.png")
+    os.utime(image_folder / "photo01.png", (1, 1))  # touched, and the same
+    Image.fromarray(make_image(51)).save(image_folder / "photo02.png")
     done = tokenize(image_folder, tokenizer, tmp_path / "t", flip=True)
     assert (done.num_images, done.num_known, done.changed, done.num_rows) == (
         1,
         5,
-        ["image02.png"],
+        ["photo02.png"],
         14,
     )
     assert {
         id: row for id, row in tokens_by_id(tmp_path / "t").items() if "new" not in id
     } == before
     again = tokenize(image_folder, tokenizer, tmp_path / "t", flip=True, update=True)
-    assert (again.num_images, again.changed, again.num_rows) == (1, ["image02.png"], 14)
+    assert (again.num_images, again.changed, again.num_rows) == (1, ["photo02.png"], 14)
     after = tokens_by_id(tmp_path / "t")
-    assert {id for id in before if before[id] != after[id]} == {"image02.png", "image02.png?flip"}
+    assert {id for id in before if before[id] != after[id]} == {"photo02.png", "photo02.png?flip"}
     assert tokenize(image_folder, tokenizer, tmp_path / "t", flip=True, update=True).changed == []
     assert verify(tmp_path / "t", 14, tokenizer=tokenizer).ok
 
@@ -118,7 +118,7 @@ def test_views_are_rows_of_their_own(tokenizer: Path, tmp_path: Path) -> None:
     done = tokenize(source, tokenizer, tmp_path / "t", size=40, crops=5, flip=True, batch=3)
     store = TokenStore.open(tmp_path / "t")
     assert (done.num_images, len(store)) == (2, 20)
-    model, whole = smalto.load(tokenizer), to_tensor(read_image(str(source / "image00.png")))
+    model, whole = smalto.load(tokenizer), to_tensor(read_image(str(source / "photo00.png")))
     small = to_tensor(
         numpy.asarray(
             Image.fromarray(make_image(0, 80, 120)).resize(
@@ -130,7 +130,7 @@ def test_views_are_rows_of_their_own(tokenizer: Path, tmp_path: Path) -> None:
     rows = {
         id: row
         for id, row in zip(store.rows()["id"], store.token_rows(0, 20), strict=True)
-        if "image00" in id
+        if "photo00" in id
     }
     for view, left, crop in (
         ("", 10, (0, 20, 80, 80)),
@@ -139,8 +139,8 @@ def test_views_are_rows_of_their_own(tokenizer: Path, tmp_path: Path) -> None:
     ):
         image = to_unit_range(small[:, :, left : left + 40])[None]
         row, flipped = (
-            rows["image00.png" + view],
-            rows["image00.png" + (f"{view}-flip" if view else "?flip")],
+            rows["photo00.png" + view],
+            rows["photo00.png" + (f"{view}-flip" if view else "?flip")],
         )
         assert torch.equal(
             model.encode(image)[0], torch.from_numpy(numpy.asarray(row.tokens).astype(numpy.int64))
@@ -158,7 +158,7 @@ def test_views_are_rows_of_their_own(tokenizer: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "t", 20).ok
     paths = smalto.decode(tmp_path / "t", tmp_path / "decoded", device="cpu")
     assert len(set(paths)) == 20
-    assert (tmp_path / "decoded" / "image00.top-left-flip.png").is_file()
+    assert (tmp_path / "decoded" / "photo00.top-left-flip.png").is_file()
 
 
 def test_a_batch_changes_no_token(tokenizer: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_labels_come_from_folders_shards_and_tables(tokenizer: Path, tmp_path: P
 
     source = write_images(tmp_path / "p" / "cats", 1).parent
     write_images(source, 1)
-    data = (source / "image00.png").read_bytes()
+    data = (source / "photo00.png").read_bytes()
     with tarfile.open(source / "shard.tar", "w") as tar:
         for name, content in (
             ("7.cls", b"12\n"),
@@ -197,8 +197,8 @@ def test_labels_come_from_folders_shards_and_tables(tokenizer: Path, tmp_path: P
     assert done.skipped == []  # of two members of one name the last one counts
     store = TokenStore.open(tmp_path / "t")
     assert dict(zip(store.ids(), store.labels(), strict=True)) == {
-        "cats/image00.png": "cats",
-        "image00.png": "",
+        "cats/photo00.png": "cats",
+        "photo00.png": "",
         "shard.tar/7.png": "12",
         "shard.tar/dogs/8.png": "dogs",
         "shard.tar/9.png": "",
@@ -282,12 +282,12 @@ def test_a_store_is_replaced_only_by_what_there_is(
 def test_odd_labels_times_and_archives_stop_nothing(tokenizer: Path, tmp_path: Path) -> None:
     source = write_images(tmp_path / "p", 3)
     shutil.copytree(source, tmp_path / "p" / os.fsdecode(b"z\xff"))
-    os.utime(source / "image00.png", (13_569_465_600, 13_569_465_600))  # the year 2400
+    os.utime(source / "photo00.png", (13_569_465_600, 13_569_465_600))  # the year 2400
     (source / "bad.png").write_bytes(b"no image")
     os.utime(source / "bad.png", (13_569_465_600, 13_569_465_600))
     (source / "/".join("d" * 510)).mkdir(parents=True)
     with zipfile.ZipFile(source / "z.zip", "w") as archive:
-        archive.write(source / "image01.png", "a.png")
+        archive.write(source / "photo01.png", "a.png")
     done = tokenize(source, tokenizer, tmp_path / "t", size=32)
     assert (done.num_images, len(done.skipped)) == (7, 2)
     assert TokenStore.open(tmp_path / "t").classes() == ["z%FF"]
@@ -307,7 +307,7 @@ def test_a_image_that_turned_bad_is_noted_once(
     image_folder: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     tokenize(image_folder, tokenizer, tmp_path / "t", size=32)
-    (image_folder / "image01.png").write_bytes(b"no image any more")
+    (image_folder / "photo01.png").write_bytes(b"no image any more")
     assert len(tokenize(image_folder, tokenizer, tmp_path / "t", size=32, update=True).skipped) == 1
     version = TokenStore.open(tmp_path / "t")._errors().version
     for update in (True, False, True):
@@ -316,7 +316,7 @@ def test_a_image_that_turned_bad_is_noted_once(
             == 1
         )
     assert TokenStore.open(tmp_path / "t")._errors().version == version
-    assert set(TokenStore.open(tmp_path / "t").errors()) == {"image01.png"}
+    assert set(TokenStore.open(tmp_path / "t").errors()) == {"photo01.png"}
     write_images(image_folder, 2, 50, 50)
     tokenize(image_folder, tokenizer, tmp_path / "t", size=32, update=True)
     assert not TokenStore.open(tmp_path / "t").errors()

@@ -17,7 +17,7 @@ from smalto.core.layout import TokenLayout
 from smalto.images.reading import read_image
 from smalto.images.tensors import center_crop, to_tensor, to_unit_range
 from smalto.pipelines.decode import image_paths
-from smalto.training.recipe import Recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import write_images
 
 
@@ -68,11 +68,13 @@ def test_the_wrong_or_a_lost_tokenizer_is_refused(
     ):
         smalto.tokenize(image_folder, other, out, device="cpu", workers=0)
     shutil.rmtree(gone)
-    with pytest.raises(RunError, match=r"not there any more. Name it with --tokenizer"):
+    with pytest.raises(
+        RunError, match=r"no longer exists\. Name the folder of the tokenizer with --tokenizer"
+    ):
         smalto.decode(out, tmp_path / "decoded")
     assert len(smalto.decode(out, tmp_path / "decoded", tokenizer, device="cpu")) == 6
     with pytest.raises(
-        RunError, match=r"image00\.png and 5 others exist already"
+        RunError, match=r"photo00\.png and 5 others exist already"
     ):  # perhaps the originals
         smalto.decode(out, tmp_path / "decoded", tokenizer, device="cpu")
     assert (
@@ -85,7 +87,7 @@ def test_the_wrong_or_a_lost_tokenizer_is_refused(
     )
     with pytest.raises(RunError, match="cannot be written"):
         smalto.tokenize(
-            image_folder, tokenizer, image_folder / "image00.png" / "below a file", device="cpu"
+            image_folder, tokenizer, image_folder / "photo00.png" / "below a file", device="cpu"
         )
 
 
@@ -101,7 +103,7 @@ def test_images_smaller_than_a_token_are_enlarged(tokenizer: Path, tmp_path: Pat
     )
     assert layouts == {
         "line.png": TokenLayout.single(1, 768),
-        "image00.png": TokenLayout.single(1, 1),
+        "photo00.png": TokenLayout.single(1, 1),
     }
 
 
@@ -132,40 +134,40 @@ def test_decoded_names_stay_inside_and_apart() -> None:
 
 def test_reconstruct_one_image(tokenizer: Path, image_folder: Path, tmp_path: Path) -> None:
     result = smalto.reconstruct(
-        image_folder / "image00.png", tokenizer, tmp_path / "r.png", device="cpu"
+        image_folder / "photo00.png", tokenizer, tmp_path / "r.png", device="cpu"
     )
     assert read_image(str(result.path)).shape == (40, 48, 3)
     assert (result.num_tokens, result.bytes) == (120, 90)
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="expected one image"):
         smalto.reconstruct(image_folder, tokenizer, tmp_path / "q.png")
     with pytest.raises(RunError, match="exists already"):
-        smalto.reconstruct(image_folder / "image00.png", tokenizer, image_folder / "image00.png")
+        smalto.reconstruct(image_folder / "photo00.png", tokenizer, image_folder / "photo00.png")
     (image_folder / "bad.png").write_bytes(b"x")
     with pytest.raises(DataError, match="cannot be read: not an image"):
         smalto.reconstruct(image_folder / "bad.png", tokenizer, tmp_path / "q.png", device="cpu")
 
 
 def test_evaluate_takes_the_held_out_part_of_the_training_folder(
-    image_folder: Path, tiny_recipe: Recipe, tmp_path: Path
+    image_folder: Path, tiny_recipe: TokenizerRecipe, tmp_path: Path
 ) -> None:
     trained = smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     again = smalto.evaluate(image_folder, tmp_path / "run", device="cpu", workers=0).metrics
     assert (again["measured_on"], again["num_images"]) == ("held-out images", 1)
-    assert again["psnr"] == pytest.approx(trained.metrics["psnr"], rel=1e-5)
+    assert again["psnr"] == pytest.approx(trained.metrics.psnr, rel=1e-5)
     assert (
         smalto.evaluate(
             image_folder, tmp_path / "run", everything=True, device="cpu", workers=0
-        ).metrics["num_images"]
+        ).metrics.num_images
         == 6
     )
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006"
     assert (
-        smalto.evaluate(image_folder, checkpoint, device="cpu", workers=0).metrics["measured_on"]
+        smalto.evaluate(image_folder, checkpoint, device="cpu", workers=0).metrics.measured_on
         == "held-out images"
     )
     (held_out,) = json.loads((tmp_path / "run" / "split.json").read_text())["held_out"]
     trained_on = next(p for p in image_folder.iterdir() if p.name != held_out)
-    with pytest.raises(DataError, match=r"trained on all 1 image_folder.*--all"):
+    with pytest.raises(DataError, match=r"trained on all 1 images.*--all"):
         smalto.evaluate(trained_on, tmp_path / "run", device="cpu", workers=0)
     image_folder.rename(tmp_path / "moved")
     assert (
@@ -200,7 +202,7 @@ def test_evaluate_agrees_with_measuring_by_hand(tokenizer: Path, image_folder: P
 
 
 def test_info_knows_what_things_are(
-    image_folder: Path, tiny_recipe: Recipe, tokenizer: Path, tmp_path: Path
+    image_folder: Path, tiny_recipe: TokenizerRecipe, tokenizer: Path, tmp_path: Path
 ) -> None:
     smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     smalto.tokenize(image_folder, tokenizer, tmp_path / "t", device="cpu", workers=0)
@@ -212,5 +214,5 @@ def test_info_knows_what_things_are(
         6,
         "vector",
     )
-    with pytest.raises(RunError, match="no run, tokenizer or token store"):
+    with pytest.raises(RunError, match="not a run, tokenizer or token store"):
         smalto.info(image_folder)

@@ -17,8 +17,8 @@ from torch import distributed
 import smalto
 from smalto.core.errors import RunError
 from smalto.training.checkpoint import SUMS_FILE
-from smalto.training.recipe import Recipe
 from smalto.training.run_folder import RunFolder, read_jsonl
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import ENVIRONMENT, smalto_command, tiny_sets, write_images
 
 ENDLESS = ["--steps", "100000", "--workers", "0", "--device", "cpu"]
@@ -172,7 +172,7 @@ def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_used(
-    image_folder: Path, tiny_recipe: Recipe, tmp_path: Path, name: str, damage: str
+    image_folder: Path, tiny_recipe: TokenizerRecipe, tmp_path: Path, name: str, damage: str
 ) -> None:
     smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     expected = (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -185,7 +185,7 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_used(
         file.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
     with pytest.raises(RunError, match="step-00000006"):
         RunFolder(tmp_path / "run").read(6)
-    assert smalto.resume(tmp_path / "run", device="cpu", workers=0).metrics["steps"] == 6
+    assert smalto.resume(tmp_path / "run", device="cpu", workers=0).metrics.steps == 6
     (event,) = [
         row
         for row in read_jsonl(tmp_path / "run" / "events.jsonl")
@@ -229,7 +229,7 @@ def test_a_process_that_dies_ends_the_job_and_it_goes_on_with_another_number(
     os.kill(_second_process(job.pid), signal.SIGKILL)
     assert job.wait(timeout=60) != 0
     text = (tmp_path / "messages").read_text()
-    assert "lost touch with another process of this run" in text
+    assert "lost the connection to another process of this run" in text
     steps = RunFolder(tmp_path / "run").steps()
     assert steps[-1] >= 2
     done = smalto_command(

@@ -115,7 +115,7 @@ def test_the_rule() -> None:
 
 def test_asking_for_what_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, codebook = torch.zeros(20_000, 8), torch.zeros(4, 8)
-    with pytest.raises(InputError, match="backend must be"):
+    with pytest.raises(InputError, match="got backend='annoy'; expected"):
         nearest_codes(queries, codebook, backend="annoy")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="float32 on the CPU"):
         nearest_codes(queries, codebook, backend="faiss", exact=True)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import smalto
 from smalto.core.errors import ConfigError, InputError
 from smalto.store.dataset import TokenDataset, TokenLoader
-from smalto.store.schema import TokenRow
+from smalto.store.schema import StoreHeader, TokenRow
 from smalto.store.token_store import TokenStore
 from tests.conftest import store_header, token_rows
 
@@ -155,7 +155,7 @@ def test_next_scale_models_get_blocks_and_their_input(tmp_path: Path) -> None:
     model = config.build().eval()
     layout = model.layout(16, 16)
     images = torch.rand(10, 3, 16, 16) * 2 - 1
-    made = TokenStore.create(tmp_path / "t", model, layout=layout)
+    made = TokenStore.create(tmp_path / "t", StoreHeader.of(model.identity(), layout=layout))
     made.append([TokenRow(str(i), row) for i, row in enumerate(model.encode(images))])
     (batch,) = TokenDataset(made.path, 10, shuffle="none", model=model)
     blocks = model.img_to_idxBl(images)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, distributed
 
 from smalto.search import nearest
-from smalto.training.recipe import Recipe, change_recipe
+from smalto.training.recipe import change_recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 from tests.conftest import TINY
 from tests.contract.test_processes import in_processes, join
@@ -45,11 +46,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(kind: str) -> Recipe:
+def recipe(kind: str) -> TokenizerRecipe:
     settings = {
         key: value for key, value in TINY.items() if "multi" not in kind or "quantizer" not in key
     }
-    return change_recipe(Recipe(), settings | {"data.batch": 8, "steps": STEPS} | KINDS[kind])
+    return change_recipe(
+        TokenizerRecipe(), settings | {"data.batch": 8, "steps": STEPS} | KINDS[kind]
+    )
 
 
 def trained(

@@ -12,7 +12,9 @@ import torch
 
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.quantizers import MultiScaleVQConfig
-from smalto.training.recipe import Recipe, change_recipe, load_recipe
+from smalto.training.recipe import change_recipe
+from smalto.training.recipe_file import load_recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 from tests.features.test_networks import lpips_state
 
@@ -33,7 +35,7 @@ def test_they_are_all_there() -> None:
     assert {path.stem for path in RECIPES} == NAMES
 
 
-def made_tiny(recipe: Recipe, folder: Path) -> Recipe:
+def made_tiny(recipe: TokenizerRecipe, folder: Path) -> TokenizerRecipe:
     """The recipe with narrow networks, few codes and small crops, so that a step takes a second; all else as it is."""
     settings: dict[str, object] = {"data.batch": 2, "steps": 3}
     if recipe.tokenizer.autoencoder.kind == "cnn":
@@ -96,7 +98,7 @@ def test_the_simple_recipe_shows_every_setting() -> None:
             )
         }
 
-    assert keys(shown) == keys(Recipe().model_dump(mode="json"))
+    assert keys(shown) == keys(TokenizerRecipe().model_dump(mode="json"))
 
 
 UNCITED = (

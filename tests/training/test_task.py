@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import smalto
 from smalto.quantizers.codebook import Codebook
-from smalto.training.optimization import WeightAverage, learning_rate_share, parameter_groups
-from smalto.training.recipe import OptimizerConfig, Recipe, change_recipe
+from smalto.training.optimization import WeightAverage, learning_rate_factor, parameter_groups
+from smalto.training.recipe import OptimizerConfig, change_recipe
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 from tests.conftest import TINY
 
@@ -30,14 +33,14 @@ CNN = {
 }
 
 
-def tiny(**settings: Any) -> Recipe:
+def tiny(**settings: Any) -> TokenizerRecipe:
     own = {key.replace("__", "."): value for key, value in settings.items()}
     kept = {
         key: value
         for key, value in TINY.items()
         if "tokenizer.autoencoder.kind" not in own or "autoencoder" not in key
     }
-    return change_recipe(Recipe(), kept | {"steps": 20} | own)
+    return change_recipe(TokenizerRecipe(), kept | {"steps": 20} | own)
 
 
 def batches(number: int = 8, seed: int = 1) -> list[Tensor]:
@@ -45,14 +48,14 @@ def batches(number: int = 8, seed: int = 1) -> list[Tensor]:
     return [torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(number)]
 
 
-def begin(recipe: Recipe) -> TokenizerTask:
+def begin(recipe: TokenizerRecipe) -> TokenizerTask:
     torch.manual_seed(0)
     task = TokenizerTask(recipe.tokenizer.build(), recipe, batches()[0])
     task.start(batches(4))
     return task
 
 
-def train(recipe: Recipe, steps: int = 8) -> TokenizerTask:
+def train(recipe: TokenizerRecipe, steps: int = 8) -> TokenizerTask:
     task = begin(recipe)
     for step, batch in enumerate(batches(steps), start=1):
         task.train_step(batch, step)
@@ -65,7 +68,7 @@ def weights(task: TokenizerTask) -> dict[str, Tensor]:
 
 def test_norms_biases_and_codes_do_not_decay() -> None:
     tokenizer = tiny(**CNN, **{"tokenizer.quantizer.codebook": "learned"}).tokenizer.build()
-    decaying, others = parameter_groups(tokenizer, 0.1)
+    decaying, others = parameter_groups(tokenizer, 0.1, tokenizer.quantize.codebook_parameters())
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim > 1 for p in decaying["params"])
     codes = [p for m in tokenizer.modules() if isinstance(m, Codebook) for p in m.parameters()]
@@ -77,11 +80,11 @@ def test_norms_biases_and_codes_do_not_decay() -> None:
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     config = OptimizerConfig(warmup=10)
-    shares = [learning_rate_share(config, step, 100) for step in range(1, 101)]
+    shares = [learning_rate_factor(config, step, 100) for step in range(1, 101)]
     assert shares[0] == pytest.approx(0.1)
     assert max(shares) == pytest.approx(shares[9])
     assert shares[-1] < 1e-3
-    assert learning_rate_share(OptimizerConfig(decay=False), 100, 100) == 1
+    assert learning_rate_factor(OptimizerConfig(decay=False), 100, 100) == 1
 
 
 def test_a_batch_in_parts_is_the_batch() -> None:
@@ -106,7 +109,7 @@ def test_long_gradients_are_shortened() -> None:
 
 
 def test_averaged_weights_are_what_is_saved_and_codes_are_not_averaged_twice() -> None:
-    task = train(tiny(optimizer__average=0.9))
+    task = train(tiny(optimizer__ema_decay=0.9))
     assert task.result is not task.tokenizer
     own, average = task.tokenizer.state_dict(), task.result.state_dict()
     assert torch.equal(own["quantize.embedding.weight"], average["quantize.embedding.weight"])
@@ -123,7 +126,7 @@ def test_a_moving_average_is_one() -> None:
         average.step()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * tokenizer.encoder[0].weight  # type: ignore[index]
-    torch.testing.assert_close(average.tokenizer.encoder[0].weight, expected.detach())  # type: ignore[index]
+    torch.testing.assert_close(average.model.encoder[0].weight, expected.detach())  # type: ignore[index]
 
 
 def test_the_tokenizer_does_not_feel_the_discriminator_before_its_start() -> None:
@@ -143,7 +146,7 @@ def test_the_tokenizer_does_not_feel_the_discriminator_before_its_start() -> Non
 
 
 def test_a_broken_batch_changes_nothing() -> None:
-    task = begin(tiny(**ADVERSARIAL, optimizer__average=0.9))
+    task = begin(tiny(**ADVERSARIAL, optimizer__ema_decay=0.9))
     for step, batch in enumerate(batches(6), start=1):
         task.train_step(batch, step)
     before = {
@@ -222,19 +225,17 @@ def test_compiled_steps_train_what_plain_ones_do() -> None:
         torch.testing.assert_close(tensor, weights(compiled)[name], rtol=1e-3, atol=1e-4)
 
 
-def test_state_goes_on_bitwise() -> None:
-    recipe = tiny(**ADVERSARIAL, optimizer__average=0.9)
+def test_state_resumes_bitwise(tmp_path: Path) -> None:
+    recipe = tiny(**ADVERSARIAL, optimizer__ema_decay=0.9)
     whole, first = begin(recipe), begin(recipe)
     for step, batch in enumerate(batches(8), start=1):
         whole.train_step(batch, step)
         if step <= 5:
             first.train_step(batch, step)
-    saved = recipe.tokenizer.build()
-    saved.load_state_dict(first.result.state_dict())
-    second = TokenizerTask(
-        saved, recipe, batches()[0], keep_codes=True
-    )  # as resuming does: around the tokenizer that was saved
-    second.load(saved, first.state())
+    first.save(tmp_path)
+    second = TokenizerTask(smalto.load(tmp_path), recipe, batches()[0], keep_codes=True)
+    second.load(tmp_path)
+    second.load_state(first.state())
     for step, batch in enumerate(batches(8), start=1):
         if step > 5:
             second.train_step(batch, step)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import smalto
-from smalto.training.recipe import Recipe
 from smalto.training.run_folder import read_jsonl
+from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 # TensorBoard's own reader leaves files open and uses what NumPy and protobuf deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -24,7 +24,7 @@ def curve(run: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def test_curves_are_the_logs_and_a_resumed_run_goes_on_in_them(
-    image_folder: Path, tiny_recipe: Recipe, tmp_path: Path
+    image_folder: Path, tiny_recipe: TokenizerRecipe, tmp_path: Path
 ) -> None:
     smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     smalto.resume(tmp_path / "run", settings={"steps": 9}, device="cpu", workers=0)
@@ -36,7 +36,10 @@ def test_curves_are_the_logs_and_a_resumed_run_goes_on_in_them(
 
 
 def test_without_tensorboard_nothing_is_missing(
-    image_folder: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path,
+    tiny_recipe: TokenizerRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)

@@ -1,4 +1,4 @@
-"""Images to latents and back. An encoder never sees a code."""
+"""Autoencoders: images to latents and back. They do not depend on the quantizer."""
 
 from smalto.autoencoders.cnn import CheckpointedNetwork, CNNAutoencoderConfig
 from smalto.autoencoders.config import AutoencoderConfig

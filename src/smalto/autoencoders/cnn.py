@@ -1,4 +1,7 @@
-"""The convolutional autoencoder of VQGAN (Esser et al. 2021, arXiv 2012.09841) in the form that VAR took over (arXiv 2404.02905)."""
+"""Convolutional autoencoder of VQGAN (Esser et al. 2021, arXiv 2012.09841), in VAR's form.
+
+VAR: Tian et al. 2024, arXiv 2404.02905.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from smalto.autoencoders.layers import (
     Downsample,
     ResBlock,
     Upsample,
+    check_layer_initialization,
     conv3x3,
     normalize,
 )
@@ -25,9 +29,10 @@ from smalto.core.config import Config
 
 
 class CNNAutoencoderConfig(Config):
-    """Residual blocks on ever smaller maps, and the same way back.
+    """Settings of the convolutional autoencoder: residual blocks at halving resolutions.
 
-    Images [B, in_channels, H, W] <-> latents [B, latent_dim, H/stride, W/stride], stride = 2^(levels - 1).
+    Images [B, in_channels, H, W] <-> latents [B, latent_dim, H/stride, W/stride], with
+    stride = 2^(levels - 1).
     """
 
     kind: Literal["cnn"] = "cnn"
@@ -40,59 +45,74 @@ class CNNAutoencoderConfig(Config):
         (1, 1, 2, 2, 4),
         min_length=1,
         max_length=8,
-        description="width of each level in units of ch; every further level halves the map",
+        description="width of each level as a multiple of ch; each further level halves the map",
     )
     num_res_blocks: int = Field(
         2, ge=1, le=64, description="residual blocks per level; the decoder has one more"
     )
     attention: bool = Field(
         True,
-        description="attention at the lowest resolution; its cost grows with the square of the positions",
+        description="attention at the lowest resolution; its time grows with the square "
+        "of the number of positions",
     )
     quant_conv_kernel: Literal[1, 3] = Field(
-        3, description="of the convolutions on both sides of the quantizer"
+        3, description="kernel size of the convolutions on both sides of the quantizer"
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="inside residual blocks, in training")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks")
 
     @model_validator(mode="after")
     def _widths_fit(self) -> CNNAutoencoderConfig:
         if self.ch % NUM_GROUPS:
             raise ValueError(
-                f"ch must be a multiple of {NUM_GROUPS}: channels are normalized in {NUM_GROUPS} groups; got {self.ch}."
+                f"ch must be a multiple of {NUM_GROUPS}, the number of normalization groups; "
+                f"got {self.ch}."
             )
         if min(self.ch_mult) < 1:
-            raise ValueError(f"ch_mult must be whole numbers of at least 1; got {self.ch_mult}.")
+            raise ValueError(f"ch_mult must be integers of at least 1; got {self.ch_mult}.")
         return self
 
     @property
     def stride(self) -> int:
-        """Pixels per latent position, each way."""
+        """Pixels per latent position, along height and width alike."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, from full resolution down."""
+        """Channels of each level, from the full to the lowest resolution."""
         return [self.ch * m for m in self.ch_mult]
 
     def build_encoder(self) -> CNNEncoder:
+        """Return a new encoder.
+
+        Raises:
+            RunError: this process does not initialize layers; see ``check_layer_initialization``.
+        """
+        check_layer_initialization()
         return CNNEncoder(self)
 
     def build_decoder(self) -> CNNDecoder:
+        """Return a new decoder.
+
+        Raises:
+            RunError: this process does not initialize layers; see ``check_layer_initialization``.
+        """
+        check_layer_initialization()
         return CNNDecoder(self)
 
 
 class CheckpointedNetwork(nn.Module, ABC):
-    """Steps one after the other, held under the names that published checkpoints use.
+    """Sequential network whose modules have the names that published checkpoints use.
 
     Attributes:
-        gradient_checkpointing: in training keep only what goes into each block, and compute the rest again in the backward pass.
+        gradient_checkpointing: whether training keeps only the input of each block and recomputes
+            its activations in the backward pass.
     """
 
     gradient_checkpointing = False
 
     @abstractmethod
     def steps(self) -> Iterator[nn.Module]:
-        """The steps in order."""
+        """Yield the modules in the order in which they run."""
 
     def forward(self, x: Tensor) -> Tensor:
         saving = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -106,14 +126,15 @@ class CheckpointedNetwork(nn.Module, ABC):
 
 
 def _level(widths: list[int], config: CNNAutoencoderConfig, lowest: bool) -> nn.ModuleDict:
-    """Residual blocks from width to width; at the lowest resolution each is followed by attention."""
+    """Return the residual blocks of one level; at the lowest one attention follows each."""
     blocks = [ResBlock(a, b, config.dropout) for a, b in itertools.pairwise(widths)]
     attention = [AttentionBlock(width) for width in widths[1:] if lowest and config.attention]
     return nn.ModuleDict({"block": nn.ModuleList(blocks), "attn": nn.ModuleList(attention)})
 
 
 def _middle(width: int, config: CNNAutoencoderConfig) -> nn.ModuleDict:
-    first, last = ResBlock(width, width, config.dropout), ResBlock(width, width, config.dropout)
+    first = ResBlock(width, width, config.dropout)
+    last = ResBlock(width, width, config.dropout)
     return nn.ModuleDict(
         {
             "block_1": first,
@@ -147,11 +168,9 @@ class CNNEncoder(CheckpointedNetwork):
             self.down.append(level)
             width = out
         self.mid = _middle(width, config)
-        self.norm_out, self.silu, self.conv_out = (
-            normalize(width),
-            nn.SiLU(inplace=True),
-            conv3x3(width, config.latent_dim),
-        )
+        self.norm_out = normalize(width)
+        self.silu = nn.SiLU(inplace=True)
+        self.conv_out = conv3x3(width, config.latent_dim)
         self.quant_conv = _quant_conv(config)
 
     def steps(self) -> Iterator[nn.Module]:
@@ -163,7 +182,10 @@ class CNNEncoder(CheckpointedNetwork):
 
 
 class CNNDecoder(CheckpointedNetwork):
-    """Latents [B, latent_dim, h, w] -> images [B, in_channels, h·stride, w·stride], not clamped. Levels are numbered as in the encoder."""
+    """Latents [B, latent_dim, h, w] -> images [B, in_channels, h·stride, w·stride], not clamped.
+
+    Level i has the same resolution as level i of the encoder.
+    """
 
     def __init__(self, config: CNNAutoencoderConfig) -> None:
         super().__init__()
@@ -173,21 +195,16 @@ class CNNDecoder(CheckpointedNetwork):
         self.mid = _middle(width, config)
         levels = []
         for number, out in reversed(list(enumerate(config.widths))):
-            level = _level(
-                [width] + [out] * (config.num_res_blocks + 1),
-                config,
-                number == len(config.widths) - 1,
-            )
+            lowest = number == len(config.widths) - 1
+            level = _level([width] + [out] * (config.num_res_blocks + 1), config, lowest)
             if number:
                 level["upsample"] = Upsample(out)
             levels.append(level)
             width = out
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out, self.silu, self.conv_out = (
-            normalize(width),
-            nn.SiLU(inplace=True),
-            conv3x3(width, config.in_channels),
-        )
+        self.norm_out = normalize(width)
+        self.silu = nn.SiLU(inplace=True)
+        self.conv_out = conv3x3(width, config.in_channels)
 
     def steps(self) -> Iterator[nn.Module]:
         yield from (self.post_quant_conv, self.conv_in)

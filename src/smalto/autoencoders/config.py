@@ -1,4 +1,4 @@
-"""The settings of any autoencoder, told apart by ``kind``."""
+"""Settings of any autoencoder, selected by ``kind``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simplest autoencoder that works: two strided convolutions each way."""
+"""Smallest autoencoder: two strided convolutions in the encoder, two in the decoder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
+from smalto.autoencoders.layers import check_layer_initialization
 from smalto.core.config import Config
 
 
 class SimpleAutoencoderConfig(Config):
-    """Encoder: two 4x4 convolutions of stride 2 with a ReLU between. Decoder: the same, transposed.
+    """Settings of the simple autoencoder: two 4x4 convolutions of stride 2 with a ReLU between.
 
+    The decoder has the same layers as transposed convolutions.
     Images [B, in_channels, H, W] <-> latents [B, latent_dim, H/4, W/4].
     """
 
@@ -24,15 +26,22 @@ class SimpleAutoencoderConfig(Config):
     )
     encoder_relu: bool = Field(
         False,
-        description="end the encoder with a ReLU, as the published sketch does; it leaves codes one orthant only and starves the codebook",
+        description="end the encoder with a ReLU, as the published sketch does; it confines "
+        "latents to one orthant, and most codes stay unused",
     )
 
     @property
     def stride(self) -> int:
-        """Pixels per latent position, each way."""
+        """Pixels per latent position, along height and width alike."""
         return 4
 
     def build_encoder(self) -> nn.Sequential:
+        """Return a new encoder.
+
+        Raises:
+            RunError: this process does not initialize layers; see ``check_layer_initialization``.
+        """
+        check_layer_initialization()
         layers: list[nn.Module] = [
             nn.Conv2d(self.in_channels, self.hidden_dim, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -41,6 +50,12 @@ class SimpleAutoencoderConfig(Config):
         return nn.Sequential(*layers, *([nn.ReLU()] if self.encoder_relu else []))
 
     def build_decoder(self) -> nn.Sequential:
+        """Return a new decoder.
+
+        Raises:
+            RunError: this process does not initialize layers; see ``check_layer_initialization``.
+        """
+        check_layer_initialization()
         return nn.Sequential(
             nn.ConvTranspose2d(self.latent_dim, self.hidden_dim, 4, stride=2, padding=1),
             nn.ReLU(),

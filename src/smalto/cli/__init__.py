@@ -1,4 +1,4 @@
-"""The command line. Each verb checks nothing itself: it calls one function of the library and prints what that returns."""
+"""Command-line interface. Each command calls one function of the library and prints its result."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ import io
 import os
 import signal
 import sys
+import warnings
 from typing import Any
 
 from smalto.cli.shared import fail
 from smalto.cli.verbs import app
-from smalto.core.errors import SmaltoError
+from smalto.core.errors import RenamedSettingWarning, SmaltoError
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends in one line and exit code 1, Ctrl-C in 130."""
-    # Torch's threads wait by spinning; where another process of this kind wants the cores, a step can then take several times
-    # as long. It must be said before torch is loaded.
+    """Run the command line: a user's mistake exits with status 1 and one line, Ctrl-C with 130."""
+    # The threads of torch wait by spinning. If another such process shares the cores, a step can
+    # then take several times as long. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # While torch is being imported Python may swallow a KeyboardInterrupt, and nothing is lost yet: leave at once.
+    # Python may swallow a KeyboardInterrupt while torch is being imported. No work can be lost yet,
+    # so the process exits immediately.
     signal.signal(signal.SIGINT, _leave_at_once)
+    _show_renamed_settings_in_one_line()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may be no text
+            stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
     try:
         app()
     except SmaltoError as error:
@@ -31,14 +34,10 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except OSError as error:
-        advice = (
-            ". What was saved is whole: free some space and resume."
-            if error.errno == errno.ENOSPC
-            else "."
-        )
-        fail(
-            f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{advice}", 1
-        )
+        place = f"{error.filename}: " if error.filename else ""
+        disk_full = error.errno == errno.ENOSPC
+        advice = " Saved files are complete: free some space and resume." if disk_full else ""
+        fail(f"{place}{error.strerror or error}.{advice}", 1)
     except (MemoryError, RuntimeError) as error:
         from smalto.core.device import is_out_of_memory
 
@@ -50,3 +49,16 @@ def main() -> None:
 def _leave_at_once(number: int, frame: Any) -> None:
     os.write(2, b"smalto: interrupted\n")
     os._exit(130)
+
+
+def _show_renamed_settings_in_one_line() -> None:
+    """Print each RenamedSettingWarning as ``smalto: TEXT``, without a file name and source line."""
+    show_other = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *args: Any, **options: Any) -> None:
+        if issubclass(category, RenamedSettingWarning):
+            print(f"smalto: {message}", file=sys.stderr)
+        else:
+            show_other(message, category, *args, **options)
+
+    warnings.showwarning = show

@@ -1,4 +1,4 @@
-"""The progress bar and the lines that the command line shows."""
+"""Progress bar and messages of the command line."""
 
 from __future__ import annotations
 
@@ -22,37 +22,42 @@ _SHOWN = {
 
 
 class ConsoleProgress(Progress):
-    """A live bar on a terminal, a plain line every few seconds elsewhere."""
+    """A live bar on a terminal; elsewhere a plain line every 5 seconds."""
 
     def __init__(self) -> None:
+        now = time.monotonic()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bars: Bars | None = None
         self._task = TaskID(0)
         self._metrics: dict[str, float] = {}
-        self._title, self._unit = "", ""
+        self._title = ""
+        self._unit = ""
         self._total: int | None = None
-        self._done = self._first = self._images = 0
-        self._begun = self._last_line = time.monotonic()
+        self._first = 0
+        self._done = 0
+        self._images = 0
+        self._begun = now
+        self._last_line = now
 
     def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
-        self._title, self._total, self._unit, self._done, self._first = (
-            title,
-            total,
-            unit,
-            done,
-            done,
-        )
-        self._begun = self._last_line = time.monotonic()
-        self._metrics, self._images = {}, 0
+        now = time.monotonic()
+        self._title = title
+        self._unit = unit
+        self._total = total
+        self._first = done
+        self._done = done
+        self._images = 0
+        self._metrics = {}
+        self._begun = now
+        self._last_line = now
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn(
-                    "left  {task.fields[metrics]}"
-                ),  # last: on a narrow terminal the end is cut
+                # Metrics come last, because a narrow terminal cuts off the end of the line.
+                TextColumn("left  {task.fields[metrics]}"),
             )
             self._bars = Bars(*columns, console=self._console, refresh_per_second=5)
             self._task = self._bars.add_task(title, total=total, completed=done, metrics="")
@@ -84,30 +89,25 @@ class ConsoleProgress(Progress):
         self._console.print(text, markup=False)
 
     def close(self) -> None:
-        """Give the terminal back, also after an error."""
+        """Stop the live bar, also after an error."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
 
     def _text(self) -> str:
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        parts = [
-            f"{self._images / seconds:.1f} {'rows' if self._unit == 'rows' else 'images'}/s"
-        ] + [
+        unit = "rows" if self._unit == "rows" else "images"
+        metrics = [
             form.format(self._metrics[key]) for key, form in _SHOWN.items() if key in self._metrics
         ]
-        return "  ".join(parts)
+        return "  ".join([f"{self._images / seconds:.1f} {unit}/s", *metrics])
 
     def _line(self) -> None:
-        made, seconds = self._done - self._first, time.monotonic() - self._begun
-        left = (
-            f"  {seconds / made * (self._total - self._done):.0f} s left"
-            if self._total and made and self._total > self._done
-            else ""
-        )
+        made = self._done - self._first
+        seconds = time.monotonic() - self._begun
+        left = ""
+        if self._total and made and self._total > self._done:
+            left = f"  {seconds / made * (self._total - self._done):.0f} s left"
         total = f"/{self._total}" if self._total is not None else ""
-        print(
-            f"{self._title} {self._done}{total} {self._unit}  {self._text()}{left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self._title} {self._done}{total} {self._unit}  {self._text()}{left}"
+        print(line, file=sys.stderr, flush=True)

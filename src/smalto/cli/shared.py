@@ -1,7 +1,8 @@
-"""What the verbs share: options, the progress bar around a job, printing."""
+"""Parts that commands share: options, the progress bar around a job, printing."""
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,19 +16,27 @@ from smalto.core.errors import SmaltoError
 
 if TYPE_CHECKING:
     from smalto.cli.progress_bar import ConsoleProgress
+    from smalto.metrics.record import Metrics
+    from smalto.pipelines.train import Trained
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps; auto says what it took.")]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda or mps. auto picks a GPU if there is one, and names it."),
+]
 Precision = Annotated[
     str,
     typer.Option(
-        help="float32 or bf16 for encoder and decoder; the search for codes is always float32."
+        help="float32 or bf16 for encoder and decoder; the codebook search always uses float32."
     ),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Decoding processes; 0 decodes in this one. Default: all cores but one."),
+    typer.Option(
+        help="Processes that read images; 0 reads them in the main process. "
+        "Default: all cores but one, at most 8."
+    ),
 ]
-Batch = Annotated[int, typer.Option(help="Images at a time.")]
+Batch = Annotated[int, typer.Option(help="Images per batch.")]
 LongerSide = Annotated[
     int,
     typer.Option(
@@ -37,14 +46,23 @@ LongerSide = Annotated[
 ]
 Size = Annotated[
     int | None,
-    typer.Option(help="Cut a square of this side from the middle; default: keep the shape."),
+    typer.Option(
+        help="Resize the shorter side to this and crop a square from the center. "
+        "Default: keep the aspect ratio."
+    ),
 ]
 Tokenizer = Annotated[Path, typer.Option(help="Folder of a tokenizer or run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
 @contextmanager
 def console_progress(run: Path | None = None, resumes: bool = False) -> Iterator[ConsoleProgress]:
+    """Yield a progress bar; turn Ctrl-C into exit status 130 with the command that resumes.
+
+    Args:
+        run: the run folder that the job writes.
+        resumes: whether the same command resumes the job.
+    """
     from smalto.cli.progress_bar import ConsoleProgress
     from smalto.training.trainer import Interrupted
 
@@ -54,62 +72,78 @@ def console_progress(run: Path | None = None, resumes: bool = False) -> Iterator
         yield progress
     except Interrupted as stopped:
         progress.close()
-        fail(f"{stopped}; everything is saved. Go on with: {_again(run)}", 130)
+        fail(f"{stopped}; everything is saved. Resume with: {_again(run)}", 130)
     except KeyboardInterrupt:
         progress.close()
-        begun = run is not None and (run / "recipe.toml").is_file()
-        fail(
-            f"interrupted. What was written is kept; go on with: {_again(run)}"
-            if begun or resumes
-            else "interrupted",
-            130,
-        )
+        has_begun = run is not None and (run / "recipe.toml").is_file()
+        message = "interrupted"
+        if has_begun or resumes:
+            message += f"; what was written is kept. Resume with: {_again(run)}"
+        fail(message, 130)
     finally:
         progress.close()
 
 
 def _again(run: Path | None) -> str:
-    return f"smalto train --resume {run}" if run else "the same command again"
+    return f"smalto train --resume {quoted(run)}" if run else "the same command"
 
 
-def print_trained(trained: Any) -> None:
-    if not trained.metrics:  # of several processes only the first has measured
-        return
-    print_metrics(trained.metrics)
-    print(f"\nreport: {trained.run.path / 'report.html'}")
+def quoted(path: Path) -> str:
+    """Return a path as it can be pasted into a shell."""
+    return shlex.quote(str(path))
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
-    from smalto.evaluation.formatting import codec_rows, grid_rows, metric_rows
+def print_trained(trained: Trained) -> None:
+    """Print the metrics of a training and the path of its report; only rank 0 has them."""
+    if trained.metrics is not None:
+        print_metrics(trained.metrics)
+        print(f"\nreport: {trained.run.path / 'report.html'}")
+
+
+def print_metrics(metrics: Metrics) -> None:
+    """Print metrics as tables."""
+    from smalto.metrics.formatting import aligned, codec_rows, grid_rows, metric_rows
 
     print_rows(metric_rows(metrics))
-    for lines in filter(None, (grid_rows(metrics), codec_rows(metrics))):
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        print()
-        for line in lines:
-            print(
-                "  ".join(
-                    cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-                ).rstrip()
-            )
+    for rows in filter(None, (grid_rows(metrics), codec_rows(metrics))):
+        print("\n" + "\n".join(aligned(rows)))
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
+    """Print (name, value) pairs in two aligned columns."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
 
 
 def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are not None."""
     return {key: value for key, value in settings.items() if value is not None}
 
 
 def checked_precision(name: str) -> Any:
+    """Return the value of ``--precision``.
+
+    Raises:
+        SmaltoError: it is neither float32 nor bf16.
+    """
     if name not in ("float32", "bf16"):
         raise SmaltoError(f"--precision must be float32 or bf16; got {name!r}.")
     return name
 
 
+def checked_deep_gray(name: str) -> Any:
+    """Return the value of ``--deep-gray``.
+
+    Raises:
+        SmaltoError: it is neither full nor range.
+    """
+    if name not in ("full", "range"):
+        raise SmaltoError(f"--deep-gray must be full or range; got {name!r}.")
+    return name
+
+
 def fail(message: str, code: int) -> None:
+    """Print a message on stderr and exit with a status."""
     print(f"smalto: {message}", file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The verbs of token stores: smalto store info, verify, compact, export, import."""
+"""Commands for token stores: smalto store info, verify, compact, export, import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 from smalto.cli.shared import Device, console_progress, fail, print_rows
 
 app = typer.Typer(
-    help="Look at a token store, check it, tidy it up, export it.",
+    help="Describe, verify, compact, export and import token stores.",
+    epilog="Example: smalto store info tokens.lance",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -21,9 +22,9 @@ Store = Annotated[Path, typer.Argument(help="A token store.")]
 @app.command(epilog="Example: smalto store info tokens.lance")
 def info(
     path: Store,
-    errors: Annotated[bool, typer.Option("--errors", help="Name every bad image too.")] = False,
+    errors: Annotated[bool, typer.Option("--errors", help="List every bad image too.")] = False,
 ) -> None:
-    """Say what a store holds."""
+    """Describe a token store."""
     from smalto.images.image_file import printable
     from smalto.pipelines.info import store_metadata
     from smalto.store.token_store import TokenStore
@@ -38,19 +39,23 @@ def info(
 def verify(
     path: Store,
     sample: Annotated[
-        int, typer.Option(min=0, help="So many images are encoded again; 0: none.")
+        int, typer.Option(min=0, help="Number of rows to encode again; 0: none.")
     ] = 16,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Folder of the tokenizer; default: the one that the store names."),
+        typer.Option(help="Folder of the tokenizer. Default: the one recorded in the store."),
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="Where the images are now; default: where they were.")
+        str | None,
+        typer.Option(help="Where the images are now. Default: where they were when tokenized."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides the sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Check every row for damage, and encode a sample of images again. Ends with 1 where something is wrong."""
+    """Check every row for damage, and encode the images of a sample again.
+
+    Exits with status 1 if any check fails.
+    """
     from smalto.pipelines.verify import verify as run
 
     with console_progress() as progress:
@@ -63,43 +68,40 @@ def verify(
             device=device,
             progress=progress,
         )
-    for problem in found.problems:
+    rows, sampled = found.rows, found.sample
+    for problem in rows.problems:
         print(problem)
-    if found.num_problems > len(found.problems):
-        print(f"... and {found.num_problems - len(found.problems):,} more")
-    for id, number, first in found.differing:
+    if rows.num_problems > len(rows.problems):
+        print(f"... and {rows.num_problems - len(rows.problems):,} more")
+    for row in sampled.damaged:
         print(
-            f"row {id!r}: {number:,} tokens differ when the image is encoded again, the first at {first}"
+            f"row {row.id!r}: {row.num_tokens:,} tokens differ when the image is encoded again, "
+            f"the first at {row.first}"
         )
-    print(
-        f"{found.num_checked:,} of {found.num_rows:,} rows checked, {found.num_problems:,} problems"
-    )
-    if found.num_sampled or found.not_found or found.changed:
-        gone = (
-            f"; {len(found.not_found):,} images are not in the source any more"
-            if found.not_found
-            else ""
-        )
-        gone += (
-            f"; {len(found.changed):,} have changed since they were tokenized"
-            if found.changed
-            else ""
-        )
+    print(f"{rows.num_checked:,} of {rows.num_rows:,} rows checked, {rows.num_problems:,} problems")
+    if sampled.num_rows or sampled.not_found or sampled.changed:
         print(
-            f"{found.num_sampled:,} rows ({found.num_tokens_sampled:,} tokens) encoded again, {len(found.differing):,} differ{gone}"
+            f"{sampled.num_rows:,} rows ({sampled.num_tokens:,} tokens) encoded again: "
+            f"{len(sampled.damaged):,} differ, {len(sampled.ties):,} differ at ties only; "
+            f"{len(sampled.not_found):,} images no longer exist, "
+            f"{len(sampled.changed):,} have changed since they were tokenized"
         )
     if not found.ok:
-        fail(f"{path} is not as it was written", 1)
-    if found.not_found and not (found.num_sampled or found.changed):
+        fail(f"{path} is damaged", 1)
+    if sampled.not_found and not (sampled.num_rows or sampled.changed):
         fail(
-            "not one image of the sample is where it was: name their folder with --source, or check rows alone with --sample 0",
+            "no image of the sample was found: name their folder with --source, or check only the "
+            "rows with --sample 0",
             1,
         )
 
 
 @app.command(epilog="Example: smalto store compact tokens.lance")
 def compact(path: Store) -> None:
-    """Join small files, index the names, and remove what is not needed. Whoever reads the store meanwhile has to open it again."""
+    """Merge small files, index the names, and remove data that is no longer needed.
+
+    A process that is reading the store must open it again afterwards.
+    """
     from smalto.pipelines.info import store_metadata
     from smalto.store.token_store import TokenStore
 
@@ -118,29 +120,40 @@ def compact(path: Store) -> None:
 @app.command(epilog="Example: smalto store export tokens.lance --format numpy --out tokens-numpy")
 def export(
     path: Store,
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
     format: Annotated[
         str,
         typer.Option(
-            help="numpy (memory map), var (tensors per scale and classes), parquet, or webdataset (tar shards)."
+            help="numpy (arrays for numpy.load), var (safetensors shards, one tensor per scale), "
+            "parquet, or webdataset (tar shards)."
         ),
     ] = "numpy",
+    rows_per_shard: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows per shard, for var, parquet and webdataset. Default: at most 10,000 "
+            "(parquet: 100,000), and at least 8 shards for 64 rows or more.",
+        ),
+    ] = None,
 ) -> None:
-    """Write a store in another format."""
+    """Write a token store in another format."""
     from smalto.store.exports import export_store
     from smalto.store.token_store import TokenStore
 
     with console_progress() as progress:
-        export_store(TokenStore.open(path), format, out, progress=progress)
+        export_store(
+            TokenStore.open(path), format, out, rows_per_shard=rows_per_shard, progress=progress
+        )
     print(out)
 
 
 @app.command("import", epilog="Example: smalto store import tokens-numpy --out tokens.lance")
 def import_(
-    path: Annotated[Path, typer.Argument(help="A folder that `smalto store export` made.")],
-    out: Annotated[Path, typer.Option(help="The token store to make.")],
+    path: Annotated[Path, typer.Argument(help="A folder that `smalto store export` wrote.")],
+    out: Annotated[Path, typer.Option(help="Token store to create.")],
 ) -> None:
-    """Make a store of an export."""
+    """Create a token store from an export."""
     from smalto.store.exports import import_store
 
     with console_progress() as progress:

@@ -1,4 +1,4 @@
-"""The verbs, but those of token stores."""
+"""All commands but those for token stores."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from smalto.cli.shared import (
     Size,
     Tokenizer,
     Workers,
+    checked_deep_gray,
     checked_precision,
     console_progress,
     given,
     print_metrics,
     print_rows,
     print_trained,
+    quoted,
 )
 from smalto.cli.store_verbs import app as store
 from smalto.core.errors import SmaltoError
 
 app = typer.Typer(
     name="smalto",
-    help="Turn images into discrete tokens and back: train an image tokenizer (VQ-VAE) on your own images.",
-    epilog="Begin with: smalto demo. Then: smalto train FOLDER --out runs/mine",
+    help="Turn images into discrete tokens and back: train an image tokenizer (VQ-VAE) on your own "
+    "images.",
+    epilog="Start with: smalto demo. Then: smalto train FOLDER --out runs/mine",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,7 +44,8 @@ app.add_typer(store, name="store")
 @app.command(epilog="Example: smalto demo")
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Where runs lie; the demo is made in OUT/demo, OUT/demo-2, ...")
+        Path,
+        typer.Option(help="Folder for runs; the demo is written to OUT/demo, OUT/demo-2, ..."),
     ] = Path("runs"),
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Crops per step.")] = None,
@@ -49,7 +53,7 @@ def demo(
     precision: Annotated[str | None, typer.Option(help="float32 or bf16.")] = None,
     workers: Workers = None,
 ) -> None:
-    """Train on bundled photographs, write held-out ones as tokens, read them back, and make a report."""
+    """Train on bundled photographs, tokenize held-out ones, decode them, and write a report."""
     from smalto.pipelines.demo import demo as run_demo
 
     settings = given({"steps": steps, "data.batch": batch, "precision": precision})
@@ -60,17 +64,21 @@ def demo(
 
 
 @app.command(
-    epilog="Examples: smalto train photos/ --out runs/mine --steps 4000;  smalto train --resume runs/mine"
+    epilog="Examples: smalto train photos/ --out runs/mine --steps 4000;  "
+    "smalto train --resume runs/mine"
 )
 def train(
     folder: Annotated[
         str | None,
         typer.Argument(
-            help="Folder (or zip, tar) of images, with its subfolders. With --resume: where they are now, if they moved."
+            help="Folder (or zip, tar, parquet) of images, with its subfolders; or bundled, emoji. "
+            "With --resume: where the images are now, if they moved."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/mine"),
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run instead.")] = None,
+    out: Annotated[Path, typer.Option(help="Run folder to create.")] = Path("runs/mine"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Resume this run instead of starting one.")
+    ] = None,
     overwrite: Overwrite = False,
     start: Annotated[
         Path | None,
@@ -79,21 +87,22 @@ def train(
     learn: Annotated[
         str | None,
         typer.Option(
-            help="With --from: everything, decoder (tokens stay as they are) or all-but-codebook."
+            help="What --from trains: everything, decoder (the tokens of an image stay the same) "
+            "or all-but-codebook."
         ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe (TOML); see recipes/.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file (TOML); see recipes/.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Change one setting, such as --set optimizer.lr=0.0005; may be repeated."
+            "--set", help="Change one setting, such as --set optimizer.lr=0.0005. May be repeated."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the training crops in pixels.")] = None,
     codebook_size: Annotated[int | None, typer.Option(help="Number of codes.")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Decides weights, crops and all other chances.")
+        int | None, typer.Option(help="Random seed for initialization, crops and augmentation.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Crops per step.")] = None,
     device: Device = "auto",
@@ -102,9 +111,10 @@ def train(
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Train a tokenizer on your images. Ctrl-C stops it after saving; --resume goes on."""
+    """Train a tokenizer on your images. Ctrl-C saves and stops; --resume continues the run."""
     from smalto.pipelines import train as jobs
-    from smalto.training.recipe import change_recipe, codebook_size_key, load_recipe, parse_setting
+    from smalto.training.recipe import change_recipe, parse_setting
+    from smalto.training.recipe_file import load_recipe
 
     short = {
         "steps": steps,
@@ -117,22 +127,23 @@ def train(
     settings = dict(parse_setting(text) for text in set_ or []) | given(short)
     if folder is None and resume is None:
         raise SmaltoError(
-            "name a FOLDER of images to train on, or a run to go on with: --resume RUN."
+            "got neither images nor a run. Name a FOLDER of images to train on, or resume a run "
+            "with --resume RUN."
         )
     if "data.source" in settings:
         raise SmaltoError(
-            "the images are named by FOLDER, not by --set data.source. With --resume, FOLDER says where they are now."
+            "got --set data.source; the images are named by FOLDER. With --resume, FOLDER is where "
+            "they are now."
         )
     if resume is not None and (
         recipe is not None or overwrite or start is not None or learn is not None
     ):
         raise SmaltoError(
-            "--resume goes on with a run as it is: leave out --recipe, --overwrite, --from and --learn."
+            "--resume keeps the recipe and weights of the run: leave out --recipe, --overwrite, "
+            "--from and --learn."
         )
     if resume is not None and codebook_size is not None:
-        raise SmaltoError(
-            "--resume goes on with the tokenizer as it is: leave out --codebook-size."
-        )
+        raise SmaltoError("--resume keeps the tokenizer of the run: leave out --codebook-size.")
     with console_progress(resume or out) as progress:
         if resume is not None:
             print_trained(
@@ -149,7 +160,7 @@ def train(
             assert folder is not None
             chosen = load_recipe(recipe, settings)
             if codebook_size is not None:
-                chosen = change_recipe(chosen, {codebook_size_key(chosen): codebook_size})
+                chosen = change_recipe(chosen, {chosen.codebook_size_key: codebook_size})
             print_trained(
                 jobs.train(
                     folder,
@@ -169,11 +180,14 @@ def evaluate(
     folder: Annotated[
         str,
         typer.Argument(
-            help="Folder (or zip, tar) of images. Of the training folder held-out images only."
+            help="Folder (or zip, tar, parquet) of images; or bundled, emoji. If it is the "
+            "training folder, only its held-out images are evaluated."
         ),
     ],
     tokenizer: Tokenizer,
-    everything: Annotated[bool, typer.Option("--all", help="Measure training images too.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Evaluate training images too.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
     longer_side: LongerSide = 768,
     size: Size = None,
@@ -184,17 +198,24 @@ def evaluate(
     reference_stats: Annotated[
         Path | None,
         typer.Option(
-            help="An .npz file of mu and sigma to measure Fréchet distances from; default: the images themselves."
+            help="An .npz file with mu and sigma as the reference of Fréchet distances. "
+            "Default: the original images."
         ),
     ] = None,
     inception_weights: Annotated[
-        Path | None, typer.Option(help="pt_inception-2015-12-05-6726825d.pth, for rFID.")
+        Path | None,
+        typer.Option(help="Path of pt_inception-2015-12-05-6726825d.pth, for rFID."),
     ] = None,
     lpips_vgg: Annotated[
-        Path | None, typer.Option(help="The state of lpips.LPIPS(net='vgg') as a file, for LPIPS.")
+        Path | None,
+        typer.Option(help="File with the state_dict of lpips.LPIPS(net='vgg'), for LPIPS."),
     ] = None,
 ) -> None:
-    """Measure a tokenizer: PSNR, SSIM, perceptual and Fréchet distances, codebook use, bits per pixel, speed, beside JPEG and WebP."""
+    """Evaluate a tokenizer on whole images.
+
+    Reports PSNR, SSIM, perceptual and Fréchet distances, codebook usage, bits per pixel and speed,
+    and compares with JPEG and WebP at the same file size.
+    """
     import json
 
     from smalto.images.image_file import summary
@@ -219,7 +240,7 @@ def evaluate(
         if result.skipped:
             progress.message(summary(result.skipped))
     if json_:
-        print(json.dumps(result.metrics, indent=2))
+        print(json.dumps(result.metrics.as_json(), indent=2))
     else:
         print_metrics(result.metrics)
 
@@ -231,62 +252,87 @@ def tokenize(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder (or zip, tar, parquet) of images, one image, emoji, bundled, or another store."
+            help="Folder (or zip, tar, parquet) of images, one image, emoji, bundled, or another "
+            "token store, whose rows are copied."
         ),
     ],
     tokenizer: Tokenizer,
-    out: Annotated[Path, typer.Option(help="The token store to make, or to go on with.")] = Path(
+    out: Annotated[Path, typer.Option(help="Token store to create or resume.")] = Path(
         "tokens.lance"
     ),
     size: Annotated[
         int | None,
-        typer.Option(help="Bring the shorter side to this and cut a square from the middle."),
+        typer.Option(help="Resize the shorter side to this and crop a square from the center."),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            help="Resize the shorter side to this before the crop of --size; VAR uses 1.125 times "
+            "the size."
+        ),
     ] = None,
     keep_shape: Annotated[
         bool,
-        typer.Option("--keep-shape", help="Keep the shape of images: the default without --size."),
+        typer.Option("--keep-shape", help="Keep the aspect ratio: the default without --size."),
     ] = False,
     longer_side: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="With --keep-shape: reduce larger images to this; 0 keeps their size. Default: 768.",
+            help="Without --size: reduce larger images to this many pixels on their longer side; "
+            "0 keeps their size. Default: 768.",
         ),
     ] = None,
     crops: Annotated[
-        int, typer.Option(help="With --size: 5 takes the corners too, each as a row of its own.")
+        int,
+        typer.Option(
+            help="With --size: 1 for the center crop, 5 to add the corner crops, each as a row."
+        ),
     ] = 1,
     flip: Annotated[
-        bool, typer.Option("--flip", help="Each image mirrored too, as a row of its own.")
+        bool, typer.Option("--flip", help="Add a mirrored view of each crop as a row.")
     ] = False,
+    deep_gray: Annotated[
+        str,
+        typer.Option(
+            help="How 16-bit and float gray becomes 8-bit gray: full maps the whole range of the "
+            "type to black and white, range the minimum and maximum of the image."
+        ),
+    ] = "full",
     shuffle: Annotated[
         bool,
-        typer.Option("--shuffle", help="Take the images in random order. Reads all names first."),
+        typer.Option(
+            "--shuffle", help="Tokenize in random order, always the same. Reads all names first."
+        ),
     ] = False,
     update: Annotated[
-        bool, typer.Option("--update", help="Do images again whose files have changed.")
+        bool, typer.Option("--update", help="Tokenize images again whose files have changed.")
     ] = False,
     max_errors: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Stop after more bad images than this. Default: 100, or 1 % if that is more.",
+            help="Stop after more bad images than this. Default: 100, or 1 % of the images if that "
+            "is more.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the store anew.")] = False,
-    batch: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store.")] = False,
+    batch: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     device: Device = "auto",
     precision: Precision = "float32",
     workers: Workers = None,
 ) -> None:
-    """Write a collection as tokens. Run it again to go on: images that are in the store are not done again."""
-    from smalto.images.image_file import summary
+    """Write the tokens of images to a token store.
+
+    Run the same command again to resume: images that are in the store are skipped.
+    """
+    from smalto.images.image_file import printable, summary
     from smalto.images.reading import LONGER_SIDE
     from smalto.pipelines import tokenize as jobs
 
     if size is not None and (keep_shape or longer_side is not None):
         raise SmaltoError(
-            "--size cuts squares: leave out --keep-shape and --longer-side, or --size."
+            "--size crops squares: leave out --keep-shape and --longer-side, or --size."
         )
     with console_progress(resumes=True) as progress:
         done = jobs.tokenize(
@@ -294,9 +340,11 @@ def tokenize(
             tokenizer,
             out,
             size=size,
+            resize=resize,
             longer_side=LONGER_SIDE if longer_side is None else longer_side,
             crops=crops,
             flip=flip,
+            deep_gray=checked_deep_gray(deep_gray),
             shuffle=shuffle,
             update=update,
             max_errors=max_errors,
@@ -309,19 +357,33 @@ def tokenize(
         )
         if done.skipped:
             progress.message(
-                f"{summary(done.skipped)} They are noted in the store: smalto store info {out} --errors"
+                f"{summary(done.skipped)} List them with: smalto store info {quoted(out)} --errors"
             )
         if done.num_ignored:
-            progress.message(f"{done.num_ignored:,} other files are no images")
+            progress.message(f"{done.num_ignored:,} other files are not images")
         if done.changed:
-            what = (
-                "were done again" if update else "are kept as they were; --update does them again"
+            action = (
+                "they were tokenized again"
+                if update
+                else "their tokens were kept; --update tokenizes them again"
             )
             progress.message(
-                f"{len(done.changed):,} images have changed since they were tokenized, such as {done.changed[0]!r}: they {what}"
+                f"{_images_have(len(done.changed))} changed since they were tokenized, such as "
+                f"{done.changed[0]!r}: {action}"
             )
-    written = f"{done.num_images:,} images, {done.num_tokens:,} tokens written; {done.num_known:,} were there"
-    print(f"{written} -> {done.path}: {done.num_rows:,} rows")
+        if done.notes:
+            name, note = done.notes[0]
+            progress.message(
+                f"{_images_have(len(done.notes))} a note, such as {printable(name)}: {note}"
+            )
+    print(
+        f"{done.num_images:,} images, {done.num_tokens:,} tokens written; {done.num_known:,} were "
+        f"in the store -> {done.path}: {done.num_rows:,} rows"
+    )
+
+
+def _images_have(number: int) -> str:
+    return "1 image has" if number == 1 else f"{number:,} images have"
 
 
 @app.command(epilog="Example: smalto decode tokens.lance --out images/")
@@ -330,7 +392,7 @@ def decode(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("decoded"),
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Folder of the tokenizer; default: the one that the store names."),
+        typer.Option(help="Folder of the tokenizer. Default: the one recorded in the store."),
     ] = None,
     overwrite: Overwrite = False,
     batch: Batch = 8,
@@ -338,10 +400,13 @@ def decode(
     precision: Precision = "float32",
     workers: Annotated[
         int | None,
-        typer.Option(help="Threads that write PNG files; 0: none. Default: all cores but one."),
+        typer.Option(
+            help="Threads that write PNG files; 0: the main thread waits for each batch. "
+            "Default: all cores but one, at most 8."
+        ),
     ] = None,
 ) -> None:
-    """Turn tokens back into PNG images."""
+    """Decode a token store to PNG images."""
     from smalto.pipelines import decode as jobs
 
     with console_progress() as progress:
@@ -364,23 +429,20 @@ def reconstruct(
     photo: Annotated[Path, typer.Argument(help="One image.")],
     tokenizer: Tokenizer,
     out: Annotated[
-        Path | None, typer.Option(help="The PNG to write; default: NAME-reconstruction.png here.")
+        Path | None,
+        typer.Option(
+            help="PNG file to write. Default: NAME-reconstruction.png in the current folder."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     longer_side: LongerSide = 768,
-    batch: Annotated[int, typer.Option(help="Makes no difference to one image.")] = 1,
     device: Device = "auto",
     precision: Precision = "float32",
-    workers: Annotated[int, typer.Option(help="Makes no difference to one image.")] = 0,
 ) -> None:
-    """Encode one image, decode it again, and say how near it came."""
+    """Encode one image, decode its tokens, and report the PSNR."""
     from smalto.pipelines import reconstruct as jobs
 
     with console_progress() as progress:
-        if batch != 1 or workers:
-            progress.message(
-                "one image is decoded and encoded at once: --batch and --workers make no difference"
-            )
         result = jobs.reconstruct(
             photo,
             tokenizer,
@@ -392,46 +454,53 @@ def reconstruct(
             progress=progress,
         )
     print(
-        f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> {result.path}"
+        f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> "
+        f"{result.path}"
     )
 
 
 @app.command(
-    epilog="Example: smalto convert runs/var --to var --out vae.pth (a run of recipes/var-small.toml or like it)"
+    epilog="Example: smalto convert runs/var --to var --out vae.pth  "
+    "(a run of recipes/var-small.toml or a similar recipe)"
 )
 def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a tokenizer or run; with --to smalto: a .pth or .safetensors file of VAR."
+            help="Folder of a tokenizer or run. With --to smalto: a .pth or .safetensors file of "
+            "VAR."
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="The .pth file to write; with --to smalto: the folder.")
+        Path, typer.Option(help=".pth file to write. With --to smalto: the folder to create.")
     ],
     to: Annotated[
         str,
-        typer.Option(
-            help="var: a file for FoundationVision/VAR. smalto: a tokenizer from such a file."
-        ),
+        typer.Option(help="var: write a file for FoundationVision/VAR. smalto: read such a file."),
     ] = "var",
     patch_nums: Annotated[
-        str, typer.Option(help="With --to smalto: the scales of the file's tokenizer.")
+        str, typer.Option(help="With --to smalto: the scales of VAR's tokenizer.")
     ] = "1,2,3,4,5,6,8,10,13,16",
     using_znorm: Annotated[
-        bool, typer.Option("--using-znorm", help="With --to smalto: it searches by angle.")
+        bool,
+        typer.Option(
+            "--using-znorm", help="With --to smalto: VAR's tokenizer uses cosine similarity."
+        ),
     ] = False,
-    quant_resi: Annotated[float, typer.Option(help="With --to smalto: its quant_resi.")] = 0.5,
+    quant_resi: Annotated[
+        float, typer.Option(help="With --to smalto: quant_resi of VAR's tokenizer.")
+    ] = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a tokenizer as a file that VAR loads, or read such a file."""
+    """Convert a tokenizer to a weight file that VAR loads, or such a file to a tokenizer."""
     from smalto.pipelines.convert import convert as run
 
     try:
         scales = [int(number) for number in patch_nums.split(",")]
     except ValueError:
         raise SmaltoError(
-            f"--patch-nums takes whole numbers with commas between, such as 1,2,3,4; got {patch_nums!r}."
+            f"--patch-nums must be integers separated by commas, such as 1,2,3,4; got "
+            f"{patch_nums!r}."
         ) from None
     settings: dict[str, Any] = {
         "patch_nums": scales,
@@ -444,9 +513,9 @@ def convert(
 
 @app.command(epilog="Example: smalto info runs/mine")
 def info(
-    path: Annotated[Path, typer.Argument(help="A run, a tokenizer or a token store.")],
+    path: Annotated[Path, typer.Argument(help="Run, tokenizer or token store.")],
 ) -> None:
-    """Say what a file or folder of smalto is."""
+    """Describe a run, a tokenizer or a token store."""
     from smalto.pipelines.info import info as describe
 
     print_rows([(name, str(value)) for name, value in describe(path).items()])

@@ -1,1 +1,4 @@
-"""What every other folder may use: errors, settings, files, devices, processes. Nothing of images or models."""
+"""Errors, settings, files, devices and processes, for use by every other folder.
+
+Nothing here depends on images or models.
+"""

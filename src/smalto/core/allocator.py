@@ -1,4 +1,4 @@
-"""What becomes of freed memory: kept for the next tensor, or given back to the system at once."""
+"""Control over freed memory: glibc keeps it for the next tensor, or returns it to the system."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from typing import Any
 
 from smalto.core.process_wide import ProcessWideSetting
 
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
+# Without a call to mallopt, glibc adjusts both thresholds to what was freed, up to these values.
+_PLAIN = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 2**16))
+_REUSED = ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 0))
+_RETURNED = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**16), (_M_MMAP_MAX, 2**16))
+
 
 @contextmanager
 def retain_freed_memory() -> Iterator[None]:
-    """Inside, glibc keeps what tensors free. Elsewhere, and where MALLOC_* variables say something else, it changes nothing.
+    """Make glibc keep the memory that tensors free, for the duration of the block.
 
-    glibc gives blocks above 32 MiB back to the system at once, and the system clears every page of the next one: at 256 x 256 pixels
-    a fifth of the time that a convolutional network takes on a CPU. Afterwards everything free is given back.
+    By default glibc returns allocations above 32 MiB to the system at once, and the system clears
+    every page of the next one. At 256 x 256 pixels that is a fifth of the time of a convolutional
+    network on a CPU. All free memory is returned to the system at the end.
+
+    Does nothing without glibc, or if MALLOC_* variables or GLIBC_TUNABLES are set.
     """
     with _reused.hold():
         yield
@@ -25,32 +36,30 @@ def retain_freed_memory() -> Iterator[None]:
 
 @contextmanager
 def release_freed_memory() -> Iterator[None]:
-    """Gives free memory back; inside, glibc asks the system for every block from 64 KiB on, and gives it back when it is freed.
-    ``reused_memory`` waits meanwhile.
+    """Return free memory to the system, and keep doing so for the duration of the block.
 
-    For work in many threads of a library: glibc gives each of them a heap of its own, in which what was freed stays.
+    Inside, glibc requests every allocation of at least 64 KiB from the system and returns it when
+    it is freed. This takes precedence over ``retain_freed_memory``.
+
+    For work in many threads of a library: glibc gives each thread its own heap, which keeps what
+    was freed.
     """
     with _returned.hold():
         yield
 
 
 def keep_middle_sized_blocks() -> None:
-    """Has glibc keep up to 64 MiB of what is freed from now on, as it does by itself once a process has freed a large block.
+    """Make glibc keep up to 64 MiB of the memory that is freed from now on.
 
-    For processes whose blocks are of middle size: one that decodes images of 500 x 375 pixels cleared pages for a fifth of its time.
+    glibc does so automatically once a process has freed a large allocation. This is for processes
+    whose allocations are of medium size: a process that read images of 500 x 375 pixels spent a
+    fifth of its time on clearing pages.
     """
     _set(_PLAIN)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-# The first two would adjust themselves to what was freed, up to the values of _PLAIN, had nobody set them.
-_PLAIN = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 2**16))
-_REUSED = ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 0))
-_RETURNED = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**16), (_M_MMAP_MAX, 2**16))
-
-
 def _glibc() -> Any:
-    """The C library, where it is glibc and nobody has tuned its memory already."""
+    """Return the C library, or None if it is not glibc or the user has tuned its memory."""
     tuned = (
         any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
         or "GLIBC_TUNABLES" in os.environ
@@ -91,7 +100,5 @@ def _give_back() -> None:
         libc.malloc_trim(0)
 
 
-_reused, _returned = (
-    ProcessWideSetting(_reuse, _end_of_reuse),
-    ProcessWideSetting(_return, _end_of_return),
-)
+_reused = ProcessWideSetting(_reuse, _end_of_reuse)
+_returned = ProcessWideSetting(_return, _end_of_return)

@@ -1,4 +1,4 @@
-"""The one way to describe things: frozen, checked settings that come from code, TOML or JSON alike."""
+"""Frozen, validated settings, built the same way from code, TOML or JSON."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from smalto.core.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of all settings: they cannot change once made, and a key that does not exist is an error."""
+    """Base of all settings: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
 def over_defaults(default: Config) -> Any:
-    """For a field whose value is a table: settings that are given as a table replace those of ``default`` one by one, not all together."""
+    """Return a validator for a field whose value is a table of settings.
+
+    Settings that are given as a table replace those of ``default`` one by one. The other settings
+    of ``default`` remain.
+    """
 
     def fill(value: Any) -> Any:
         return {**default.model_dump(), **value} if isinstance(value, dict) else value
@@ -26,14 +33,12 @@ def over_defaults(default: Config) -> Any:
     return BeforeValidator(fill)
 
 
-ConfigT = TypeVar("ConfigT", bound=Config)
-
-
 def parse_config(kind: type[ConfigT], data: Any, source: str) -> ConfigT:
-    """Check ``data`` and build a ``kind`` from it.
+    """Validate ``data`` and build a ``kind`` from it.
 
     Raises:
-        ConfigError: names ``source``, every wrong key with its value, and for a misspelt one the nearest right one.
+        ConfigError: names ``source``, every wrong key with its value, and the nearest valid key
+            for a misspelled one.
     """
     try:
         return kind.model_validate(data)
@@ -46,8 +51,8 @@ def parse_config(kind: type[ConfigT], data: Any, source: str) -> ConfigT:
 
 
 def nearest_key(key: str, keys: list[str]) -> str:
-    """`` Did you mean ...?`` for a dotted key, or the keys there are."""
-    elsewhere = key in keys  # another kind has this very key
+    """Return ``did you mean ...?`` for an unknown dotted key, or the list of valid keys."""
+    elsewhere = key in keys  # a setting of another kind has this key
     keys = [k for k in keys if k != key]
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in keys if k.rsplit(".", 1)[-1] == last]
@@ -56,18 +61,15 @@ def nearest_key(key: str, keys: list[str]) -> str:
     close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:
         by_name = {k.rsplit(".", 1)[-1]: k for k in keys}
-        close = [
-            by_name[n] for n in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)
-        ]
-    return (
-        f"did you mean {' or '.join(map(repr, close[:3]))}?"
-        if close
-        else f"the keys are {', '.join(sorted(keys))}."
-    )
+        names = difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)
+        close = [by_name[name] for name in names]
+    if close:
+        return f"did you mean {' or '.join(map(repr, close[:3]))}?"
+    return f"the keys are {', '.join(sorted(keys))}."
 
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """All settings of a model and of the models inside it, as ``a.b.c``."""
+    """Return all settings of a model and of the models inside it, as ``a.b.c``."""
     return list(dict.fromkeys(_walk(kind, prefix)))
 
 
@@ -87,8 +89,9 @@ def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
 def _explain(
     kind: type[BaseModel], loc: tuple[int | str, ...], error: str, message: str, value: Any
 ) -> str:
+    """Return one error of pydantic as a sentence."""
     names = {name for path in dotted_keys(kind) for name in path.split(".")}
-    # pydantic names the member of a union too, by its kind; that is no key.
+    # pydantic adds the kind of a union's member to the location; that is not a key.
     named = error in ("extra_forbidden", "missing")
     key = ".".join(
         str(part)
@@ -97,9 +100,9 @@ def _explain(
     )
     if error == "union_tag_invalid":
         got = value.get("kind") if isinstance(value, dict) else value
-        return f"{key}.kind must be one of {message.split('expected tags: ')[-1]} (got {got!r})"
+        return f"{key}.kind: got {got!r}; expected one of {message.split('expected tags: ')[-1]}."
     if error == "union_tag_not_found":
-        return f"{key} must be a table with a kind (got {value!r})"
+        return f"{key}: got {value!r}; expected a table with a kind."
     if error == "extra_forbidden":
         return f"unknown key {key!r}: {nearest_key(key, dotted_keys(kind))}"
     if error == "missing":

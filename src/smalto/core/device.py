@@ -1,4 +1,4 @@
-"""Which device and precision a model runs with."""
+"""Device and precision that a model runs with, and its use of memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ Precision = Literal["float32", "bf16"]
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """``"auto"`` takes CUDA, else Apple's MPS, else the CPU; another name is checked. Under torchrun each process takes its own GPU.
+    """Return a device by name, after a check that it is available.
+
+    ``"auto"`` selects CUDA, else Apple's MPS, else the CPU. Under torchrun, CUDA without an index
+    is the GPU of the process's local rank.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: the device is unknown or not available.
     """
     there = {
         "cuda": torch.cuda.is_available(),
@@ -31,21 +34,23 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f'device must be "auto", "cpu", "cuda" or "mps"; got {name!r}.') from None
-    if not there.get(device.type, False):
         raise ConfigError(
-            f"device {name!r} is not available here; there is {', '.join(k for k, a in there.items() if a)}."
+            f'got the device {name!r}; expected "auto", "cpu", "cuda" or "mps". Use "auto".'
+        ) from None
+    if not there.get(device.type, False):
+        available = ", ".join(kind for kind, is_available in there.items() if is_available)
+        raise ConfigError(
+            f"got the device {name!r}, which is not available; expected one of {available}. "
+            'Use "auto".'
         )
     if device.type == "cuda" and device.index is None:
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", "0"))
-        )  # under torchrun every process has its own
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
 @contextmanager
 def computing(device: torch.device, precision: Precision, batch: int) -> Iterator[None]:
-    """Train a model: autocast for bf16, and ``memory_errors``."""
+    """Run a model's computations with autocast for bf16, and with ``memory_errors``."""
     with (
         memory_errors(device, batch),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
@@ -55,7 +60,11 @@ def computing(device: torch.device, precision: Precision, batch: int) -> Iterato
 
 @contextmanager
 def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
-    """An error that names a smaller batch where the memory does not suffice."""
+    """Replace out-of-memory errors by one that suggests a smaller batch.
+
+    Raises:
+        SmaltoError: the device ran out of memory.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -70,14 +79,21 @@ def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the CPU torch raises a plain RuntimeError for it."""
+    """Return whether an error means that memory ran out.
+
+    On the CPU torch raises a plain RuntimeError for it.
+    """
     return isinstance(
         error, (torch.OutOfMemoryError, MemoryError)
     ) or "can't allocate memory" in str(error)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory in use so far, in bytes: by tensors on a GPU, by the whole process on a CPU; 0 where the system does not tell."""
+    """Return the peak memory so far in bytes.
+
+    On a GPU this is the memory of tensors, on a CPU that of the whole process. It is 0 on systems
+    that do not report it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -85,4 +101,4 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:  # not on Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

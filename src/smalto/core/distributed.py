@@ -1,4 +1,4 @@
-"""Several processes, or one: what the rest needs of torch.distributed. In a single process all of it does nothing."""
+"""Helpers around torch.distributed that also work in a single process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,23 @@ from torch import Tensor, distributed
 
 from smalto.core.errors import ConfigError, RunError
 
+_LOST_CONNECTION = (
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "timed out",
+    "nccl",
+    "gloo",
+    "peer",
+)
+
 
 def world_size() -> int:
-    """How many processes work together; asked anew each time, so that what is built before the process group works too."""
+    """Return the number of processes.
+
+    It is read at every call, so objects that are created before the process group work too.
+    """
     return (
         distributed.get_world_size()
         if distributed.is_available() and distributed.is_initialized()
@@ -24,17 +38,17 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 def local_world_size() -> int:
-    """How many of them torchrun has started on this machine."""
+    """Return the number of processes that torchrun has started on this machine."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Replace ``tensor`` by its sum over all processes; returns it."""
+    """Replace ``tensor`` by its sum over all processes, and return it."""
     if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
@@ -42,20 +56,21 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give every process the first one's values."""
+    """Copy the values of rank 0 to every process."""
     if world_size() > 1:
         for tensor in tensors:
             distributed.broadcast(tensor, 0)
 
 
 def rank_range(total: int) -> range:
-    """This process's part of ``total`` things."""
-    size, number = world_size(), rank()
+    """Return this process's share of ``total`` indices."""
+    size = world_size()
+    number = rank()
     return range(total * number // size, total * (number + 1) // size)
 
 
 def gather_objects(value: Any, device: torch.device) -> list[Any]:
-    """``value``, plain numbers and texts, of every process, in the order of ranks."""
+    """Return the ``value`` of every process, ordered by rank. Values must be JSON."""
     if world_size() == 1:
         return [value]
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
@@ -73,15 +88,19 @@ def gather_objects(value: Any, device: torch.device) -> list[Any]:
 
 
 def broadcast_object(value: Any, device: torch.device) -> Any:
-    """The first process's ``value``, plain numbers and texts, for all."""
+    """Return the ``value`` of rank 0 in every process. It must be JSON."""
     return gather_objects(value if rank() == 0 else None, device)[0]
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Inside, processes that torchrun started work together (NCCL on GPUs, gloo elsewhere); a process on its own stays on its own.
+    """Open the process group of torchrun for the duration of the block.
+
+    The backend is NCCL on GPUs and gloo elsewhere. Does nothing in a single process, or if there is
+    a process group already.
 
     Raises:
+        ConfigError: torch was built without torch.distributed.
         RunError: another process has ended.
     """
     if (
@@ -93,7 +112,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if not distributed.is_available():
         raise ConfigError(
-            "this torch was built without torch.distributed: it cannot work in several processes."
+            f"got {os.environ['WORLD_SIZE']} processes and a torch without torch.distributed; "
+            "expected one process. Start the command without torchrun."
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -104,8 +124,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         if not _lost_another(error):
             raise
         raise RunError(
-            f"process {os.environ['RANK']} lost touch with another process of this run, which has ended; its own message says why. "
-            "What was saved is whole: resume with the same command and --resume."
+            f"process {os.environ['RANK']} lost the connection to another process of this run, "
+            "which has ended; the error message of that process gives the reason. Saved "
+            "checkpoints are complete: resume with the same command and --resume."
         ) from None
     finally:
         if distributed.is_initialized():
@@ -113,21 +134,14 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def leave_process_group() -> None:
-    """Go on as single processes, all at the same moment: who leaves alone looks to the others as if it had died."""
+    """Close the process group in all processes at the same moment.
+
+    A process that left it alone would look to the others as if it had died.
+    """
     if world_size() > 1:
         distributed.barrier()
         distributed.destroy_process_group()
 
 
 def _lost_another(error: RuntimeError) -> bool:
-    words = (
-        "connection closed",
-        "connection reset",
-        "connection refused",
-        "broken pipe",
-        "timed out",
-        "nccl",
-        "gloo",
-        "peer",
-    )
-    return any(word in str(error).lower() for word in words)
+    return any(word in str(error).lower() for word in _LOST_CONNECTION)

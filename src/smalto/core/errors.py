@@ -1,11 +1,12 @@
-"""What smalto raises for a user's mistake: one sentence each on what was got, what is expected, what to do."""
+"""Errors that smalto raises for a user's mistake: what it got, what it expected, what to do."""
 
 from typing import Any
 
 
 def describe(value: Any) -> str:
-    """What was got, for an error message: dtype and shape of a tensor, the type of anything else."""
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    """Return a value for an error message: dtype and shape of a tensor, else the type."""
+    dtype = getattr(value, "dtype", None)
+    shape = getattr(value, "shape", None)
     return (
         f"{dtype} {list(shape)}"
         if dtype is not None and shape is not None
@@ -14,23 +15,26 @@ def describe(value: Any) -> str:
 
 
 class SmaltoError(Exception):
-    """Base of every error that smalto raises on purpose. The command line prints its message and nothing else."""
+    """Base of every error that smalto raises on purpose.
+
+    The command line prints its message without a traceback.
+    """
 
 
 class InputError(SmaltoError, ValueError):
-    """A tensor, an index or an argument does not fit."""
+    """A tensor, an index or an argument is not valid."""
 
 
 class ConfigError(SmaltoError, ValueError):
-    """A recipe, a setting or a configuration file does not fit."""
+    """A recipe, a setting or a configuration file is not valid."""
 
 
 class DataError(SmaltoError):
-    """ImageSet, or a file made from them, cannot be used."""
+    """Images, or a file made from images, cannot be used."""
 
 
 class RunError(SmaltoError):
-    """A run or tokenizer directory is not in a state that allows what was asked."""
+    """A run or tokenizer directory is not in a state that allows the operation."""
 
 
 class RenamedSettingWarning(FutureWarning):
@@ -42,5 +46,6 @@ class MissingExtra(SmaltoError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f'{purpose} needs {package}, which is not installed. Install it with: pip install "smalto[{extra}]"'
+            f"{purpose} needs {package}, which is not installed. "
+            f'Install it with: pip install "smalto[{extra}]"'
         )

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: write aside, flush to disk, rename."""
+"""Files that are complete or absent: write to a temporary path, flush to disk, rename."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from pathlib import Path
 
 from smalto.core.errors import RunError
 
-_ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}")  # what tempfile makes of the prefix below
+_ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}")  # the names that tempfile makes in atomic_path
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
-    """Replace ``path`` by ``data`` (text as UTF-8) in one step: after a crash it holds the old bytes or the new ones."""
+    """Replace ``path`` by ``data`` (text as UTF-8) in one step.
+
+    After a crash it holds either the old bytes or the new ones.
+    """
     path = Path(path)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -27,11 +30,13 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; when the block ends well, the file or folder made there becomes ``path``."""
+    """Yield a temporary path in the same folder, and rename it to ``path`` at the end.
+
+    The path may become a file or a folder. If the block raises an error, it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(
-        tempfile.mkdtemp(prefix=f".{path.name[:20]}.", dir=path.parent)
-    )  # short: the name itself may be as long as names can be
+    # The prefix is cut, because the name may already be as long as the file system allows.
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:20]}.", dir=path.parent))
     try:
         yield folder / "new"
         os.replace(folder / "new", path)
@@ -41,22 +46,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before long work that ``path`` can be written after it. Makes its parent folder.
+    """Raise an error if ``path`` cannot be written, before long work whose result goes there.
+
+    Creates its parent folder.
 
     Raises:
-        RunError: it cannot, and why.
+        RunError: it cannot be written; the message gives the reason.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".try."):
             pass
-        path.is_dir()  # a name that is too long says so here
+        path.is_dir()  # raises OSError if the name is too long
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}. Name another place.") from None
+        raise RunError(f"{path} cannot be written: {error.strerror}. Name another path.") from None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed in the middle left aside in ``folder``."""
+    """Remove the temporary folders in ``folder`` that killed writers have left."""
     for path in folder.glob(".*.*"):
         if path.is_dir() and _ASIDE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -71,7 +78,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to disk, where the system lets one."""
+    """Flush the list of names of a folder to disk, on systems that support it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -81,13 +88,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def name_hash(name: str, salt: str = "") -> int:
-    """A number in [0, 2**64) that depends on the text alone: the same on every machine and in every process."""
+    """Return an integer in [0, 2**64) that depends only on the text.
+
+    It is the same on every machine and in every process.
+    """
     return int.from_bytes(
         hashlib.sha256(f"{salt}\0{name}".encode("utf-8", "surrogateescape")).digest()[:8], "big"
     )
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

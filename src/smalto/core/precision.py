@@ -1,4 +1,4 @@
-"""Keeping arithmetic in full precision, whatever the surroundings ask for."""
+"""Arithmetic in full float32 precision, independent of autocast and global settings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 
 from smalto.core.process_wide import ProcessWideSetting
 
+_SETTING = "fp32_precision"
+_saved: list[tuple[Any, str]] = []
+_saved_legacy: list[str] = []
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast on ``device`` inside."""
+    """Return a context that disables autocast on ``device``."""
     if torch.amp.autocast_mode.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -20,14 +24,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def plain_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 products. The settings are the process's."""
+    """Disable TF32 and bfloat16 in float32 matrix products, for the whole process."""
     with _plain.hold():
         yield
-
-
-_SETTING = "fp32_precision"
-_saved: list[tuple[Any, str]] = []
-_saved_legacy: list[str] = []
 
 
 def _switches() -> list[Any]:
@@ -39,7 +38,7 @@ def _switch_off() -> None:
     _saved[:] = [(switch, getattr(switch, _SETTING)) for switch in _switches()]
     for switch, _ in _saved:
         setattr(switch, _SETTING, "ieee")
-    if not _saved:  # torch before 2.9 has one switch for all
+    if not _saved:  # torch before 2.9 has one setting for all backends
         _saved_legacy[:] = [torch.get_float32_matmul_precision()]
         torch.set_float32_matmul_precision("highest")
 

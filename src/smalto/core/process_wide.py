@@ -1,4 +1,4 @@
-"""Settings of the whole process that hold for as long as somebody needs them."""
+"""Settings of the whole process that apply as long as at least one caller needs them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from contextlib import contextmanager
 
 
 class ProcessWideSetting:
-    """``with it.hold():`` the first to come in calls ``begin``, the last to leave ``end``, whatever the threads and the depth.
+    """Reference-counted setting of the process, safe for threads and for nesting.
+
+    In ``with setting.hold():`` the first caller to enter calls ``begin``, and the last one to leave
+    calls ``end``.
 
     Attributes:
-        inside: how many are in it.
+        inside: number of callers inside ``hold``.
     """
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
-        self._begin, self._end, self._lock = begin, end, threading.Lock()
+        self._begin = begin
+        self._end = end
+        self._lock = threading.Lock()
         self.inside = 0
 
     @contextmanager
     def hold(self) -> Iterator[None]:
+        """Apply the setting for the duration of the block."""
         with self._lock:
             if not self.inside:
                 self._begin()

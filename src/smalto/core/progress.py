@@ -1,22 +1,22 @@
-"""What long work tells whoever watches. The library says it to this; only the command line shows it."""
+"""Interface through which long jobs report progress. Only the command line displays it."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """Hears of long work and shows nothing: the default. Subclass it to show something."""
+    """No-op progress reporter (the default). Subclass it to display progress."""
 
     def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
-        """A job of ``total`` units begins (None: unknown), ``done`` of them already made."""
+        """Begin a job of ``total`` units (None: unknown), of which ``done`` are complete."""
 
     def set_total(self, total: int) -> None:
-        """How many units there are, where ``start`` could not say."""
+        """Set the number of units, if it was unknown at ``start``."""
 
     def advance(self, number: int = 1, **metrics: float) -> None:
-        """``number`` more units are done; ``metrics`` are the latest values to show beside the bar."""
+        """Count ``number`` more units; ``metrics`` are the latest values to show beside the bar."""
 
     def finish(self) -> None:
-        """The job is over."""
+        """End the job."""
 
     def message(self, text: str) -> None:
-        """One line that a person should read."""
+        """Show one line of text to the user."""

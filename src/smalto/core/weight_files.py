@@ -1,4 +1,4 @@
-"""Reading the weight files of other projects without running any code from them."""
+"""Readers of weight files from other projects that run no code from them."""
 
 from __future__ import annotations
 
@@ -18,48 +18,60 @@ State = Mapping[str, Tensor]
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """What a ``.pth`` (by torch's ``weights_only`` reader) or ``.safetensors`` file holds, on the CPU.
+    """Return the content of a ``.pth`` or ``.safetensors`` file, on the CPU.
+
+    ``.pth`` files are read with ``torch.load(weights_only=True)``.
 
     Raises:
-        DataError: not there, damaged, or it holds Python objects that only running code from it would rebuild.
+        DataError: the file does not exist, is damaged, or holds Python objects that can only be
+            rebuilt by running code from it.
     """
     path = Path(path)
     if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(
-            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: name a .pth or .safetensors file of weights."
+            f"{path} {problem}; expected a .pth or .safetensors file of weights. Name such a file."
         )
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
-            raise DataError(f"{path} cannot be read ({error}).") from None
+            raise DataError(
+                f"{path} cannot be read: {error}. Restore the file from a copy."
+            ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader stumbles over in a damaged file
+    except Exception as error:  # torch.load raises many types for damaged files
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             raise DataError(
-                f"{path} holds a {foreign[1]} beside its tensors, and smalto runs no code from files. Where you trust that type, read it "
-                "with weights_only=True inside torch.serialization.safe_globals([the type]), and pass the weights as a state dict."
+                f"{path} holds a {foreign[1]} beside its tensors, and smalto runs no code from "
+                "files. If you trust that type, pass the weights as a state dict from: with "
+                f"torch.serialization.safe_globals([{foreign[1]}]): "
+                "torch.load(path, weights_only=True)"
             ) from None
         raise DataError(
-            f"{path} is damaged or no checkpoint of torch ({type(error).__name__})."
+            f"{path} is damaged or not a checkpoint of torch ({type(error).__name__}). "
+            "Restore the file from a copy, or name another one."
         ) from None
 
 
 def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, Any]:
-    """The one state in a checkpoint that has the keys ``marks``, wherever it is nested and whatever stands before its keys.
+    """Return the one state dict in a checkpoint that has the keys ``marks``.
+
+    It may be nested in dictionaries, and its keys may have a common prefix, which is removed.
 
     Raises:
-        DataError: there is none, or several: then it names the key of each.
+        DataError: the checkpoint has no such state dict, or several; the message gives their keys.
     """
     found = list(_states(checkpoint, marks, ""))
     if len(found) == 1:
         return found[0][1]
     if found:
-        places = "; ".join(place or "those at the top" for place, _ in found)
+        places = "; ".join(place or "the top level" for place, _ in found)
         raise DataError(
-            f"the checkpoint holds {len(found)} sets of weights of {what}: {places}. "
-            "Take one out of torch.load(path, weights_only=True) and pass it as a state dict."
+            f"got a checkpoint with {len(found)} sets of weights of a {what}: {places}; "
+            "expected one. Load it with torch.load(path, weights_only=True), and pass one of them "
+            "as a state dict."
         )
     keys = (
         ", ".join(map(str, list(checkpoint)[:6]))
@@ -69,16 +81,20 @@ def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, 
     missing = [
         mark for mark in marks if not isinstance(checkpoint, Mapping) or mark not in checkpoint
     ]
-    raise DataError(f"this is no {what}: it has no {' and '.join(missing)}. It holds {keys}, ...")
+    raise DataError(
+        f"got a checkpoint with {keys}, ...; expected the weights of a {what}, which have "
+        f"{' and '.join(missing)}. Name another file."
+    )
 
 
 def _states(
     value: Any, marks: tuple[str, ...], place: str, depth: int = 0
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, state) of every state inside nested dictionaries."""
+    """Yield (place, state) of every state dict inside nested dictionaries."""
     if not isinstance(value, Mapping) or depth > 16:
         return
-    # A value that should be a tensor and is none is left in: who compares keys and shapes will name it.
+    # Values under dotted keys that are not tensors are kept: the comparison of keys and shapes
+    # reports them.
     weights = {
         key: inner
         for key, inner in value.items()

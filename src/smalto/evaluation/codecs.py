@@ -1,4 +1,4 @@
-"""JPEG and WebP at the size of an image's tokens: what the same number of bits gives without a tokenizer."""
+"""JPEG and WebP at the size of an image's tokens, to compare a tokenizer with image codecs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ class Compressed(NamedTuple):
 
 
 def compress_to_size(original: Tensor, codec: str, size: float) -> Compressed | None:
-    """A original uint8 [3, H, W] at the highest quality whose file has at most ``size`` bytes; at the lowest where none is so small.
+    """Compress an image uint8 [3, H, W] at the highest quality that fits into ``size`` bytes.
 
-    None where the codec takes no original of these sides.
+    If no file is that small, return the image at the lowest quality. If the image is too large for
+    the codec, return None.
     """
     if max(original.shape[1:]) > _LONGEST_SIDE[codec]:
         return None
     image = Image.fromarray(original.permute(1, 2, 0).contiguous().numpy())
-    low, high = 1, _BEST
+    low = 1
+    high = _BEST
     best = _encode(image, codec, low)
     while low < high:  # files grow with quality
         middle = (low + high + 1) // 2

@@ -1,33 +1,44 @@
-"""Files of a folder, and images inside its zip, tar and parquet files, named and opened alike. No torch here."""
+"""Files in folders, and images inside zip, tar and parquet files, named and opened alike.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from smalto.core.errors import MissingExtra
 from smalto.images import parquet
 from smalto.images.image_file import ImageFile, Skipped, folder_label
 
 ARCHIVES = (".zip", ".tar", ".parquet")
-LARGEST_MEMBER = 2**30  # bytes, unpacked: an image is smaller, a bomb is not
-_LARGEST_LABEL = 1024
+LARGEST_MEMBER = 2**30  # bytes, unpacked: larger than any image, smaller than a bomb
+_LARGEST_LABEL = 1024  # bytes
+_LARGEST_JSON = 2**20  # bytes
+_JSON_LABELS = ("label", "cls", "class", "class_id", "category")
 
 
 def is_archive(path: str) -> bool:
+    """Return whether a path has the suffix of a zip, tar or parquet file."""
     return path.lower().endswith(ARCHIVES)
 
 
 def members(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
-    """The files inside an archive, under ``archive.name``; links, encrypted and hidden ones are left out, and nothing is unpacked.
+    """Yield the files inside an archive, named under ``archive.name``, without unpacking it.
 
-    Of members with one name the last one counts, as in unpacking.
+    Links and encrypted members are skipped; hidden ones are ignored. If several members share a
+    name, the last one counts, as in unpacking.
+
+    Raises:
+        MissingExtra: pyarrow, which parquet files need, is not installed.
     """
     prefix = f"{archive.name}/" if archive.name else ""
     try:
@@ -47,25 +58,27 @@ def members(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
                 yield member._replace(name=name, label=label, modified=archive.modified)
     except MissingExtra:
         raise
+    except parquet.NoImageColumn as error:
+        yield Skipped(archive.name or archive.path, f"no image column: {error}")
     except (
         zipfile.BadZipFile,
         tarfile.TarError,
         OSError,
         ValueError,
         EOFError,
-        NotImplementedError,
+        NotImplementedError,  # from zipfile, on unknown compression methods
     ) as error:
-        yield Skipped(
-            archive.name or archive.path, f"damaged archive: {error}"
-        )  # zipfile raises NotImplementedError for odd compressions
+        yield Skipped(archive.name or archive.path, f"damaged archive: {error}")
 
 
 def open_file(file: ImageFile) -> BinaryIO:
-    """The bytes of a file, wherever it is; of an archive's member all of them in memory."""
+    """Open a file wherever it is; a member of an archive is read into memory."""
     if not file.member:
         return open(file.path, "rb")
     if file.row_group >= 0:
-        return io.BytesIO(parquet.read_cell(file.path, file.row_group, file.member, file.offset))
+        return io.BytesIO(
+            parquet.read_cell(file.path, file.row_group, file.member, file.offset, file.element)
+        )
     if _suffix(file.path) == ".zip":
         with _open_zip(file.path).open(file.member) as inside:
             return io.BytesIO(inside.read(LARGEST_MEMBER))
@@ -82,8 +95,9 @@ def _zip_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
 
 
 def _tar_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
-    # Not compressed: its members are found by their place, as in the shards of WebDataset.
-    labels: dict[str, str] = {}
+    """Yield the members of a tar without compression, with labels as in WebDataset shards."""
+    cls_labels: dict[str, str] = {}
+    json_labels: dict[str, str] = {}
     found = []
     with tarfile.open(archive.path, "r:") as tar:
         for info in tar:
@@ -91,29 +105,60 @@ def _tar_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
                 continue
             plain = info.isreg() and not info.issparse()
             if plain and info.name.endswith(".cls") and info.size <= _LARGEST_LABEL:
-                inside = tar.extractfile(info)
-                labels[_key(info.name)] = (
-                    inside.read().decode("utf-8", "replace").strip() if inside else ""
-                )
-            found.append(
-                (
-                    ImageFile("", archive.path, info.name, info.offset_data, info.size),
-                    "" if plain else "not a file",
-                )
-            )
+                text = _content(tar.extractfile(info)).decode("utf-8", "replace")
+                cls_labels[_key(info.name)] = text.strip()
+            elif plain and info.name.endswith(".json") and info.size <= _LARGEST_JSON:
+                json_labels[_key(info.name)] = _json_label(_content(tar.extractfile(info)))
+            member = ImageFile("", archive.path, info.name, info.offset_data, info.size)
+            found.append((member, "" if plain else "not a file"))
     for member, reason in found:
-        yield member._replace(label=labels.get(_key(member.member), "")), reason
+        key = _key(member.member)
+        yield member._replace(label=cls_labels.get(key) or json_labels.get(key, "")), reason
+
+
+def _content(member: IO[bytes] | None) -> bytes:
+    if member is None:
+        return b""
+    with member:
+        return member.read()
+
+
+def _json_label(data: bytes) -> str:
+    """Return the label in a JSON object, as text; empty if it has none."""
+    try:
+        sample = json.loads(data)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(sample, dict):
+        return ""
+    for key in _JSON_LABELS:
+        value = sample.get(key)
+        if isinstance(value, (int, str)) and not isinstance(value, bool):
+            text = str(value).strip()
+            if text and len(text) <= _LARGEST_LABEL:
+                return text
+    return ""
 
 
 def _key(name: str) -> str:
-    """What the files of one sample share in a shard of WebDataset: all before the first dot of the last part."""
+    """Return what the files of one WebDataset sample share: the name up to the first dot."""
     folder, _, last = name.rpartition("/")
     return f"{folder}/{last.split('.')[0]}"
 
 
 def _parquet_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
-    for row_group, row, number, column, label in parquet.cells(archive.path):
-        yield ImageFile(f"{number:08d}", archive.path, column, row, 0, row_group, label=label), ""
+    for cell in parquet.cells(archive.path):
+        name = f"{cell.number:08d}" + (f"/{cell.element}" if cell.element >= 0 else "")
+        file = ImageFile(
+            name,
+            archive.path,
+            member=cell.column,
+            offset=cell.row,
+            row_group=cell.row_group,
+            label=cell.label,
+            element=cell.element,
+        )
+        yield file, ""
 
 
 def _suffix(path: str) -> str:
@@ -130,5 +175,5 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 @functools.lru_cache(maxsize=8)
 def _opened(path: str, modified: int, size: int) -> zipfile.ZipFile:
-    """One list of contents per process: reading it again for every member would take longer than the images."""
+    """Open a zip once per process: its directory takes longer to read than an image."""
     return zipfile.ZipFile(path)

@@ -52,7 +52,6 @@ class CropStream:
         flip: mirror half of the crops left to right.
         color: how far brightness, contrast, saturation and hue of a crop may change, 0 to 1.
         rows: make only these rows of each batch; default all.
-        position: where to go on, from ``position`` of earlier streams, of all rows together.
 
     Raises:
         DataError: when a whole epoch passes without a readable image.
@@ -70,7 +69,6 @@ class CropStream:
         flip: bool = True,
         color: float = 0.0,
         rows: range | None = None,
-        position: list[list[int]] | None = None,
     ) -> None:
         if not indices:
             raise DataError("there is no image to take crops from.")
@@ -78,11 +76,13 @@ class CropStream:
         self._size, self._batch, self._seed = size, batch, seed
         self._crops_per_image, self._flip, self._color = crops_per_image, flip, color
         self._images_per_row = max(1, -(-WINDOW // batch))
-        self._positions = self._go_on(position or [], rows or range(batch))
+        self._rows = rows or range(batch)
         self.enlarged: set[int] = set()
         self._orders: dict[int, numpy.ndarray] = {}
         self._prefetched = False
-        self._crops = [self._crops_of_row(at) for at in self._positions]
+        self._positions: list[RowPosition] = []
+        self._crops: list[Iterator[tuple[Tensor, Any]]] = []
+        self._start_at([])
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -106,17 +106,23 @@ class CropStream:
             else batch
         )
 
-    def position(self) -> list[list[int]]:
-        """Where the next batch begins, [row, visit, offset] of each lane of this process; plain numbers, to be saved."""
+    def state_dict(self) -> list[list[int]]:
+        """Return where the next batch starts: [row, visit, offset] of each row of this process."""
         return [[at.row, at.visit, at.offset] for at in self._positions]
 
-    def _go_on(self, position: list[list[int]], rows: range) -> list[RowPosition]:
-        positions = {row: RowPosition(row, visit, offset) for row, visit, offset in position}
+    def load_state_dict(self, states: list[list[list[int]]]) -> None:
+        """Continue from the positions of all processes, whose number may differ from today's."""
+        self._start_at([position for state in states for position in state])
+
+    def _start_at(self, saved: list[list[int]]) -> None:
+        positions = {row: RowPosition(row, visit, offset) for row, visit, offset in saved}
         if positions.keys() == set(range(self._batch)):
-            return [positions[row] for row in rows]
-        # Another number of rows than before: every lane begins where about as many images have been visited.
-        visits = sum(at.visit for at in positions.values()) // self._batch
-        return [RowPosition(row, visits) for row in rows]
+            self._positions = [positions[row] for row in self._rows]
+        else:  # another batch size: every row starts where about as many images have been visited
+            visits = sum(at.visit for at in positions.values()) // self._batch
+            self._positions = [RowPosition(row, visits) for row in self._rows]
+        self._prefetched = False
+        self._crops = [self._crops_of_row(at) for at in self._positions]
 
     def _crops_of_row(self, at: RowPosition) -> Iterator[tuple[Tensor, Any]]:
         fruitless = 0

@@ -1,4 +1,4 @@
-"""Finding image files. No torch here: decoding workers import this file and nothing heavier."""
+"""Finding image files. No torch here: reader workers import this file and nothing heavier."""
 
 from __future__ import annotations
 
@@ -10,58 +10,71 @@ from pathlib import Path
 from smalto.core.errors import DataError
 from smalto.images.archives import is_archive, members
 from smalto.images.image_file import ImageFile, Skipped, folder_label, summary
-from smalto.images.reading import NOT_AN_IMAGE
+from smalto.images.image_formats import (
+    HEAD_BYTES,
+    READABLE,
+    reason_by_head,
+    reason_by_suffix,
+    suffix_of,
+)
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+_DEEPEST = 500
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def find_images(source: str | Path) -> tuple[list[ImageFile], list[Skipped]]:
-    """All of ``walk_images``, sorted by name: what may be an image, and what cannot be.
+    """Return everything that ``walk_images`` yields, sorted by name: images, and skipped files.
 
     Raises:
-        DataError: there is no such file or folder, or nothing in it looks like an image.
+        DataError: the source does not exist, or contains no file that may be an image.
     """
     found: list[ImageFile] = []
     skipped: list[Skipped] = []
-    for thing in walk_images(source):
-        found.append(thing) if isinstance(thing, ImageFile) else skipped.append(thing)
+    for file in walk_images(source):
+        if isinstance(file, ImageFile):
+            found.append(file)
+        else:
+            skipped.append(file)
     if not found:
         raise DataError(
-            f"{source} holds no image (PNG, JPEG, WebP, GIF, BMP or TIFF). {summary(skipped) or 'It is empty.'}"
+            f"{source} holds no image; expected {READABLE}. {summary(skipped) or 'It is empty.'}"
         )
     return sorted(found), sorted(skipped)
 
 
 def walk_images(source: str | Path) -> Iterator[ImageFile | Skipped]:
-    """All files below a folder (or the one file named) that may be images, and why others cannot be, one by one.
+    """Yield the files below a folder (or the one file named) that may be images, and skipped files.
 
-    Folders are followed through links, each once. Zip and tar archives count as folders, shards of WebDataset too; nothing is unpacked.
-    Files and folders whose names begin with a dot are passed over. One folder's names are in memory at a time.
+    Links to folders are followed, each folder once. Zip, tar and parquet files, WebDataset shards
+    included, count as folders; nothing is unpacked. Files and folders whose names begin with a dot
+    are ignored. The names of one folder are in memory at a time.
 
     Raises:
-        DataError: there is no such file or folder.
+        DataError: the source does not exist.
     """
     source = Path(source)
     if not source.exists():
         raise DataError(
-            f"{source} does not exist: name a folder of images, or a zip or tar of them."
+            f"{source} does not exist. Name a folder of images, an image, or a zip, tar or parquet "
+            "file of images."
         )
-    if source.is_dir():
-        things: Iterable[ImageFile | Skipped] = _walk(source)
-    else:
-        file = ImageFile("" if is_archive(str(source)) else source.name, str(source))
-        things = [file]
-    for thing in things:
-        if isinstance(thing, ImageFile) and is_archive(thing.path) and os.path.isfile(thing.path):
-            inside = members(thing._replace(modified=modified_ns(os.stat(thing.path))))
-            yield from (
-                _checked(member) if isinstance(member, ImageFile) else member for member in inside
-            )
+    files: Iterable[ImageFile | Skipped] = (
+        _walk(source)
+        if source.is_dir()
+        else [ImageFile("" if is_archive(str(source)) else source.name, str(source))]
+    )
+    for file in files:
+        if isinstance(file, Skipped):
+            yield file
+        elif is_archive(file.path) and os.path.isfile(file.path):
+            yield from _walk_archive(file)
         else:
-            yield _checked(thing) if isinstance(thing, ImageFile) else thing
+            yield _checked(file)
 
 
-_DEEPEST = 500
+def modified_ns(status: os.stat_result) -> int:
+    """Return when a file was last written, in ns, clamped to 64 bits (the year 2262)."""
+    return max(-(2**63), min(2**63 - 1, status.st_mtime_ns))
 
 
 def _walk(folder: Path) -> Iterator[ImageFile | Skipped]:
@@ -70,20 +83,16 @@ def _walk(folder: Path) -> Iterator[ImageFile | Skipped]:
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
         yield from _unreadable(unreadable, folder)
         status = os.stat(parent)
-        if (
-            status.st_dev,
-            status.st_ino,
-        ) in seen:  # a link back to a folder that was walked already
+        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (
-            folders and os.path.relpath(parent, folder).count(os.sep) >= _DEEPEST
-        ):  # os.walk recurses, and Python's stack ends
+        # os.walk recurses, so deeper folders would exceed Python's recursion limit.
+        if folders and os.path.relpath(parent, folder).count(os.sep) >= _DEEPEST:
             yield Skipped(
                 os.path.relpath(parent, folder),
-                f"unreadable folder: more than {_DEEPEST} folders deep",
+                f"unreadable folder: nested more than {_DEEPEST} levels deep",
             )
             folders.clear()
         for file in sorted(files):
@@ -102,47 +111,47 @@ def _unreadable(errors: list[OSError], folder: Path) -> Iterator[Skipped]:
         )
 
 
+def _walk_archive(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
+    for member in members(archive._replace(modified=modified_ns(os.stat(archive.path)))):
+        yield _checked(member) if isinstance(member, ImageFile) else member
+
+
 def _checked(file: ImageFile) -> ImageFile | Skipped:
-    """A file with its size and time, or why it cannot be an image, judged by its kind, size and suffix."""
+    """Return a file with its size and time, or why it cannot be an image.
+
+    Files without a suffix are judged by their first bytes, others by suffix and size.
+    """
     if file.row_group >= 0:
         return file
-    if file.member:
-        known = os.path.splitext(file.member)[1].lower() in SUFFIXES
-        return (
-            (file if file.size else Skipped(file.name, "empty"))
-            if known
-            else Skipped(file.name, NOT_AN_IMAGE)
-        )
+    if not file.member:
+        return _checked_on_disk(file)
+    reason = reason_by_suffix(suffix_of(file.member)) or ("" if file.size else "empty")
+    return Skipped(file.name, reason) if reason else file
+
+
+def _checked_on_disk(file: ImageFile) -> ImageFile | Skipped:
     try:
         status = os.stat(file.path)
     except OSError as error:
-        return Skipped(
-            file.name,
-            f"{'broken link' if os.path.islink(file.path) else 'unreadable'}: {error.strerror}",
-        )
+        kind = "broken link" if os.path.islink(file.path) else "unreadable"
+        return Skipped(file.name, f"{kind}: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):
-        return Skipped(file.name, "not a file")  # a pipe would block whoever opens it
+        return Skipped(file.name, "not a file")  # opening a pipe would block
     if not status.st_size:
         return Skipped(file.name, "empty")
-    suffix = os.path.splitext(file.path)[1].lower()
-    if file.path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+    if file.path.lower().endswith(_COMPRESSED_TARS):
         return Skipped(file.name, "compressed tar: unpack it, or write it as a plain .tar")
-    if suffix not in SUFFIXES and (suffix or not _has_magic(file.path)):
-        return Skipped(file.name, NOT_AN_IMAGE)
+    suffix = suffix_of(file.path)
+    reason = reason_by_suffix(suffix) if suffix else reason_by_head(_head(file.path))
+    if reason:
+        return Skipped(file.name, reason)
     return file._replace(size=status.st_size, modified=modified_ns(status))
 
 
-def modified_ns(status: os.stat_result) -> int:
-    """When a file was last written, in ns; what does not fit into 64 bits (after the year 2262) as what just does."""
-    return max(-(2**63), min(2**63 - 1, status.st_mtime_ns))
-
-
-def _has_magic(path: str) -> bool:
-    """Whether a file without a suffix begins like an image."""
+def _head(path: str) -> bytes:
+    """Return the first bytes of a file; none if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            head = file.read(12)
+            return file.read(HEAD_BYTES)
     except OSError:
-        return False
-    starts = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-    return head.startswith(starts) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+        return b""

@@ -14,7 +14,7 @@ from smalto.core.distributed import local_world_size
 from smalto.core.errors import ConfigError
 from smalto.core.progress import Progress
 from smalto.images.image_file import ImageFile, Skipped
-from smalto.images.reading import LONGER_SIDE, BadImage
+from smalto.images.reading import LONGER_SIDE, BadImage, DeepGray
 from smalto.images.tensors import to_tensor
 from smalto.images.transforms import Transform
 from smalto.images.worker_pool import ReaderPool
@@ -69,9 +69,11 @@ def transform_of(
     stride: int,
     *,
     size: int | None = None,
+    resize: int | None = None,
     longer_side: int | None = LONGER_SIDE,
     crops: int = 1,
     flip: bool = False,
+    deep_gray: DeepGray = "full",
 ) -> Transform:
     """The transform for a tokenizer of this stride; ``longer_side`` 0 keeps the size.
 
@@ -81,9 +83,11 @@ def transform_of(
     settings = {
         "stride": stride,
         "size": size,
+        "resize": resize,
         "longer_side": longer_side or None,
         "crops": crops,
         "flip": flip,
+        "deep_gray": deep_gray,
     }
     return parse_config(Transform, settings, "transform")
 

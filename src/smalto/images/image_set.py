@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import numpy
@@ -16,7 +15,7 @@ from smalto.core.errors import DataError, InputError
 from smalto.images.image_file import ImageFile, Skipped
 from smalto.images.reading import BadImage
 from smalto.images.tensors import to_tensor
-from smalto.images.worker_pool import ReaderPool
+from smalto.images.worker_pool import ReaderPool, ReadJob
 
 
 class ImageSet(ABC):
@@ -40,34 +39,38 @@ class ImageSet(ABC):
 
 
 class ImageFiles(ImageSet):
-    """Image files, decoded in the background, kept as uint8 up to ``cache_bytes``.
+    """Image files, read in the background, cached as uint8 up to ``cache_bytes``.
 
-    The cache keeps what came first: with passes over all images in changing order, that beats throwing out the oldest.
+    The cache keeps what came first: with passes over all images in changing order, that hits more
+    often than evicting the least recently used.
+
+    Args:
+        files: the images.
+        pool: reads them.
+        cache_bytes: size of the cache.
     """
 
     def __init__(
-        self, files: list[ImageFile], decoder: ReaderPool[numpy.ndarray], cache_bytes: int
+        self, files: list[ImageFile], pool: ReaderPool[numpy.ndarray], cache_bytes: int
     ) -> None:
         self.names = [file.name for file in files]
         self.skipped: list[Skipped] = []
         self.row_groups = _row_groups(files)
         self._files = files
-        self._decoder = decoder
+        self._pool = pool
         self._free = cache_bytes
         self._cache: dict[int, Tensor | None] = {}
-        self._requested: dict[
-            int, tuple[Future[list[numpy.ndarray | BadImage]] | None, int]
-        ] = {}  # and how often each is still to be got
+        # Jobs in progress, and how often each is still to be fetched by ``get``.
+        self._requested: dict[int, tuple[ReadJob[numpy.ndarray], int]] = {}
 
     def prefetch(self, indices: Sequence[int]) -> None:
         for index in indices:
-            if index not in self._cache:
-                future, times = (
-                    self._requested[index]
-                    if index in self._requested
-                    else (self._decoder.submit(self._files[index]), 0)
-                )
-                self._requested[index] = future, times + 1
+            if index in self._cache:
+                continue
+            if index not in self._requested:
+                self._requested[index] = self._pool.submit([self._files[index]]), 0
+            job, times = self._requested[index]
+            self._requested[index] = job, times + 1
 
     def get(self, index: int) -> Tensor | None:
         if index not in self._cache:
@@ -83,15 +86,14 @@ class ImageFiles(ImageSet):
         return self._cache[index]
 
     def _load(self, index: int) -> Tensor | None:
-        future, times = self._requested.pop(index)
+        job, times = self._requested.pop(index)
         if times > 1:
-            self._requested[index] = future, times - 1
-        try:
-            array = self._decoder.result(self._files[index], future)
-        except BadImage as bad:
-            self.skipped.append(Skipped(self.names[index], str(bad)))
+            self._requested[index] = job, times - 1
+        (image,) = job.result()
+        if isinstance(image, BadImage):
+            self.skipped.append(Skipped(self.names[index], str(image)))
             return None
-        return to_tensor(array)
+        return to_tensor(image)
 
 
 class DatasetImages(ImageSet):

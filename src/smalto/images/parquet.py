@@ -1,87 +1,156 @@
-"""Images in a column of a parquet file, as Hugging Face datasets store them. No torch here; pyarrow is imported only here."""
+"""Images in a column of a parquet file, as Hugging Face datasets store them.
+
+No torch here. Of the code that reads images, only this file imports pyarrow.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from smalto.core.errors import MissingExtra
 
-MIXED_ROW_GROUPS = 4  # row groups whose images are mixed in training: a row group is read as a whole, so jumping about would read for ever
+# Row groups whose images are mixed in training. A row group is read as a whole, so random access
+# over all of them would read each one once per image.
+MIXED_ROW_GROUPS = 4
+
 _LABELS = ("label", "labels", "class", "cls", "category", "fine_label")
-_LIKELY = ("image", "img", "jpg", "jpeg", "png", "webp", "image", "photo", "bytes")
+_LIKELY = ("image", "img", "jpg", "jpeg", "png", "webp", "photo", "bytes", "images", "imgs")
+_MOST_COLUMNS = 8  # named in an error
 
 
-def cells(path: str) -> Iterator[tuple[int, int, int, str, str]]:
-    """(row group, row in it, row in the file, column, label) of every image; the column is ``image`` or ``image.bytes``.
+class NoImageColumn(ValueError):
+    """A parquet file is whole, and none of its columns can hold images."""
 
-    Labels come from a column of that name, as text; without one they are empty.
+
+class Cell(NamedTuple):
+    """Where one image is in a parquet file.
+
+    Attributes:
+        row_group: the row group.
+        row: within the row group; ``number`` within the file.
+        column: ``image``, or ``image.bytes`` if the column is a struct.
+        label: the class, as text; empty if there is none.
+        element: the position in the row's list; -1 if the column holds one image per row.
+    """
+
+    row_group: int
+    row: int
+    number: int
+    column: str
+    label: str
+    element: int
+
+
+class _Column(NamedTuple):
+    name: str
+    is_list: bool
+
+
+def cells(path: str) -> Iterator[Cell]:
+    """Yield where each image is; every element of a list of images is an image of its own.
+
+    Labels come from a column named ``label``, ``labels``, ``class``, ``cls``, ``category`` or
+    ``fine_label``.
 
     Raises:
         MissingExtra: pyarrow is not installed.
-        ValueError: the file is damaged, or no column holds images.
+        NoImageColumn: no column can hold images.
+        ValueError: the file is damaged.
     """
-    parquet = _pyarrow()
-    file = parquet.ParquetFile(path)
-    column, number = _image_column(file.schema_arrow), 0
-    labelled = next((name for name in _LABELS if name in file.schema_arrow.names), None)
+    file = _pyarrow().ParquetFile(path)
+    column = _image_column(file.schema_arrow)
+    label_column = next((name for name in _LABELS if name in file.schema_arrow.names), None)
+    number = 0
     for row_group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(row_group).num_rows
-        values = (
-            file.read_row_group(row_group, columns=[labelled]).column(0).to_pylist()
-            if labelled
-            else [None] * rows
-        )
-        for row, value in enumerate(values):
-            yield row_group, row, number, column, "" if value is None else str(value)
+        labels = [None] * rows
+        if label_column:
+            table = file.read_row_group(row_group, columns=[label_column])
+            labels = table.column(0).to_pylist()
+        lengths = _list_lengths(file, row_group, column.name) if column.is_list else None
+        for row, value in enumerate(labels):
+            label = "" if value is None else str(value)
+            for element in range(lengths[row] or 0) if lengths else (-1,):
+                yield Cell(row_group, row, number, column.name, label, element)
             number += 1
 
 
-def read_cell(path: str, row_group: int, column: str, row: int) -> bytes:
-    """The bytes of one image. Raises ValueError where the cell is empty."""
+def read_cell(path: str, row_group: int, column: str, row: int, element: int = -1) -> bytes:
+    """Return the bytes of one image.
+
+    Raises:
+        ValueError: the cell is empty.
+    """
     status = os.stat(path)
-    value = _column(path, status.st_mtime_ns, row_group, column)[row].as_py()
-    if not value:
+    value = _column(path, status.st_mtime_ns, row_group, column)[row]
+    if element >= 0 and value.is_valid:
+        value = value.values[element]
+    if value.is_valid and hasattr(value, "keys"):  # a struct of bytes and path
+        value = value["bytes"]
+    data = value.as_py()
+    if not data:
         raise ValueError("the cell is empty")
-    return bytes(value)
+    return bytes(data)
 
 
 @functools.lru_cache(maxsize=MIXED_ROW_GROUPS + 1)
 def _column(path: str, modified: int, row_group: int, column: str) -> Any:
-    """The image column of a row group, as bytes."""
-    import pyarrow
-
+    """Return the image column of a row group."""
     table = _pyarrow().ParquetFile(path).read_row_group(row_group, columns=[column])
-    values = table.column(0).combine_chunks()
-    return values.field("bytes") if isinstance(values, pyarrow.StructArray) else values
+    return table.column(0)
 
 
-def _image_column(schema: Any) -> str:
+def _list_lengths(file: Any, row_group: int, column: str) -> list[int | None]:
+    """Return how many images each row of a row group has; None if it has no list.
+
+    The lengths are in every part of the column, so the smallest is read: paths rather than bytes.
+    """
+    import pyarrow.compute
+
+    paths = [file.schema.column(i).path for i in range(len(file.schema.names))]
+    parts = [path for path in paths if path.startswith(f"{column}.")]
+    smallest = min(parts, key=lambda path: (path.endswith(".bytes"), not path.endswith(".path")))
+    table = file.read_row_group(row_group, columns=[smallest])
+    return list(pyarrow.compute.list_value_length(table.column(0)).to_pylist())
+
+
+def _image_column(schema: Any) -> _Column:
+    """Return the column that holds images: one with a likely name, else the first that can."""
     import pyarrow.types as types
 
     def is_binary(kind: Any) -> bool:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
-    structs = [
-        f.name
-        for f in schema
-        if types.is_struct(f.type) and any(c.name == "bytes" and is_binary(c.type) for c in f.type)
-    ]
-    plain = [f.name for f in schema if is_binary(f.type)]
-    candidates = [f"{name}.bytes" for name in structs] + plain
-    # Likely names first; sorting keeps the order of the file among equals.
-    candidates.sort(
-        key=lambda name: (
-            _LIKELY.index(low) if (low := name.split(".")[0].lower()) in _LIKELY else len(_LIKELY)
+    def has_bytes(kind: Any) -> bool:
+        return types.is_struct(kind) and any(f.name == "bytes" and is_binary(f.type) for f in kind)
+
+    def is_list(kind: Any) -> bool:
+        of_any_length = types.is_list(kind) or types.is_large_list(kind)
+        return (of_any_length or types.is_fixed_size_list(kind)) and (
+            is_binary(kind.value_type) or has_bytes(kind.value_type)
         )
-    )
+
+    structs = [_Column(f"{f.name}.bytes", False) for f in schema if has_bytes(f.type)]
+    plain = [_Column(f.name, False) for f in schema if is_binary(f.type)]
+    lists = [_Column(f.name, True) for f in schema if is_list(f.type)]
+    candidates = [*structs, *plain, *lists]
     if not candidates:
-        raise ValueError(
-            f"no column holds images as bytes; there are {', '.join(schema.names[:8])}"
+        columns = [f"{f.name} ({f.type})" for f in schema]
+        more = len(columns) - _MOST_COLUMNS
+        got = ", ".join(columns[:_MOST_COLUMNS]) + (f" and {more} more" if more > 0 else "")
+        raise NoImageColumn(
+            f"got the columns {got or 'none'}; expected one of type binary or "
+            "struct<bytes: binary, path: string>, or a list of these"
         )
-    return candidates[0]
+    return min(candidates, key=_unlikeliness)  # the first among equals
+
+
+def _unlikeliness(column: _Column) -> int:
+    name = column.name.split(".")[0].lower()
+    return _LIKELY.index(name) if name in _LIKELY else len(_LIKELY)
 
 
 def _pyarrow() -> Any:

@@ -53,7 +53,7 @@ def use_shared_buffers(array: Any) -> None:
     _shared = memoryview(array).cast("B")
 
 
-def packed(slot: int | None, job: Callable[..., Any], *arguments: Any) -> Packed:
+def run_and_pack(slot: int | None, job: Callable[..., Any], *arguments: Any) -> Packed:
     """In a worker: do a job and leave the arrays of its result in a slot."""
     result = job(*arguments)
     places: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Decoding images in background processes."""
+"""Reading images in background processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,54 +19,59 @@ from smalto.core.allocator import keep_middle_sized_blocks
 from smalto.core.errors import DataError
 from smalto.images.image_file import ImageFile
 from smalto.images.reading import BadImage
-from smalto.images.shared_memory import Packed, SharedBuffers, packed, use_shared_buffers
+from smalto.images.shared_memory import Packed, SharedBuffers, run_and_pack, use_shared_buffers
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class ReaderPool(Generic[T]):
-    """Reads files in spawned worker processes, or on demand in this one with ``workers=0``.
+    """Reads files in spawned worker processes, or in this process with ``workers=0``.
 
-    An image that kills its worker counts as bad; the others go on in fresh workers. Use as a context manager.
+    Arrays return through shared memory. An image that crashes its worker counts as bad; the other
+    images are read by new workers. Use as a context manager.
 
     Args:
         workers: number of processes.
-        read: what turns a file into an image, such as ``read_image`` or the ``prepare`` of a Transform; raises BadImage.
+        read: turns a file into an image, such as ``read_image`` or the ``prepare`` of a Transform;
+            raises BadImage.
     """
 
     def __init__(self, workers: int, read: Callable[[ImageFile], T]) -> None:
-        self.workers, self._read = workers, read
+        self.workers = workers
+        self._read = read
         self._running: _Workers | None = None
 
-    def submit(self, file: ImageFile) -> Future[list[T | BadImage]] | None:
-        """Ask for one file; pass what comes back to ``result``."""
-        return self._submit(_read_each, self._read, [file]) if self.workers else None
-
-    def result(self, file: ImageFile, future: Future[list[T | BadImage]] | None) -> T:
-        """The image asked for. Raises BadImage."""
-        (image,) = self._outcomes([file], future)
-        if isinstance(image, BadImage):
-            raise image
-        return image
+    def submit(self, files: list[ImageFile]) -> ReadJob[T]:
+        """Start to read files in one worker; without workers ``ReadJob.result`` reads them."""
+        if not self.workers:
+            return ReadJob(self, files, None, None, None)
+        buffers = self._start().buffers
+        slot = buffers.take()
+        future = self._submit(run_and_pack, slot, read_each, self._read, files)
+        return ReadJob(self, files, future, buffers, slot)
 
     def in_order(
         self, files: Iterable[ImageFile], together: int = 1
     ) -> Iterator[tuple[ImageFile, T | BadImage]]:
-        """Every file with its image, or with the reason why there is none.
+        """Yield every file with its image, or with the reason why it cannot be read.
 
-        ``together`` files are one job of a worker; two jobs a worker are begun ahead.
+        Args:
+            files: to read.
+            together: files per job of a worker; two jobs per worker are started ahead.
         """
-        waiting: deque[_Job] = deque()
+        waiting: deque[ReadJob[T]] = deque()
         files = iter(files)
         while group := list(itertools.islice(files, together)):
-            waiting.append(self._begin(group))
+            waiting.append(self.submit(group))
             if len(waiting) > 2 * self.workers:
-                yield from self._finish(waiting.popleft())
+                job = waiting.popleft()
+                yield from zip(job.files, job.result(), strict=True)
         for job in waiting:
-            yield from self._finish(job)
+            yield from zip(job.files, job.result(), strict=True)
 
     def close(self) -> None:
+        """Stop the workers."""
         if self._running is not None:
             self._running.pool.shutdown(cancel_futures=True)
             self._running = None
@@ -83,119 +87,132 @@ class ReaderPool(Generic[T]):
     ) -> None:
         self.close()
 
-    def _begin(self, files: list[ImageFile]) -> _Job:
-        if not self.workers:
-            return _Job(files, None, None)
-        slots = self._start().slots
-        slot = slots.take()
-        return _Job(
-            files,
-            self._submit(packed, slot, _read_each, self._read, files),
-            partial(slots.unpack, slot),
-        )
+    def read_here(self, files: list[ImageFile]) -> list[T | BadImage]:
+        """Read files in this process."""
+        return read_each(self._read, files)
 
-    def _finish(self, job: _Job) -> Iterator[tuple[ImageFile, T | BadImage]]:
-        outcomes = self._outcomes(job.files, job.future)
-        if job.unpack and isinstance(outcomes, Packed):  # else it was done again here
-            outcomes = job.unpack(outcomes)
-        yield from zip(job.files, outcomes, strict=True)
+    def retry_alone(self, file: ImageFile) -> T | BadImage:
+        """Read a file whose worker crashed in a worker that reads nothing else.
 
-    def _outcomes(
-        self, files: list[ImageFile], future: Future[list[T | BadImage]] | None
-    ) -> list[T | BadImage]:
-        if future is None:
-            return _read_each(self._read, files)
-        try:
-            return future.result()
-        except (
-            BrokenProcessPool,
-            CancelledError,
-        ):  # its worker died, or another job's did and took the pool along
-            return [self._retry_alone(file) for file in files]
-
-    def _start(self) -> _Workers:
-        if self._running is None:
-            context = multiprocessing.get_context(
-                "spawn"
-            )  # not forked: torch's threads do not survive a fork
-            slots = SharedBuffers(context, 2 * self.workers + 1)
-            pool = ProcessPoolExecutor(
-                self.workers, context, initializer=_begin_worker, initargs=(slots.array,)
-            )
-            self._running = _Workers(pool, slots)
-        return self._running
-
-    def _submit(self, job: Callable[..., R], *arguments: Any) -> Future[R]:
-        pool = self._start().pool
-        with _interrupts_are_the_parents():  # submitting may start a worker
-            try:
-                return pool.submit(job, *arguments)
-            except BrokenProcessPool:  # it broke since: this job, too, is done again alone
-                broken: Future[R] = Future()
-                broken.set_exception(BrokenProcessPool())
-                return broken
-
-    def _retry_alone(self, file: ImageFile) -> T | BadImage:
+        Raises:
+            DataError: workers cannot start.
+        """
         self.close()
         try:
             self._submit(int).result()
         except BrokenProcessPool:
             self.close()
             raise DataError(
-                "the decoding workers cannot start. In a script of your own put the call under `if __name__ == '__main__':`, "
-                "because workers import the script; or pass workers=0."
+                "the reading workers cannot start. In a script of your own put the call under "
+                "`if __name__ == '__main__':`, because workers import the script; or pass workers=0."
             ) from None
         try:
-            return self._submit(_read_each, self._read, [file]).result()[0]
+            return self._submit(read_each, self._read, [file]).result()[0]
         except BrokenProcessPool:
             self.close()
-            return BadImage("damaged: it crashed the decoder")
+            return BadImage("damaged: it crashed the reader")
+
+    def _start(self) -> _Workers:
+        if self._running is None:
+            # Spawned, not forked: torch's threads do not survive a fork.
+            context = multiprocessing.get_context("spawn")
+            buffers = SharedBuffers(context, 2 * self.workers + 1)
+            pool = ProcessPoolExecutor(
+                self.workers, context, initializer=_begin_worker, initargs=(buffers.array,)
+            )
+            self._running = _Workers(pool, buffers)
+        return self._running
+
+    def _submit(self, job: Callable[..., R], *arguments: Any) -> Future[R]:
+        pool = self._start().pool
+        with _signals_blocked():  # submitting may start a worker
+            try:
+                return pool.submit(job, *arguments)
+            except BrokenProcessPool:  # it broke since: this job is retried too
+                broken: Future[R] = Future()
+                broken.set_exception(BrokenProcessPool())
+                return broken
+
+
+class ReadJob(Generic[T]):
+    """Files that a worker reads together.
+
+    Attributes:
+        files: in order.
+    """
+
+    def __init__(
+        self,
+        pool: ReaderPool[T],
+        files: list[ImageFile],
+        future: Future[Packed] | None,
+        buffers: SharedBuffers | None,
+        slot: int | None,
+    ) -> None:
+        self.files = files
+        self._pool = pool
+        self._future = future
+        self._buffers = buffers
+        self._slot = slot
+        self._outcomes: list[T | BadImage] | None = None
+
+    def result(self) -> list[T | BadImage]:
+        """Return the image of each file, or the reason why it cannot be read; may be called again."""
+        if self._outcomes is None:
+            self._outcomes = self._finish()
+        return self._outcomes
+
+    def _finish(self) -> list[T | BadImage]:
+        if self._future is None or self._buffers is None:
+            return self._pool.read_here(self.files)
+        try:
+            packed = self._future.result()
+        except (BrokenProcessPool, CancelledError):  # a worker crashed, this job's or another's
+            return [self._pool.retry_alone(file) for file in self.files]
+        outcomes: list[T | BadImage] = self._buffers.unpack(self._slot, packed)
+        return outcomes
 
 
 class _Workers(NamedTuple):
     pool: ProcessPoolExecutor
-    slots: SharedBuffers
+    buffers: SharedBuffers
 
 
-class _Job(NamedTuple):
-    """Files that a worker reads together."""
-
-    files: list[ImageFile]
-    future: Future[Any] | None
-    unpack: Callable[[Packed], Any] | None
+def read_each(read: Callable[[ImageFile], T], files: list[ImageFile]) -> list[T | BadImage]:
+    """Read files one by one; a file that cannot be read gives its BadImage."""
+    outcomes: list[T | BadImage] = []
+    for file in files:
+        try:
+            outcomes.append(read(file))
+        except BadImage as bad:
+            outcomes.append(bad)
+    return outcomes
 
 
 def _begin_worker(shared: Any) -> None:
     use_shared_buffers(shared)
     keep_middle_sized_blocks()
-    _end_with_the_parent()
+    _exit_with_parent()
 
 
-def _end_with_the_parent() -> None:
-    """In a worker: end when the process that started it has ended, even by SIGKILL. Of itself a worker would wait for jobs for ever."""
+def _exit_with_parent() -> None:
+    """In a worker: exit when the process that started it has ended, even by SIGKILL.
+
+    A worker alone would wait for jobs without end.
+    """
     parent = multiprocessing.parent_process()
 
-    def end() -> None:
+    def wait() -> None:
         assert parent is not None
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=end, daemon=True).start()
-
-
-def _read_each(read: Callable[[ImageFile], T], files: list[ImageFile]) -> list[T | BadImage]:
-    found: list[T | BadImage] = []
-    for file in files:
-        try:
-            found.append(read(file))
-        except BadImage as bad:
-            found.append(bad)
-    return found
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
-def _interrupts_are_the_parents() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C, from their first moment on; here it waits until the block ends."""
+def _signals_blocked() -> Iterator[None]:
+    """Block SIGINT: processes started inside never receive Ctrl-C, here it waits for the end."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,1 +1,1 @@
-"""A tokenizer as jobs run it: precision, batching, threads."""
+"""Tokenizers for inference: device, precision and batch size."""

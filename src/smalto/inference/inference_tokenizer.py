@@ -1,4 +1,4 @@
-"""What every job that runs a tokenizer over images shares."""
+"""A tokenizer on its device, for all jobs that encode and decode images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smalto.core.device import Precision, memory_errors, resolve_device
 from smalto.core.errors import ConfigError, DataError
+from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout
 from smalto.core.progress import Progress
 from smalto.tokenizer import ImageTokenizer, load
@@ -18,15 +19,18 @@ from smalto.tokenizer import ImageTokenizer, load
 
 @dataclass(frozen=True)
 class InferenceTokenizer:
-    """A tokenizer on its device, in the form that runs fastest, with how to run it.
+    """A copy of a tokenizer on its device, optimized for inference, with its batch size.
 
     Attributes:
-        tokenizer: a copy for inference.
-        fingerprint: of the tokenizer that it is a copy of.
+        tokenizer: the copy, see ``ImageTokenizer.for_inference``.
+        identity: of the original tokenizer.
+        device: of the copy.
+        precision: of encoder and decoder.
+        batch: images per batch.
     """
 
     tokenizer: ImageTokenizer
-    fingerprint: str
+    identity: TokenizerIdentity
     device: torch.device
     precision: Precision
     batch: int
@@ -40,12 +44,19 @@ class InferenceTokenizer:
         batch: int,
         progress: Progress,
     ) -> InferenceTokenizer:
+        """Load a tokenizer on a device, and report the device as a message.
+
+        Raises:
+            ConfigError: ``batch`` is below 1, or the device does not exist.
+            DataError: the tokenizer is not for RGB images.
+        """
         if batch < 1:
             raise ConfigError(f"batch must be at least 1; got {batch}.")
         model = tokenizer if isinstance(tokenizer, ImageTokenizer) else load(tokenizer)
         if model.in_channels != 3:
             raise DataError(
-                f"this tokenizer takes images of {model.in_channels} channels; image files have 3. Call encode() with tensors."
+                f"got a tokenizer for images of {model.in_channels} channels; expected 3, as in "
+                "image files. Call its encode() with tensors."
             )
         target = resolve_device(device)
         progress.message(f"device {target}, {precision}")
@@ -55,29 +66,29 @@ class InferenceTokenizer:
     def on(
         cls, tokenizer: ImageTokenizer, precision: Precision, batch: int = 1
     ) -> InferenceTokenizer:
-        """Run a tokenizer on the device where it is."""
+        """Copy a tokenizer for inference on its present device."""
         return cls(
             tokenizer.for_inference(precision),
-            tokenizer.fingerprint(),
+            tokenizer.identity(),
             next(tokenizer.parameters()).device,
             precision,
             batch,
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] -> tokens [B, L] on the CPU."""
+        """Encode images [B, C, H, W] in [-1, 1] to tokens [B, L] on the CPU."""
         with memory_errors(self.device, len(images)):
             return self.tokenizer.encode(images.to(self.device)).cpu()
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens [B, L] -> images float32 [B, C, H, W] in [-1, 1] on the CPU."""
+        """Decode tokens [B, L] to images float32 [B, C, H, W] in [-1, 1] on the CPU."""
         with memory_errors(self.device, len(tokens)):
             return self.tokenizer.decode(tokens.to(self.device), layout).float().cpu()
 
     @torch.no_grad()
     def decode_each(self, tokens: Tensor, layout: TokenLayout) -> list[Tensor]:
-        """Tokens [B, L] -> the images, as ``decode`` gives them, after each grid of the layout."""
+        """Decode tokens [B, L] up to each grid of the layout; one batch of images per grid."""
         with memory_errors(self.device, len(tokens)):
             return [
                 images.float().cpu()
@@ -85,7 +96,7 @@ class InferenceTokenizer:
             ]
 
     def roundtrip(self, images: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Images -> tokens, what comes back, and the seconds that both took."""
+        """Encode and decode images; return tokens, reconstructions, and the seconds for both."""
         begun = time.perf_counter()
         tokens = self.encode(images)
         reconstruction = self.decode(tokens, self.tokenizer.layout(*images.shape[2:]))

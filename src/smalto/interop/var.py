@@ -1,12 +1,15 @@
-"""FoundationVision/VAR: its multi-scale tokenizer, weights and names (Tian et al. 2024, arXiv 2404.02905)."""
+"""FoundationVision/VAR: weights, names and settings of its multi-scale tokenizer.
+
+Paper: Tian et al. 2024, arXiv 2404.02905. Code: https://github.com/FoundationVision/VAR, read at
+commit 78b9539; defaults and file names below are from there.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,7 +23,9 @@ from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.token_blocks import PatchHws
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-HITS = "quantize.ema_vocab_hit_SV"  # statistics of VAR's training; nothing computes with them
+MIN_QUANT_RESI = 1e-6  # at or below it VAR builds Identity in the place of φ, without weights
+HITS = "quantize.ema_vocab_hit_SV"  # statistics of VAR's training, unused in inference
+VARValue = bool | int | float | tuple[int, ...]  # an argument of VAR's code
 _MARKS = ("quantize.embedding.weight", "encoder.conv_in.weight")
 
 
@@ -31,28 +36,36 @@ def load_tokenizer(
     quant_resi: float = 0.5,
     beta: float = 0.25,
 ) -> ImageTokenizer:
-    """Read a tokenizer of VAR, such as the published ``vae_ch160v4096z32.pth``: its tokens come out exactly.
+    """Read a tokenizer of VAR, such as the published ``vae_ch160v4096z32.pth``, with equal tokens.
 
     Args:
-        path_or_state_dict: a ``.pth`` or ``.safetensors`` file, or what one holds. Weights that are nested in a training checkpoint are
-            found where there is one set of them.
-        patch_nums, using_znorm, quant_resi, beta: what the tokenizer was built with; they leave no trace in the weights. ``ch``,
-            ``vocab_size``, ``z_channels``, the sharing of φ and all else is read off keys and shapes.
+        path_or_state_dict: a ``.pth`` or ``.safetensors`` file, or its content. Weights nested in
+            a training checkpoint are found if there is exactly one set of them.
+        patch_nums, using_znorm, quant_resi, beta: arguments with which the tokenizer was built.
+            The weights do not contain them. ``ch``, ``vocab_size``, ``z_channels``, the sharing of
+            φ and all other settings are read from keys and shapes. With ``abs(quant_resi)`` of at
+            most 1e-6 the tokenizer has no φ, as in VAR's code.
 
     Returns:
-        ImageTokenizer: in evaluation mode on the CPU, in the precision of the weights. ``.save(folder)`` keeps it.
+        ImageTokenizer: in evaluation mode on the CPU, in the dtype of the weights. Its
+        ``save(folder)`` writes it as a tokenizer of smalto.
 
     Raises:
-        DataError: the file cannot be read without running code from it, or holds no tokenizer or several.
-        ConfigError: a key is missing, too many or of another shape, or the number of scales is another.
+        DataError: the file cannot be read without running code from it, or holds no tokenizer, or
+            several of them.
+        ConfigError: a key is missing, unexpected or of another shape, or the number of scales
+            differs from that of ``patch_nums``.
     """
     if isinstance(path_or_state_dict, (str, Path)):
-        source, checkpoint = str(path_or_state_dict), read_checkpoint(path_or_state_dict)
+        source = str(path_or_state_dict)
+        checkpoint = read_checkpoint(path_or_state_dict)
     else:
-        source, checkpoint = "the state dict", path_or_state_dict
+        source = "the state dict"
+        checkpoint = path_or_state_dict
     if isinstance(checkpoint, Mapping) and "pos_1LC" in checkpoint:
         raise DataError(
-            f"{source} is VAR's transformer, not its tokenizer: load vae_ch160v4096z32.pth, which lies beside it."
+            f"{source} is VAR's transformer; expected its tokenizer. Load vae_ch160v4096z32.pth, "
+            "which was published in the same place."
         )
     state = find_state(checkpoint, _MARKS, "tokenizer of VAR")
     _check_tensors(state, source)
@@ -61,7 +74,9 @@ def load_tokenizer(
         tokenizer = config.build()
     names = _var_names(tokenizer)
     expected = {names[key]: tensor.shape for key, tensor in tokenizer.state_dict().items()}
-    expected[HITS] = torch.Size((len(config.quantizer.grids), config.quantizer.codebook_size))  # type: ignore[union-attr]
+    quantizer = config.quantizer
+    assert isinstance(quantizer, MultiScaleVQConfig)
+    expected[HITS] = torch.Size((len(quantizer.grids), quantizer.codebook_size))
     _compare(expected, state, source)
     tokenizer.load_state_dict(
         {key: state[name].detach().clone() for key, name in names.items()}, assign=True
@@ -70,16 +85,17 @@ def load_tokenizer(
 
 
 def tokenizer_state_dict(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
-    """The weights under the keys and in the shapes of VAR's ``VQVAE``, as copies on the CPU. Projected codebooks are folded.
+    """Return the weights under the keys and in the shapes of VAR's ``VQVAE``, copied to the CPU.
 
-    ``quantize.ema_vocab_hit_SV`` is zero: it counts hits during VAR's own training and nothing computes with it.
+    Projected codebooks are folded. ``quantize.ema_vocab_hit_SV`` is zero: it counts hits during
+    VAR's own training and is unused otherwise.
 
     Raises:
-        ConfigError: VAR cannot hold this tokenizer, and why.
+        ConfigError: VAR's code cannot hold this tokenizer; the message gives the reasons.
     """
     if not isinstance(tokenizer, ImageTokenizer):
         raise InputError(
-            f"tokenizer_state_dict takes an ImageTokenizer; got {describe(tokenizer)}."
+            f"got {describe(tokenizer)}; expected an ImageTokenizer. Load one with smalto.load."
         )
     reasons = obstacles(tokenizer)
     if reasons:
@@ -87,79 +103,138 @@ def tokenizer_state_dict(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
     tokenizer = tokenizer.folded()
     quantizer = tokenizer.quantize
     assert isinstance(quantizer, MultiScaleVQ)
-    own, names = tokenizer.state_dict(), _var_names(tokenizer)
+    own = tokenizer.state_dict()
+    names = _var_names(tokenizer)
     state = {name: own[key].detach().cpu().clone() for key, name in names.items()}
     state[HITS] = torch.zeros(len(quantizer.scales), quantizer.codebook_size)
     return state
 
 
 def obstacles(tokenizer: ImageTokenizer) -> list[str]:
-    """Why VAR's code cannot hold a tokenizer, whatever values it is built with; empty where it can."""
+    """Return the reasons why VAR's code cannot hold a tokenizer, whatever arguments it is given."""
     config = tokenizer.config
-    autoencoder, quantizer = (
-        getattr(config, "autoencoder", None),
-        getattr(config, "quantizer", None),
-    )
+    autoencoder = getattr(config, "autoencoder", None)
+    quantizer = getattr(config, "quantizer", None)
     if not isinstance(autoencoder, CNNAutoencoderConfig) or not isinstance(
         quantizer, MultiScaleVQConfig
     ):
         kinds = [getattr(part, "kind", "simple") for part in (autoencoder, quantizer)]
         return [
-            f'it needs autoencoder.kind "cnn" and quantizer.kind "multiscale"; this one has {kinds[0]!r} and {kinds[1]!r}'
+            f"got autoencoder.kind {kinds[0]!r} and quantizer.kind {kinds[1]!r}; "
+            'expected "cnn" and "multiscale"'
         ]
     reasons = []
     if quantizer.scale.code_dim is not None:
         reasons.append(
-            f'it knows no projections around the codebook (quantizer.scale.code_dim is {quantizer.scale.code_dim}, not "none")'
+            f"got quantizer.scale.code_dim {quantizer.scale.code_dim}; expected None, because VAR "
+            "has no projections around the codebook"
         )
     if any(h != w for h, w in quantizer.grids):
-        reasons.append(f"its scales are square (quantizer.scales are {_shown(quantizer.grids)})")
+        reasons.append(f"got quantizer.scales {_shown(quantizer.grids)}; expected square scales")
     if len(quantizer.scales) == 1:
-        reasons.append("it divides by zero with one scale")
+        reasons.append(
+            "got one scale; expected at least two, because VAR divides by their number - 1"
+        )
+    if 0 < quantizer.phi_ratio <= MIN_QUANT_RESI:
+        reasons.append(
+            f"got quantizer.phi_ratio {quantizer.phi_ratio:g}; expected 0 or a value above "
+            f"{MIN_QUANT_RESI:g}, because VAR builds Identity for values up to that and does not "
+            "load the φ weights. Train with phi_ratio = 0 or a larger one"
+        )
     return reasons
 
 
-def constructor_values(tokenizer: ImageTokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What VAR's ``VQVAE(...)`` must be given to load ``tokenizer_state_dict(tokenizer)``, where that differs from its defaults.
+@dataclass(frozen=True)
+class VARSettings:
+    """Values that VAR's code needs to load a tokenizer, by the place where each one is set.
 
-    Returns:
-        Arguments of ``VQVAE`` (the published tokenizer's are ``{"ch": 160}``); and values that its code fixes in ``ddconfig``
-        (models/vqvae.py) and that must be edited there.
+    Attributes:
+        vocab_size: codes; ``V`` of ``build_vae_var`` (models/__init__.py).
+        z_channels: channels of the latents; ``Cvae`` of ``build_vae_var``.
+        ch: width at full resolution; ``ch`` of ``build_vae_var``.
+        share_quant_resi: number of φ, 0 for one per scale; an argument of ``build_vae_var``.
+        patch_nums: side of each scale; ``patch_nums`` of ``build_vae_var``, ``--pn`` of train.py.
+        patch_size: pixels per latent position; ``--patch_size`` of train.py.
+        vqvae: arguments of ``VQVAE`` that differ from its defaults and that ``build_vae_var`` does
+            not pass to it. They must be added to the call in models/__init__.py.
+        ddconfig: values that differ from those fixed in ``ddconfig`` (models/vqvae.py).
     """
+
+    vocab_size: int
+    z_channels: int
+    ch: int
+    share_quant_resi: int
+    patch_nums: tuple[int, ...]
+    patch_size: int
+    vqvae: dict[str, VARValue]
+    ddconfig: dict[str, VARValue]
+
+    @property
+    def are_published(self) -> bool:
+        """Whether ``build_vae_var`` and train.py of VAR have these values by default."""
+        return self == VARSettings(4096, 32, 160, 4, PATCH_NUMS, 16, {}, {})
+
+
+def var_settings(tokenizer: ImageTokenizer) -> VARSettings:
+    """Return what VAR's code needs to load ``tokenizer_state_dict(tokenizer)``."""
     config = tokenizer.config
     assert isinstance(config, TokenizerConfig)
-    autoencoder, quantizer = config.autoencoder, config.quantizer
+    autoencoder = config.autoencoder
+    quantizer = config.quantizer
     assert isinstance(autoencoder, CNNAutoencoderConfig)
     assert isinstance(quantizer, MultiScaleVQConfig)
-    num_phis = quantizer.num_phis or 0
-    arguments = {
-        "vocab_size": (quantizer.codebook_size, 4096),
-        "z_channels": (quantizer.latent_dim, 32),
-        "ch": (autoencoder.ch, 128),
+    vqvae: dict[str, tuple[VARValue, VARValue]] = {
         "dropout": (autoencoder.dropout, 0.0),
         "beta": (quantizer.scale.beta, 0.25),
         "using_znorm": (quantizer.scale.metric == "cosine", False),
         "quant_conv_ks": (autoencoder.quant_conv_kernel, 3),
         "quant_resi": (quantizer.phi_ratio, 0.5),
-        "share_quant_resi": (num_phis, 4),
-        "v_patch_nums": (tuple(h for h, _ in quantizer.grids), PATCH_NUMS),
     }
-    fixed = {
+    ddconfig: dict[str, tuple[VARValue, VARValue]] = {
         "in_channels": (autoencoder.in_channels, 3),
         "ch_mult": (autoencoder.ch_mult, (1, 1, 2, 2, 4)),
         "num_res_blocks": (autoencoder.num_res_blocks, 2),
         "using_sa": (autoencoder.attention, True),
         "using_mid_sa": (autoencoder.attention, True),
     }
-    return _differing(arguments), _differing(fixed)
+    return VARSettings(
+        vocab_size=quantizer.codebook_size,
+        z_channels=quantizer.latent_dim,
+        ch=autoencoder.ch,
+        share_quant_resi=quantizer.num_phis or 0,
+        patch_nums=tuple(h for h, _ in quantizer.grids),
+        patch_size=autoencoder.stride,
+        vqvae=_differing(vqvae),
+        ddconfig=_differing(ddconfig),
+    )
 
 
-def _differing(values: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+def constructor_values(
+    tokenizer: ImageTokenizer,
+) -> tuple[dict[str, VARValue], dict[str, VARValue]]:
+    """Return the values for code that builds VAR's ``VQVAE`` itself, without ``build_vae_var``.
+
+    Returns:
+        Arguments of ``VQVAE`` that differ from its defaults (for the published tokenizer
+        ``{"ch": 160}``), and the values that must be edited in ``ddconfig`` (models/vqvae.py).
+    """
+    settings = var_settings(tokenizer)
+    arguments: dict[str, tuple[VARValue, VARValue]] = {
+        "vocab_size": (settings.vocab_size, 4096),
+        "z_channels": (settings.z_channels, 32),
+        "ch": (settings.ch, 128),
+        "share_quant_resi": (settings.share_quant_resi, 4),
+        "v_patch_nums": (settings.patch_nums, PATCH_NUMS),
+    }
+    return _differing(arguments) | settings.vqvae, settings.ddconfig
+
+
+def _differing(values: dict[str, tuple[VARValue, VARValue]]) -> dict[str, VARValue]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _var_names(tokenizer: ImageTokenizer) -> dict[str, str]:
-    """Our key -> VAR's, for everything that VAR has."""
+    """Return the key of VAR for each key of ours that VAR has."""
     quantizer = tokenizer.quantize
     assert isinstance(quantizer, MultiScaleVQ)
     config = tokenizer.config
@@ -177,9 +252,8 @@ def _var_names(tokenizer: ImageTokenizer) -> dict[str, str]:
     ]
     names = {}
     for key in tokenizer.state_dict():
-        if not key.startswith(
-            "quantize.scale.embedding.ema_"
-        ):  # moving averages are of training only
+        # The moving averages of codes are needed in training only, and VAR does not have them.
+        if not key.startswith("quantize.scale.embedding.ema_"):
             names[key] = key
             for pattern, replacement in patterns:
                 names[key] = re.sub(rf"^{pattern}\.", replacement + ".", names[key])
@@ -194,14 +268,15 @@ def _read_config(
     beta: float,
     source: str,
 ) -> TokenizerConfig:
-    """What the keys and shapes of a state say about the tokenizer that it is of."""
+    """Return the settings of a tokenizer from the keys and shapes of its weights."""
 
     def shape(key: str, rank: int = 4) -> tuple[int, ...]:
         if key not in state:
             raise ConfigError(f"{source}: the key {key!r} is missing.")
         if state[key].ndim != rank:
             raise ConfigError(
-                f"{source}: {key!r} is {list(state[key].shape)}, expected {rank} dimensions."
+                f"{source}: got {key!r} of shape {list(state[key].shape)}; "
+                f"expected {rank} dimensions."
             )
         return tuple(state[key].shape)
 
@@ -210,7 +285,8 @@ def _read_config(
     widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
     if ch < 1 or any(width % ch for width in widths):
         raise ConfigError(
-            f"{source}: encoder.down.*.block.0.conv1.weight have {widths} channels, which are not multiples of ch = {ch}."
+            f"{source}: got {widths} channels in encoder.down.*.block.0.conv1.weight; "
+            f"expected multiples of ch = {ch}."
         )
     codebook_size, code_dim = shape("quantize.embedding.weight", rank=2)
     num_phis: int | None
@@ -232,7 +308,8 @@ def _read_config(
     }
     if not isinstance(using_znorm, bool) or not isinstance(quant_resi, (int, float)):
         raise ConfigError(
-            f"using_znorm is True or False and quant_resi a number; got {using_znorm!r} and {quant_resi!r}."
+            f"got using_znorm {using_znorm!r} and quant_resi {quant_resi!r}; "
+            "expected True or False, and a number."
         )
     scale = {
         "codebook_size": codebook_size,
@@ -244,7 +321,7 @@ def _read_config(
         "kind": "multiscale",
         "scales": TokenLayout(as_grids(patch_nums)).grids,
         "num_phis": num_phis,
-        "phi_ratio": abs(quant_resi),
+        "phi_ratio": 0.0 if abs(quant_resi) <= MIN_QUANT_RESI else abs(quant_resi),
         "scale": scale,
     }
     return parse_config(
@@ -253,37 +330,35 @@ def _read_config(
 
 
 def _count(state: State, pattern: str) -> int:
-    """How many numbers, from 0 on, stand in keys of this pattern."""
+    """Return one more than the largest index in the keys that match a pattern, or 0."""
     numbers = [int(match[1]) for key in state if (match := re.fullmatch(pattern, key))]
     return max(numbers, default=-1) + 1
 
 
 def _check_tensors(state: State, source: str) -> None:
-    """Raise ConfigError unless everything is a plain tensor of numbers, in one precision."""
-    precision = state[_MARKS[1]].dtype if isinstance(state[_MARKS[1]], Tensor) else None
+    """Raise ConfigError unless all values are dense floating-point tensors of one dtype."""
+    dtype = state[_MARKS[1]].dtype if isinstance(state[_MARKS[1]], Tensor) else None
     for key, tensor in state.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        if (
-            not plain
-            or not tensor.is_floating_point()
-            or (key != HITS and tensor.dtype != precision)
-        ):
-            wanted = f"numbers in the precision of {_MARKS[1]!r}, {precision}"
+        if not plain or not tensor.is_floating_point() or (key != HITS and tensor.dtype != dtype):
             raise ConfigError(
-                f"{source}: {key!r} is {describe(tensor)}, expected a plain tensor of {wanted}."
+                f"{source}: {key!r} is {describe(tensor)}, expected a plain tensor of {dtype}, "
+                f"the dtype of {_MARKS[1]!r}."
             )
         if not bool(tensor.isfinite().all()):
             raise ConfigError(
-                f"{source}: {key!r} holds NaN or infinite numbers. Take an earlier checkpoint."
+                f"{source}: {key!r} holds NaN or infinite values. Use an earlier checkpoint."
             )
 
 
 def _compare(expected: Mapping[str, torch.Size], state: State, source: str) -> None:
+    """Raise ConfigError unless a state has exactly the expected keys and shapes."""
     hits = state.get(HITS)
     if hits is not None and hits.ndim == 2 and len(hits) != expected[HITS][0]:
         raise ConfigError(
-            f"{source}: {HITS!r} is {list(hits.shape)}, of {len(hits)} scales, and patch_nums has {expected[HITS][0]} "
-            f"(expected {list(expected[HITS])}). Pass the tokenizer's own patch_nums."
+            f"{source}: {HITS!r} is {list(hits.shape)}, of {len(hits)} scales, and patch_nums has "
+            f"{expected[HITS][0]} (expected {list(expected[HITS])}). Pass the patch_nums with "
+            "which the tokenizer was trained."
         )
     problems = [
         f"{key!r} is {list(state[key].shape)}, expected {list(size)}"

@@ -1,4 +1,4 @@
-"""What training minimizes: each term a small module, with a weight that may begin late and grow."""
+"""Terms of the training objective, each with a weight that may start late and ramp up."""
 
 from smalto.losses.adversarial import PatchDiscriminator
 from smalto.losses.config import AdversarialConfig, LossesConfig, PerceptualConfig, Weight

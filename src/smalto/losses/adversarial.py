@@ -1,4 +1,7 @@
-"""The discriminator and its losses (Isola et al. 2017, arXiv 1611.07004; spectral norm: Miyato et al. 2018, arXiv 1802.05957)."""
+"""PatchGAN discriminator and its losses (Isola et al. 2017, arXiv 1611.07004).
+
+Spectral norm: Miyato et al. 2018, arXiv 1802.05957.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,22 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from smalto.core import distributed
 
-MIN_LAST_SIDE = 3  # of the map before the two last convolutions
+MIN_LAST_SIDE = 3  # side of the map before the last two convolutions
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [B, C, H, W] in [-1, 1] -> one number per patch [B, 1, h, w], high for real ones.
+    """PatchGAN discriminator with spectral norm.
 
-    Strided 4x4 convolutions, every one divided by its largest singular value, so that the answer changes slowly with the image.
+    Images [B, C, H, W] in [-1, 1] -> one logit per patch [B, 1, h, w], high for real images.
+
+    It consists of strided 4x4 convolutions. Each is divided by its largest singular value, so that
+    the output changes slowly with the image.
 
     Args:
         in_channels: C.
-        width: channels of the first layer; every further strided one has twice as many, up to 8 times.
-        layers: strided layers.
+        width: channels of the first layer. Every further strided layer doubles them, up to 8 times
+            the width.
+        layers: number of strided layers.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
@@ -38,16 +45,20 @@ class PatchDiscriminator(nn.Module):
         self.body = nn.Sequential(*body, spectral_norm(nn.Conv2d(widths[-1], 1, 4, 1, 1)))
 
     def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 1, h, w]."""
         return self.body(images)
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimizes, from its answers: 2 when it knows nothing, 0 when it tells all apart with certainty."""
+    """Return the hinge loss of the discriminator from its logits for real and fake images.
+
+    It is 2 if all logits are 0, and 0 if all images are classified with a margin of 1.
+    """
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def fooling(fake: Tensor) -> Tensor:
-    """What the tokenizer minimizes, from the discriminator's answers to its reconstructions."""
+    """Return the adversarial loss of the tokenizer from the logits of its reconstructions."""
     return -fake.mean()
 
 
@@ -55,15 +66,19 @@ def fooling(fake: Tensor) -> Tensor:
 def adaptive_factor(
     reconstruction_gradient: Tensor, adversarial_gradient: Tensor, largest: float
 ) -> tuple[Tensor, Tensor]:
-    """By what to multiply the adversarial gradient so that it is as long as the reconstruction's (Esser et al. 2021, arXiv 2012.09841).
+    """Return the factor that gives the adversarial gradient the norm of the reconstruction's.
+
+    Esser et al. 2021, arXiv 2012.09841.
 
     Args:
-        reconstruction_gradient, adversarial_gradient: of both terms at the weights of the last layer, in this process.
-        largest: upper limit. Without one, a discriminator that has no opinion yet is listened to ten thousand times too closely.
+        reconstruction_gradient, adversarial_gradient: gradients of both terms with respect to the
+            weights of the last layer, in this process.
+        largest: upper limit of the factor. Without one, the gradient of an untrained discriminator
+            would be amplified ten thousand times too much.
 
     Returns:
-        the factor, and the length of the adversarial gradient relative to the reconstruction's before it, both of what all processes
-        saw together.
+        The factor, and the norm of the adversarial gradient relative to the reconstruction's
+        before the factor is applied. Both are computed from the gradients of all processes.
     """
     both = distributed.all_reduce(torch.stack([reconstruction_gradient, adversarial_gradient]))
     reconstruction, adversarial = both.flatten(1).norm(dim=1)

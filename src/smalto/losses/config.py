@@ -16,40 +16,44 @@ from smalto.losses.reconstruction import L1, L2, Perceptual
 
 
 class Weight(Config):
-    """How much a term counts at each step."""
+    """Weight of a loss term as a function of the training step."""
 
-    weight: float = Field(0.0, ge=0, description="factor of the term; 0: it is not computed")
-    start: int = Field(0, ge=0, description="steps before it counts at all")
-    ramp: int = Field(0, ge=0, description="steps over which it then grows to its weight")
+    weight: float = Field(0.0, ge=0, description="weight of the term; 0: not computed")
+    start: int = Field(0, ge=0, description="step after which the term is used")
+    ramp: int = Field(0, ge=0, description="steps over which the weight then grows from 0")
 
     def at(self, step: int) -> float:
-        """The weight at ``step``, counted from 1."""
+        """Return the weight at ``step``, counted from 1."""
         if step <= self.start:
             return 0.0
         return self.weight * (min(1.0, (step - self.start) / self.ramp) if self.ramp else 1.0)
 
 
 class PerceptualConfig(Weight):
-    """Distance in the maps of a frozen network."""
+    """Distance between feature maps of a frozen network."""
 
     network: Literal["lite0", "lpips-vgg"] = Field(
-        "lite0", description="lite0 comes with smalto[eval]; lpips-vgg needs its file"
+        "lite0",
+        description="lite0 is installed with smalto[eval]; lpips-vgg needs a file of weights",
     )
     weights: str | None = Field(
         None,
-        description="of lpips-vgg: the file of torch.save(lpips.LPIPS(net='vgg').state_dict(), file)",
+        description="file of weights for lpips-vgg, written by "
+        "torch.save(lpips.LPIPS(net='vgg').state_dict(), file)",
     )
 
     @model_validator(mode="after")
     def _has_its_weights(self) -> PerceptualConfig:
         if self.weight and self.network == "lpips-vgg" and not self.weights:
             raise ValueError(
-                "network lpips-vgg needs weights, a file: where the package lpips is installed, "
-                "torch.save(lpips.LPIPS(net='vgg').state_dict(), 'lpips-vgg.pth') writes it. network = \"lite0\" needs none."
+                "network lpips-vgg needs weights, a file. With the package lpips installed, write "
+                "it with torch.save(lpips.LPIPS(net='vgg').state_dict(), 'lpips-vgg.pth'), and set "
+                'weights = "lpips-vgg.pth". Or set network = "lite0", which needs no file.'
             )
         return self
 
     def build(self) -> Perceptual:
+        """Return the loss term with its frozen network."""
         if self.network == "lpips-vgg":
             assert self.weights is not None
             return Perceptual(LPIPS(self.weights))
@@ -57,37 +61,40 @@ class PerceptualConfig(Weight):
 
 
 class AdversarialConfig(Weight):
-    """A discriminator that tells reconstructions from images, and how the tokenizer learns from it."""
+    """Settings of the discriminator and of the tokenizer's adversarial loss."""
 
     lead: int = Field(
         0,
         ge=0,
-        description="the last steps before start in which the discriminator learns and the tokenizer does not feel it",
+        description="steps before start in which only the discriminator is trained",
     )
     adaptive: bool = Field(
         True,
-        description="weight is a share of the reconstruction's gradient at the last layer, not a fixed factor",
+        description="make weight relative to the norm of the reconstruction's gradient at the "
+        "last layer, instead of a fixed factor",
     )
-    max_factor: float = Field(
-        100.0, gt=0, description="adaptive: the factor is never more than this"
-    )
+    max_factor: float = Field(100.0, gt=0, description="upper limit of the factor, if adaptive")
     lr: float = Field(2e-4, gt=0, description="learning rate of the discriminator")
-    betas: tuple[float, float] = Field((0.5, 0.9), description="of the discriminator's AdamW")
+    betas: tuple[float, float] = Field((0.5, 0.9), description="betas of the discriminator's AdamW")
     width: int = Field(64, ge=1, le=4096, description="channels of the discriminator's first layer")
     layers: int = Field(
-        3, ge=1, le=8, description="its strided layers: 3 look at patches of 70 pixels, 2 at 34"
+        3,
+        ge=1,
+        le=8,
+        description="strided layers; 3 give patches of 70 x 70 pixels, 2 give 34 x 34",
     )
 
     def learns_at(self, step: int) -> bool:
-        """Whether the discriminator learns at ``step``."""
+        """Return whether the discriminator is trained at ``step``."""
         return bool(self.weight) and step > self.start - self.lead
 
     def build(self, in_channels: int) -> PatchDiscriminator:
+        """Return the discriminator for images with ``in_channels`` channels."""
         return PatchDiscriminator(in_channels, self.width, self.layers)
 
 
 class LossesConfig(Config):
-    """All terms. Their sum is what the tokenizer minimizes."""
+    """Weights of all terms, whose sum the tokenizer minimizes."""
 
     l1: Weight = Weight()
     l2: Weight = Weight(weight=1.0)
@@ -96,7 +103,7 @@ class LossesConfig(Config):
     quantizer: Weight = Weight(weight=1.0)
 
     def build_terms(self) -> dict[str, nn.Module]:
-        """The terms that compare a reconstruction with its image and ever count, by name."""
+        """Return the terms with a weight that compare a reconstruction with its image, by name."""
         builders: dict[str, Callable[[], nn.Module]] = {
             "l1": L1,
             "l2": L2,
@@ -108,6 +115,7 @@ class LossesConfig(Config):
     def _compares(self) -> LossesConfig:
         if not (self.l1.weight or self.l2.weight or self.perceptual.weight):
             raise ValueError(
-                "at least one of l1, l2 and perceptual needs a weight, or nothing says what a good reconstruction is."
+                "got the weight 0 for l1, l2 and perceptual; expected a weight for at least one of "
+                "them, which compares reconstructions with images. Set losses.l2.weight to 1."
             )
         return self

@@ -1,4 +1,4 @@
-"""All terms together, and the one backward pass through the tokenizer that they share."""
+"""Weighted sum of all loss terms, with one backward pass through the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from smalto.losses.config import LossesConfig
 
 
 class Objective:
-    """The weighted sum of all terms of a recipe.
+    """Weighted sum of all terms of a recipe.
 
-    Every term is differentiated with respect to the reconstruction only; then one pass takes the sum of these gradients through the
-    tokenizer. So the adaptive weight, which must know the terms' gradients at the decoder's last layer, costs next to nothing.
+    Every term is differentiated with respect to the reconstruction only. One backward pass then
+    propagates the sum of these gradients through the tokenizer. The adaptive weight needs the
+    gradients of the terms at the decoder's last layer, which therefore cost almost nothing.
 
     Args:
         config: weights and schedules.
         last_layer: weights of the decoder's last layer.
-        discriminator: where there is an adversarial term.
-        device: where images are.
+        discriminator: the discriminator, if there is an adversarial term.
+        device: device of the images.
 
     Attributes:
-        terms: the terms that compare a reconstruction with its image.
+        terms: the terms that compare a reconstruction with its image, by name.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class Objective:
         discriminator: PatchDiscriminator | None,
         device: torch.device,
     ) -> None:
-        self._config, self._last_layer, self._discriminator = config, last_layer, discriminator
+        self._config = config
+        self._last_layer = last_layer
+        self._discriminator = discriminator
         self.terms = {name: term.to(device) for name, term in config.build_terms().items()}
 
     def backward(
@@ -48,12 +51,20 @@ class Objective:
         share: float = 1.0,
         adversarial_scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Add the gradients of ``share`` of the objective at ``step`` to the parameters; returns the terms' values, not weighted.
+        """Add the gradients of the objective to the parameters.
 
         Args:
-            reconstruction, images: [B, C, H, W]; the first with its graph.
+            reconstruction: [B, C, H, W], with its graph.
             vq_loss: scalar, with its graph.
-            caution: factor of the adversarial weight.
+            images: [B, C, H, W].
+            step: training step, counted from 1, for the schedules of the weights.
+            share: factor of all gradients.
+            adversarial_scale: factor of the adversarial weight.
+
+        Returns:
+            Metrics for logging: the values of all terms without their weights; the weighted sum of
+            ``terms`` as ``reconstruction_loss``; and ``loss``, its sum with the weighted
+            ``vq_loss``. The adversarial term is not part of ``loss``.
         """
         seen = reconstruction.detach().requires_grad_()
         gradient, metrics = self._compare(seen, images, step)
@@ -72,8 +83,9 @@ class Objective:
         return metrics
 
     def _compare(self, seen: Tensor, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient of the terms that compare with the image, with respect to the reconstruction, and their values."""
-        total, metrics = seen.new_zeros(()), {}
+        """Return the gradient of ``terms`` with respect to the reconstruction, and their values."""
+        total = seen.new_zeros(())
+        metrics: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             weight = getattr(self._config, name).at(step)
             if weight:
@@ -89,7 +101,7 @@ class Objective:
     def _fool(
         self, seen: Tensor, reconstruction: Tensor, gradient: Tensor, weight: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted gradient of the adversarial term, and what to log of it."""
+        """Return the weighted gradient of the adversarial term, and metrics for logging."""
         assert self._discriminator is not None
         with frozen(self._discriminator):
             value = fooling(self._discriminator(seen))
@@ -118,7 +130,7 @@ class Objective:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, a module's parameters take no gradients and it behaves as in evaluation."""
+    """Freeze a module's parameters and set it to evaluation for the duration of the block."""
     training = module.training
     module.eval().requires_grad_(False)
     try:

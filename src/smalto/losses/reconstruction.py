@@ -1,4 +1,7 @@
-"""Terms that compare a reconstruction with its image; both [B, C, H, W] in [-1, 1], the result a scalar."""
+"""Terms that compare a reconstruction with its image.
+
+Both are [B, C, H, W] in [-1, 1]; the result is a scalar.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class L2(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """Mean distance in the maps of a frozen network, in float32 whatever the surroundings."""
+    """Mean distance between feature maps of a frozen network, in float32 even under autocast."""
 
     def __init__(self, network: PerceptualNetwork) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A token store back to images."""
+"""Decoding a token store to PNG images."""
 
 from __future__ import annotations
 
@@ -40,32 +40,39 @@ def decode(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Turn a token store back into PNG images, under the names that the images had.
+    """Decode a token store to PNG images, under the names of the original images.
 
     Args:
-        tokens: what ``tokenize`` wrote.
+        tokens: the token store that ``tokenize`` wrote.
         out: folder for the images.
-        tokenizer: the folder of the tokenizer; None takes the recorded one.
-        overwrite: replace images that are there.
-        workers: threads that write PNG files beside the model (0: none).
+        tokenizer: the folder of the tokenizer; None: the recorded one.
+        overwrite: replace existing images.
+        batch: images per batch.
+        device, precision: of the model.
+        workers: threads that write PNG files while the model decodes; 0: none.
+        progress: receives images and messages.
 
     Returns:
-        The files, in the order of the store.
+        The paths of the images, in the order of the store.
 
     Raises:
-        RunError: there is no such tokenizer, it is not the one that wrote these tokens, or an image would be overwritten.
+        RunError: the tokenizer does not exist, it is not the one that wrote these tokens, or an
+            image would be overwritten.
     """
-    progress, store, folder = progress or Progress(), TokenStore.open(tokens), Path(out)
+    progress = progress or Progress()
+    store = TokenStore.open(tokens)
+    folder = Path(out)
     inference = InferenceTokenizer.of(
         recorded_tokenizer(store, tokenizer), device, precision, batch, progress
     )
-    check_tokenizer(store, inference.fingerprint, tokenizer)
+    check_tokenizer(store, inference.identity.fingerprint, tokenizer)
     paths = image_paths(folder, [image_name(id) for id in store.ids()])
     in_the_way = [path for path in paths if path.exists()]
     if in_the_way and not overwrite:
         others = f" and {len(in_the_way) - 1} others exist" if len(in_the_way) > 1 else " exists"
         raise RunError(
-            f"{in_the_way[0]}{others} already. Replace them with --overwrite, or name another --out."
+            f"{in_the_way[0]}{others} already. Replace them with --overwrite, or name another "
+            "--out."
         )
     check_writable(folder / "image.png")
     progress.start("decoding", len(paths), "images")
@@ -74,7 +81,7 @@ def decode(
         writing: list[Future[None]] = []
         for start, rows, layout in _batches(store, batch):
             images = inference.decode(rows, layout)
-            _wait_for(writing)  # those of the batch before: no more than two batches are in memory
+            _wait_for(writing)  # of the previous batch: at most two batches are in memory
             writing = [
                 writers.submit(write_png, path, image)
                 for path, image in zip(paths[start:], images, strict=False)
@@ -88,75 +95,72 @@ def decode(
 
 
 def recorded_tokenizer(store: TokenStore, tokenizer: str | Path | None) -> str | Path:
-    """The folder of the tokenizer: the one that is named, or else the one that wrote the store.
+    """Return the folder of the tokenizer: ``tokenizer``, or else the one recorded in the store.
 
     Raises:
-        RunError: that one is not there any more.
+        RunError: ``tokenizer`` is None, and the recorded one no longer exists.
     """
     recorded = store.header.tokenizer
     if tokenizer is None and not (recorded and Path(recorded).exists()):
-        where = (
-            f"{recorded}, which is not there any more" if recorded else "one that it does not name"
-        )
+        place = f"{recorded}, which no longer exists" if recorded else "a tokenizer without a path"
         raise RunError(
-            f"{store.path} was written by the tokenizer {where}. Name it with --tokenizer."
+            f"{store.path} was written by {place}. Name the folder of the tokenizer with "
+            "--tokenizer."
         )
     return tokenizer or recorded
 
 
 def check_tokenizer(store: TokenStore, fingerprint: str, tokenizer: str | Path | None) -> None:
-    """Raises RunError where a tokenizer is not the one that wrote the store."""
+    """Raise RunError if a tokenizer is not the one that wrote the store."""
     if fingerprint != store.header.fingerprint:
         raise RunError(
-            f"the tokenizer {tokenizer or store.header.tokenizer} is not the one that wrote {store.path}: its fingerprint is "
-            f"{fingerprint[:12]}, the store's {store.header.fingerprint[:12]}. Has it been trained further? "
-            "Checkpoints of a run are tokenizers too."
+            f"the tokenizer {tokenizer or store.header.tokenizer} is not the one that wrote "
+            f"{store.path}: its fingerprint is {fingerprint[:12]}, the store's "
+            f"{store.header.fingerprint[:12]}. If it was trained further, name the checkpoint that "
+            "wrote the store with --tokenizer: the checkpoints of a run are tokenizers too."
         )
 
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Write an image [3, H, W] in [-1, 1] as PNG, in one step."""
+    """Write an image [3, H, W] in [-1, 1] as PNG, atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
 def image_name(id: str) -> str:
-    """The name of a row's image as a file: the view before the suffix."""
+    """Return the file name of a row's image, with its view before the suffix."""
     name, view = split_id(id)
     path = PurePosixPath(name)
     return str(path.with_name(f"{path.stem}.{view}{path.suffix}")) if view else name
 
 
 def image_paths(folder: Path, names: list[str]) -> list[Path]:
-    """Where the decoded images go: below ``folder`` whatever the names say, as .png, and no two alike."""
+    """Return the paths of decoded images: below ``folder`` for any name, as .png, all different."""
     relative = [
         PurePosixPath(
             *[part for part in PurePosixPath(name).parts if part not in ("/", "..")] or ["image"]
         )
         for name in names
     ]
-    taken = {
-        str(parent).lower() for path in relative for parent in path.parents
-    }  # a.jpg beside a folder a.png/
+    # Folders count as taken too: a.jpg may lie beside a folder a.png/.
+    taken = {str(parent).lower() for path in relative for parent in path.parents}
     chosen = []
     for path in relative:
         stem = path.stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "surrogateescape")
-        # a.jpg becomes a.png; a second a.* keeps its suffix: a.webp.png. Case does not tell files apart everywhere.
-        endings = itertools.chain(
-            [".png"], (f"{path.suffix}{n or ''}.png" for n in itertools.count())
+        # a.jpg becomes a.png; a second a.* keeps its suffix: a.webp.png. Names are compared in
+        # lower case, because some file systems ignore case.
+        with_suffix = (f"{path.suffix}{n or ''}.png" for n in itertools.count())
+        candidates = (
+            path.with_name(stem + ending) for ending in itertools.chain([".png"], with_suffix)
         )
-        free = next(
-            c
-            for c in (path.with_name(stem + ending) for ending in endings)
-            if str(c).lower() not in taken
-        )
+        free = next(name for name in candidates if str(name).lower() not in taken)
         taken.add(str(free).lower())
         chosen.append(folder / free)
     return chosen
 
 
 def _batches(store: TokenStore, batch: int) -> Iterator[tuple[int, Tensor, TokenLayout]]:
-    """(number of the first row, tokens [B, L], their layout) of rows that follow one another and share a layout."""
+    """Yield (index of the first row, tokens [B, L], layout) of consecutive rows of one layout."""
     for start in range(0, len(store), _READ_AT_ONCE):
         rows: dict[str, Any] = store.rows(start, start + _READ_AT_ONCE)
         tokens, layouts = rows["tokens"], rows["layout"]

@@ -1,4 +1,4 @@
-"""The whole way on bundled photographs: train, write tokens, read them back, measure, report."""
+"""The whole way on bundled photographs: train, tokenize, decode, evaluate, report."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from typing import Any
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
 from smalto.core.progress import Progress
-from smalto.evaluation.evaluator import Evaluator, FeatureNetworks
+from smalto.evaluation.evaluator import Evaluation, Evaluator
+from smalto.evaluation.feature_networks import FeatureNetworks
 from smalto.evaluation.run_summary import write_results
 from smalto.images.bundled import SOURCE, bundled_photographs
+from smalto.images.image_file import ImageFile, Skipped
 from smalto.images.reading import read_image
 from smalto.images.tensors import center_crop, to_tensor, to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.pipelines.decode import decode, image_name
 from smalto.pipelines.tokenize import tokenize
-from smalto.pipelines.train import Trained, fit, open_training_images, resume_run
+from smalto.pipelines.train import Trained
 from smalto.store.token_store import TokenStore
-from smalto.training.recipe import Recipe, change_recipe
-from smalto.training.run_folder import RunFolder
+from smalto.training.recipe import change_recipe
+from smalto.training.recipe_file import load_recipe
+from smalto.training.run_folder import RECIPE_FILE, RunFolder
+from smalto.training.tokenizer_recipe import TokenizerRecipe
+from smalto.training.tokenizer_run import TrainedRun, resume_run, start_run
+from smalto.training.training_images import open_training_images
 
 
-def demo_recipe() -> Recipe:
-    """What the demo trains; ``recipes/photos-simple.toml`` says the same."""
-    return Recipe()
+def demo_recipe() -> TokenizerRecipe:
+    """Return what the demo trains; ``recipes/photos-simple.toml`` holds the same settings."""
+    return TokenizerRecipe()
 
 
 @retain_freed_memory()
@@ -37,77 +43,95 @@ def demo(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train on the bundled photographs, write the held-out ones as tokens, and show what comes back.
+    """Train on the bundled photographs, tokenize the held-out ones, decode them, and report.
 
-    An unfinished demo in ``folder`` is continued; else a new one is made: ``demo``, ``demo-2``, and so on.
+    An unfinished demo in ``folder`` is resumed; otherwise a new one is created: ``demo``, ``demo-2``,
+    and so on.
 
     Args:
         folder: where runs lie.
         settings: changes to the recipe, such as ``{"steps": 100}``.
         device, workers, progress: as for ``train``.
     """
-    progress, target = progress or Progress(), resolve_device(device)
-    path, unfinished = _place(Path(folder))
-    if unfinished:
+    progress = progress or Progress()
+    target = resolve_device(device)
+    path, is_unfinished = _choose_path(Path(folder))
+    if is_unfinished:
         run = RunFolder(path)
-        recipe = change_recipe(run.recipe(), settings or {})
-        with open_training_images(SOURCE, recipe, workers, run.split()) as images_of_run:
-            run, recipe, tokenizer = resume_run(images_of_run, run, recipe, target, progress)
+        recipe = change_recipe(load_recipe(path / RECIPE_FILE), settings or {})
+        with open_training_images(SOURCE, recipe, workers, run.split()) as images:
+            trained = resume_run(images, run, recipe, target, progress)
     else:
         recipe = change_recipe(demo_recipe(), settings or {})
-        with open_training_images(SOURCE, recipe, workers) as images_of_run:
-            run, recipe, tokenizer = fit(images_of_run, recipe, path, False, target, progress)
-    inference = InferenceTokenizer.on(tokenizer, recipe.precision)
-    held_out = [file for file in bundled_photographs() if file.name in set(run.split()["held_out"])]
-    tokens, longer_side = run.path / "tokens.lance", recipe.data.longer_side
+        with open_training_images(SOURCE, recipe, workers) as images:
+            trained = start_run(images, recipe, path, target, progress)
+    names = set(trained.folder.split().held_out)
+    held_out = [file for file in bundled_photographs() if file.name in names]
+    tokens, decoded = _tokenize_and_decode(trained, held_out, device, progress)
+    evaluation = _evaluate_files(trained, held_out, tokens, decoded, images.skipped)
+    inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
+    write_results(trained.folder, trained.recipe, inference, evaluation)
+    return Trained(trained.folder, trained.tokenizer, evaluation.metrics)
+
+
+def _tokenize_and_decode(
+    trained: TrainedRun, files: list[ImageFile], device: str, progress: Progress
+) -> tuple[Path, list[Path]]:
+    """Write the tokens of images to a store and decode them from there to PNG files."""
+    run, recipe = trained.folder.path, trained.recipe
+    tokens = run / "tokens.lance"
     tokenize(
-        held_out,
-        run.path,
+        files,
+        run,
         tokens,
-        longer_side=longer_side,
+        longer_side=recipe.data.longer_side,
         overwrite=True,
         device=device,
         precision=recipe.precision,
         workers=0,
         progress=progress,
     )
-    images = decode(
+    decoded = decode(
         tokens,
-        run.path / "decoded",
+        run / "decoded",
         overwrite=True,
         device=device,
         precision=recipe.precision,
         progress=progress,
     )
-    # From here on only files count: the originals on one side, the PNGs that were decoded from tokens on disk on the other.
-    stored = TokenStore.open(tokens)
-    evaluator = Evaluator(stored.header.codebook_size, FeatureNetworks.open(inference.device))
-    originals = {file.name: file.path for file in held_out}
-    rows = stored.rows()
+    return tokens, decoded
+
+
+def _evaluate_files(
+    trained: TrainedRun,
+    files: list[ImageFile],
+    tokens: Path,
+    decoded: list[Path],
+    skipped: list[Skipped],
+) -> Evaluation:
+    """Compare the original files with the PNG files that were decoded from tokens on disk."""
+    recipe = trained.recipe
+    inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
+    stride = inference.tokenizer.stride
+    evaluator = Evaluator(inference.tokenizer, FeatureNetworks.open(inference.device))
+    paths = {file.name: file.path for file in files}
+    store = TokenStore.open(tokens)
+    rows = store.rows()
     for id, row, layout, png in zip(
-        rows["id"], rows["tokens"], rows["layout"], images, strict=True
+        rows["id"], rows["tokens"], rows["layout"], decoded, strict=True
     ):
         name = image_name(id)
-        original = to_unit_range(
-            center_crop(
-                to_tensor(read_image(originals[name], longer_side)), inference.tokenizer.stride
-            )
-        )
-        decoded = to_unit_range(to_tensor(read_image(str(png), None)))
+        whole = to_tensor(read_image(paths[name], recipe.data.longer_side))
+        original = to_unit_range(center_crop(whole, stride))
+        reconstruction = to_unit_range(to_tensor(read_image(str(png), None)))
         _, _, seconds = inference.roundtrip(original[None])
-        evaluator.add([name], original[None], decoded[None], row[None], layout, seconds)
-    evaluation = evaluator.result(
-        inference.tokenizer,
-        "held-out images",
-        f"{stored.header.transform}, decoded from tokens on disk",
-        recipe.precision,
-        images_of_run.skipped,
-    )
-    return Trained(run, tokenizer, write_results(run, recipe, inference, evaluation))
+        evaluator.add([name], original[None], reconstruction[None], row[None], layout, seconds)
+    transform = f"{store.header.transform}, decoded from tokens on disk"
+    return evaluator.result("held-out images", transform, recipe.precision, skipped)
 
 
-def _place(folder: Path) -> tuple[Path, bool]:
-    """The demo to go on with, or the name of a new one."""
+def _choose_path(folder: Path) -> tuple[Path, bool]:
+    """The demo to resume and True, or the path of a new one and False."""
     for number in itertools.count(1):
         path = folder / ("demo" if number == 1 else f"demo-{number}")
         if not path.exists():

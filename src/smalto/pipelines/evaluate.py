@@ -1,22 +1,22 @@
-"""Measuring a tokenizer on images that it has not seen."""
+"""Measuring a tokenizer on images that it was not trained on."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import Precision
 from smalto.core.errors import DataError
 from smalto.core.progress import Progress
-from smalto.evaluation.evaluator import Evaluation, FeatureNetworks, measure
+from smalto.evaluation.evaluator import Evaluation, evaluate_tokenizer
+from smalto.evaluation.feature_networks import FeatureNetworks
 from smalto.images.image_file import ImageFile
 from smalto.images.image_reader import ImageReader
 from smalto.images.reading import LONGER_SIDE
 from smalto.images.sources import Source, open_source
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.tokenizer import ImageTokenizer
-from smalto.training.run_folder import SPLIT_FILE, read_split
+from smalto.training.run_folder import SPLIT_FILE, Split, read_split
 
 
 @retain_freed_memory()
@@ -36,21 +36,27 @@ def evaluate(
     lpips_vgg: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure how near reconstructions come, codebook use and speed on whole images.
+    """Measure how close reconstructions come, codebook use and speed on whole images.
 
-    On the folder that the tokenizer was trained on, only the held-out images are measured, unless ``everything``.
+    On the folder that the tokenizer was trained on, only held-out images are measured, unless
+    ``everything``.
 
     Args:
-        source: a folder, one image, or ``"bundled"``.
-        tokenizer: a tokenizer, or the folder of one.
+        source: a folder, one image, ``"bundled"`` or ``"emoji"``.
+        tokenizer: an ImageTokenizer, or the folder of one.
+        everything: measure training images too.
         longer_side: larger images are reduced to this; None or 0 keeps their size.
-        size: bring the shorter side to this and cut a square from the middle; None keeps the shape.
-        reference_stats: an ``.npz`` file of ``mu`` and ``sigma`` that Fréchet distances are measured from; None: the images themselves.
+        size: resize the shorter side to this and crop a square from the center; None keeps the
+            aspect ratio.
+        batch, device, precision, workers: as for ``tokenize``.
+        reference_stats: an ``.npz`` file of ``mu`` and ``sigma`` that Fréchet distances are measured
+            from; None: the images themselves.
         inception_weights: ``pt_inception-2015-12-05-6726825d.pth``, for rFID.
         lpips_vgg: the state of ``lpips.LPIPS(net="vgg")``, for LPIPS.
+        progress: receives images and messages.
 
     Returns:
-        Evaluation: ``.metrics["psnr"]`` and so on, each with the number of images behind it, such as ``["psnr_num_images"]``.
+        Evaluation: ``.metrics.psnr`` and so on; each mean knows its ``num_images``.
     """
     progress = progress or Progress()
     inference = InferenceTokenizer.of(tokenizer, device, precision, batch, progress)
@@ -61,9 +67,9 @@ def evaluate(
         lpips_vgg=lpips_vgg,
     )
     opened = open_source(source)
-    files, on = opened.files, "all images"
+    files, measured_on = opened.files, "all images"
     if not everything and not isinstance(tokenizer, ImageTokenizer):
-        files, on = _unseen(opened, Path(tokenizer))
+        files, measured_on = _unseen(opened, Path(tokenizer))
     reader = ImageReader(
         files,
         inference.tokenizer.stride,
@@ -72,52 +78,51 @@ def evaluate(
         size=size,
         workers=workers,
     )
-    reader.skipped += opened.skipped
     progress.start("evaluating", len(files), "images")
-    evaluator = measure(inference, reader, networks)
-    progress.finish()
-    return evaluator.result(
-        inference.tokenizer, on, str(reader.transform), precision, reader.skipped
+    evaluation = evaluate_tokenizer(
+        inference,
+        reader,
+        networks,
+        measured_on=measured_on,
+        transform=str(reader.transform),
+        skipped=lambda: [*reader.skipped, *opened.skipped],
     )
+    progress.finish()
+    return evaluation
 
 
 def _unseen(source: Source, tokenizer: Path) -> tuple[list[ImageFile], str]:
-    """The files of ``source`` that the run of ``tokenizer`` did not train on, and what to call them.
+    """The files of ``source`` that the run of ``tokenizer`` was not trained on, and their name.
 
     Raises:
-        DataError: it has trained on all of them.
+        DataError: it was trained on all of them.
     """
     tokenizer = tokenizer.resolve()
-    split = next(
-        (
-            p / SPLIT_FILE
-            for p in (tokenizer, tokenizer.parent.parent)
-            if (p / SPLIT_FILE).is_file()
-        ),
-        None,
-    )
-    if split is None:
+    folders = (tokenizer, tokenizer.parent.parent)  # a run, or a checkpoint of one
+    paths = [folder / SPLIT_FILE for folder in folders if (folder / SPLIT_FILE).is_file()]
+    if not paths:
         return source.files, "all images"
-    metadata = read_split(split)
+    split = read_split(paths[0])
     digest = source.digest
-    names = {file: _name_in(file, source, digest, metadata) for file in source.files}
+    names = {file: _name_in(file, source, digest, split) for file in source.files}
     if not any(names.values()):
         return source.files, "images of another source than the training's"
-    held_out = set(metadata["held_out"])
+    held_out = set(split.held_out)
     if not held_out:
         return source.files, "training images"
     unseen = [file for file, name in names.items() if name is None or name in held_out]
     if not unseen:
         raise DataError(
-            f"the run trained on all {len(source.files)} images of {source.name}. Measure them all the same with --all."
+            f"the run was trained on all {len(source.files)} images of {source.name}. "
+            "Measure them with --all."
         )
     return unseen, "held-out images"
 
 
-def _name_in(file: ImageFile, source: Source, digest: str, metadata: dict[str, Any]) -> str | None:
-    """The name of a file among the run's training images; None where it is not one of them."""
-    if source.name == metadata["source"] or digest == metadata.get("digest"):
+def _name_in(file: ImageFile, source: Source, digest: str, split: Split) -> str | None:
+    """The name of a file among the run's images; None if it is not one of them."""
+    if source.name == split.source or digest == split.digest:
         return file.name
-    path, folder = Path(file.path).resolve(), Path(metadata["source"])
+    path, folder = Path(file.path).resolve(), Path(split.source)
     inside = f"/{file.member}" if file.member else ""
     return path.relative_to(folder).as_posix() + inside if path.is_relative_to(folder) else None

@@ -1,4 +1,4 @@
-"""What a file or folder of smalto is."""
+"""Descriptions of runs, tokenizers and token stores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smalto.core.errors import RunError
-from smalto.core.layout import TokenLayout
-from smalto.quantizers import MultiScaleVQ
 from smalto.tokenizer import ImageTokenizer, load
-from smalto.training.run_folder import RunFolder
+from smalto.training.recipe_file import load_recipe
+from smalto.training.run_folder import RECIPE_FILE, RunFolder
 
 if TYPE_CHECKING:
     from smalto.store.token_store import TokenStore
@@ -20,10 +19,10 @@ def info(path: str | Path) -> dict[str, Any]:
     """Describe a run, a tokenizer or a token store.
 
     Returns:
-        Names to plain values; ``"kind"`` is "run", "tokenizer" or "token store".
+        Plain values by name; ``"kind"`` is "run", "tokenizer" or "token store".
 
     Raises:
-        RunError: none of these.
+        RunError: ``path`` is none of these.
     """
     path = Path(path)
     if (path / "head.json").is_file():
@@ -31,7 +30,10 @@ def info(path: str | Path) -> dict[str, Any]:
 
         return {"kind": "token store", **store_metadata(TokenStore.open(path))}
     if not (path / "config.json").is_file():
-        raise RunError(f"{path} is no run, tokenizer or token store of smalto.")
+        raise RunError(
+            f"{path} is not a run, tokenizer or token store of smalto. Name a folder that smalto "
+            "wrote, such as runs/mine or tokens.lance."
+        )
     tokenizer = load(path)
     metadata: dict[str, Any] = {
         "kind": "tokenizer",
@@ -44,7 +46,7 @@ def info(path: str | Path) -> dict[str, Any]:
     }
     if (path / "recipe.toml").is_file():
         run = RunFolder(path)
-        recipe = run.recipe()
+        recipe = load_recipe(path / RECIPE_FILE)
         metadata |= {
             "kind": "run",
             "trained on": recipe.data.source,
@@ -58,30 +60,31 @@ def info(path: str | Path) -> dict[str, Any]:
                     f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
                 )
             except (ValueError, KeyError, TypeError):
-                metadata["PSNR"] = "metrics.json is damaged; smalto train --resume writes it again"
+                metadata["PSNR"] = (
+                    f"metrics.json is damaged; rewrite it with: smalto train --resume {path}"
+                )
             metadata["report"] = str(path / "report.html")
     return metadata
 
 
 def store_metadata(store: TokenStore) -> dict[str, Any]:
-    """What a token store says of itself."""
-    header, size = (
-        store.header,
-        sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
-    )
+    """Return the metadata of a token store, by name."""
+    header = store.header
+    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
     layout = header.layout
+    shape = "varies: images keep their aspect ratio"
+    if layout is not None:
+        shape = f"{layout}: {layout.num_tokens:,} tokens per row"
     return {
         "rows": len(store),
-        "layout": f"{layout}: {layout.num_tokens:,} tokens a row"
-        if layout is not None
-        else "varies: images keep their shape",
+        "layout": shape,
         "codebook size": header.codebook_size,
         "quantizer": header.kind,
-        "transform": str(header.transform) or "not said",
+        "transform": str(header.transform) or "not recorded",
         "precision": header.precision,
-        "tokenizer": header.tokenizer or "not said",
+        "tokenizer": header.tokenizer or "not recorded",
         "fingerprint": header.fingerprint,
-        "source": header.source or "not said",
+        "source": header.source or "not recorded",
         "bad images": len(store.errors()),
         "labels": len(store.classes()),
         "bytes on disk": f"{size:,}",
@@ -91,8 +94,8 @@ def store_metadata(store: TokenStore) -> dict[str, Any]:
 
 
 def _grids(tokenizer: ImageTokenizer) -> dict[str, Any]:
-    if isinstance(tokenizer.quantize, MultiScaleVQ):
-        layout = TokenLayout(tokenizer.quantize.scales)
-        side = " x ".join(str(n * tokenizer.stride) for n in layout.grids[-1])
-        return {"scales": f"{layout}: {layout.num_tokens:,} tokens for {side} pixels"}
-    return {"tokens per position": len(tokenizer.quantize.layout(1, 1).grids)}
+    layout = tokenizer.quantize.configured_layout
+    if layout is None:
+        return {"tokens per position": len(tokenizer.quantize.layout(1, 1).grids)}
+    side = " x ".join(str(n * tokenizer.stride) for n in layout.grids[-1])
+    return {"scales": f"{layout}: {layout.num_tokens:,} tokens for {side} pixels"}

@@ -1,4 +1,4 @@
-"""One image to tokens and back."""
+"""Reconstructing one image: encode, decode, compare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from smalto.tokenizer import ImageTokenizer
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """What came back of one image."""
+    """Reconstruction of one image.
+
+    Attributes:
+        path: of the PNG file.
+        psnr: in dB.
+        num_tokens: of the image.
+        bytes: size of the tokens, packed at the bits that one code needs.
+    """
 
     path: Path
     psnr: float
@@ -40,7 +47,16 @@ def reconstruct(
     precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> Reconstructed:
-    """Encode one image, decode it again and write what came back to ``out`` (default: ``NAME-reconstruction.png`` in this folder).
+    """Encode one image, decode its tokens and write the reconstruction as PNG.
+
+    Args:
+        photo: an image file.
+        tokenizer: a tokenizer, or the folder of one or of a run.
+        out: the PNG file; None: ``NAME-reconstruction.png`` in the current folder.
+        overwrite: replace ``out``.
+        longer_side: a larger image is reduced to this; None or 0 keeps its size.
+        device, precision: of the model.
+        progress: receives messages.
 
     Raises:
         DataError: the image cannot be read.
@@ -55,7 +71,8 @@ def reconstruct(
     files, _ = find_images(photo)
     if Path(photo).is_dir():
         raise DataError(
-            f"{photo} is a folder; name one image, or use `smalto tokenize` and `smalto decode`."
+            f"got the folder {photo}; expected one image. Name an image, or use `smalto tokenize` "
+            "and `smalto decode` for a folder."
         )
     progress = progress or Progress()
     inference = InferenceTokenizer.of(tokenizer, device, precision, 1, progress)

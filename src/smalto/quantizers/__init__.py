@@ -1,4 +1,4 @@
-"""Quantizers turn latents into indices and back; the updater looks after their codebooks."""
+"""Quantizers, which map latents to indices and back, and the updater of their codebooks."""
 
 from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook

@@ -1,4 +1,4 @@
-"""The settings of any quantizer, told apart by ``kind``."""
+"""Settings of any quantizer: a union that ``kind`` discriminates."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from smalto.quantizers.vector import VectorQuantizerConfig
 
 
 def _kind(settings: Any) -> Any:
-    return (
-        settings.get("kind", "vector")
-        if isinstance(settings, dict)
-        else getattr(settings, "kind", None)
-    )
+    if isinstance(settings, dict):
+        return settings.get("kind", "vector")
+    return getattr(settings, "kind", None)
 
 
 QuantizerConfig = Annotated[

@@ -1,4 +1,4 @@
-"""Projected codebooks become plain ones, for files and for programs that know no other."""
+"""Conversion of projected codebooks to plain ones, for files and for other programs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import TypeVar
 
 from torch import nn
 
+from smalto.quantizers.code_space import ExplicitCodes
 from smalto.quantizers.codebook import ProjectedCodebook
-from smalto.quantizers.vector import VectorQuantizer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def fold(module: ModuleT) -> ModuleT:
-    """A copy in which every projected codebook (SimVQ) is the plain ``Codebook`` of the same codes: same input, same indices."""
+    """Return a copy with every projected codebook (SimVQ) replaced by a plain ``Codebook``.
+
+    The codes are the same, so the same input gives the same indices.
+    """
     folded = copy.deepcopy(module)
-    for quantizer in folded.modules():
-        if isinstance(quantizer, VectorQuantizer) and isinstance(
-            quantizer.embedding, ProjectedCodebook
-        ):
-            quantizer.embedding = quantizer.embedding.fold()
+    for space in folded.modules():
+        if isinstance(space, ExplicitCodes) and isinstance(space.embedding, ProjectedCodebook):
+            space.embedding = space.embedding.fold()
     return folded

@@ -1,4 +1,4 @@
-"""k-means, the beginning of a codebook."""
+"""k-means, which initializes codebooks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ def kmeans(
     generator: torch.Generator,
     num_iterations: int = 10,
 ) -> Tensor:
-    """Lloyd's algorithm from a random choice of distinct vectors.
+    """Run Lloyd's algorithm from a random choice of distinct vectors.
 
     Args:
         vectors: [N, D], finite.
-        num_codes: K wanted.
-        metric: ``"cosine"`` groups by angle; the centers are means of the vectors themselves, because the stored code is the value.
-        generator: on the CPU; decides the choice.
+        num_codes: requested number of centers, K.
+        metric: ``"cosine"`` groups by angle; the centers are means of the unnormalized vectors,
+            because the stored code is the value.
+        generator: CPU generator for the random choice.
         num_iterations: rounds of assignment and averaging.
 
     Returns:
-        [min(K, number of distinct vectors), D]. A center that loses all its vectors is put on the vector that is worst served.
+        [min(K, number of distinct vectors), D]. A center that loses all its vectors moves to the
+        vector with the largest error.
     """
     distinct = torch.unique(vectors, dim=0)
     chosen = torch.randperm(len(distinct), generator=generator)[:num_codes].to(vectors.device)

@@ -1,9 +1,12 @@
-"""MultiScaleVQ: one codebook, from a coarse grid to a fine one; every scale quantizes what the coarser ones left."""
+"""MultiScaleVQ: one codebook on grids from coarse to fine.
+
+Every scale quantizes the residual of the coarser ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy
 import torch
@@ -11,11 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalto.core.config import Config, over_defaults
+from smalto.core.config import over_defaults
 from smalto.core.errors import ConfigError, InputError, describe
 from smalto.core.layout import TokenLayout, as_grids
 from smalto.core.precision import without_autocast
-from smalto.quantizers.base import Quantizer, QuantizerOutput
+from smalto.quantizers.base import BaseQuantizerConfig, Quantizer, QuantizerOutput
+from smalto.quantizers.code_space import CodeSpace
 from smalto.quantizers.estimators import ESTIMATORS, estimate
 from smalto.quantizers.latents import (
     as_map,
@@ -32,30 +36,33 @@ Scale = Annotated[int, Field(ge=1, le=65536)]
 _SCALE = VectorQuantizerConfig(codebook_size=4096, latent_dim=32)
 
 
-class MultiScaleVQConfig(Config):
+class MultiScaleVQConfig(BaseQuantizerConfig):
     """Settings of a MultiScaleVQ; ``build()`` makes it.
 
-    ``scale`` is the quantizer of one scale, which all share. Its projections and its estimator are used once, around all scales.
+    ``scale`` describes the quantizer that all scales share. Its projections and its estimator are
+    used once, around all scales.
     """
 
+    codebook_size_key: ClassVar[str] = "scale.codebook_size"
     kind: Literal["multiscale"] = "multiscale"
     scales: tuple[Scale | tuple[Scale, Scale], ...] = Field(
         (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         min_length=1,
         max_length=64,
-        description="rows and columns of each scale, or one number for both; the last is the whole latent map",
+        description="rows and columns of each scale, or one number for both; "
+        "the last is the whole latent map",
     )
     num_phis: int | None = Field(
         4,
         ge=1,
         le=64,
-        description="convolutions that smooth enlarged scales, shared evenly; None: one per scale",
+        description="convolutions that smooth upsampled scales, shared evenly; None: one per scale",
     )
     phi_ratio: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="share of the smoothed in the result; 0: there are no convolutions",
+        description="weight of the smoothed map in the result; 0: without convolutions",
     )
     scale: Annotated[VectorQuantizerConfig, over_defaults(_SCALE)] = _SCALE
 
@@ -63,12 +70,14 @@ class MultiScaleVQConfig(Config):
     def _parts_fit(self) -> MultiScaleVQConfig:
         if self.scale.unit_codes:
             raise ValueError(
-                "scale.unit_codes must be false: what a code of length 1 leaves has another length, which would be lost."
+                "scale.unit_codes must be false: the residual of a code of length 1 has a length "
+                "of its own, which would be lost."
             )
         height, width = self.grids[-1]
         if any(h > height or w > width for h, w in self.grids):
             raise ValueError(
-                f"scales must not be finer than the last one, which is the whole latent map; got {self.scales}."
+                f"got {self.scales}; scales must not be finer than the last one, which is the "
+                "whole latent map. Put the finest scale last."
             )
         return self
 
@@ -76,6 +85,10 @@ class MultiScaleVQConfig(Config):
     def grids(self) -> tuple[tuple[int, int], ...]:
         """The scales as (rows, columns)."""
         return as_grids(self.scales)
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        return self.grids[-1]
 
     @property
     def codebook_size(self) -> int:
@@ -89,12 +102,15 @@ class MultiScaleVQConfig(Config):
         return MultiScaleVQ(self)
 
     def folded(self) -> MultiScaleVQConfig:
-        """The same with a projected codebook as the plain one that it folds to."""
+        """Return the settings with a projected codebook as the plain one that it folds to."""
         return self.model_copy(update={"scale": self.scale.folded()})
 
 
 class Phi(nn.Conv2d):
-    """``(1 - ratio)·x + ratio·conv3x3(x)``, in the precision of x. It begins as the identity."""
+    """Smoothing ``(1 - ratio)·x + ratio·conv3x3(x)``, in the dtype of x [B, D, h, w].
+
+    It is initialized as the identity.
+    """
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__(width, width, 3, padding=1)
@@ -112,45 +128,55 @@ class Phi(nn.Conv2d):
 
 
 class MultiScaleVQ(Quantizer):
-    """Multi-scale residual quantization (Tian et al. 2024, "Visual Autoregressive Modeling", arXiv 2404.02905, algorithms 1 and 2).
+    """Multi-scale residual quantization of "Visual Autoregressive Modeling".
 
-    From the coarsest scale on: what is left of the latent map is averaged down to the scale's grid, every vector there takes the nearest
-    code of the one codebook, the map of codes is enlarged (bicubic) to the full grid, smoothed by a convolution φ, and added to
-    the result. Tokens [B, Σ h_k·w_k] scale by scale, so the first ones alone are a coarser image.
+    See Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2. The scales run from coarse to fine.
+    For each one:
 
-    The loss is the mean over scales of ``mse(f̂_k, sg[f]) + beta·mse(sg[f̂_k], f)``, where f̂_k is the result after k scales and f the
-    latents. φ and learned codes learn from the first term; the search works on a detached residual that keeps no graph.
+    1. The residual of the latent map is averaged down to the grid of the scale.
+    2. Every vector is assigned the nearest code of the shared codebook.
+    3. The map of codes is upsampled (bicubic) to the full grid and smoothed by a convolution φ.
+    4. The smoothed map is added to the result.
+
+    Tokens are [B, Σ h_k·w_k] scale by scale, so the first ones alone decode to a coarser image.
+
+    The loss is the mean over scales of ``mse(f̂_k, sg[f]) + beta·mse(sg[f̂_k], f)``, with f̂_k the
+    result after k scales and f the latents. φ and learned codes learn from the first term. The
+    search works on a detached residual without a graph.
 
     Attributes:
-        scale: the VectorQuantizer of one scale, which all share.
-        phis: the convolutions; scale k of K takes the one whose tick is nearest to k/(K-1).
+        scale: the code space that all scales share.
+        phis: the convolutions; scale k of K uses the one whose tick is nearest to k/(K-1).
         scales: ((h_1, w_1), ..., (h_K, w_K)), for a latent map of (h_K, w_K).
     """
+
+    is_progressive = True
+    may_leave_parameters_unused = True  # a φ may belong to none of the scales
 
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()
         if not isinstance(config, MultiScaleVQConfig):
             raise ConfigError(
-                f"MultiScaleVQ takes a MultiScaleVQConfig; got {describe(config)}. Or call build() on one."
+                f"got {describe(config)}; MultiScaleVQ expects a MultiScaleVQConfig. "
+                "Call build() on one."
             )
         scale = config.scale
-        self.codebook_size, self.latent_dim, self.scales = (
-            scale.codebook_size,
-            scale.latent_dim,
-            config.grids,
-        )
-        self.beta, self.estimator = scale.beta, scale.estimator
+        self.codebook_size = scale.codebook_size
+        self.latent_dim = scale.latent_dim
+        self.code_dim = scale.code_dim or scale.latent_dim
+        self.scales = config.grids
+        self.beta = scale.beta
+        self.estimator = scale.estimator
         self.project_in, self.project_out = projections(scale.latent_dim, scale.code_dim)
-        dim = scale.code_dim or scale.latent_dim
-        self.scale = scale.model_copy(update={"latent_dim": dim, "code_dim": None}).build()
+        self.scale: CodeSpace = scale.build_code_space(self.code_dim)
         num_phis = (config.num_phis or len(self.scales)) if config.phi_ratio else 0
-        self.phis = nn.ModuleList(Phi(dim, config.phi_ratio) for _ in range(num_phis))
+        self.phis = nn.ModuleList(Phi(self.code_dim, config.phi_ratio) for _ in range(num_phis))
         self._phi_of_scale = phi_of_scale(len(self.scales), num_phis)
 
     def forward(
         self, latents: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
     ) -> QuantizerOutput:
-        """Quantize latents [B, C, h, w] by the first ``num_stages`` scales; see ``Quantizer.forward``."""
+        """Quantize latents [B, C, h, w] by the first ``num_stages`` scales."""
         self.check_latents(latents)
         layout = self.layout(*latents.shape[2:])
         num_scales = self._check_stages(num_stages, len(layout.grids))
@@ -160,49 +186,64 @@ class MultiScaleVQ(Quantizer):
             losses = [self.beta * masked_mse(target, result.detach(), valid) for result in results]
             if not ESTIMATORS[self.estimator].teaches_codes:
                 losses += [masked_mse(result, target.detach(), valid) for result in results]
-            loss = (torch.stack(losses).sum() / num_scales).to(
-                torch.promote_types(latents.dtype, target.dtype)
-            )
+            loss_dtype = torch.promote_types(latents.dtype, target.dtype)
+            loss = (torch.stack(losses).sum() / num_scales).to(loss_dtype)
             noise = noise_map(noise, latents, target.shape[1], target.dtype)
             quantized = estimate(self.estimator, target, results[-1], valid, noise, self.training)
-            return QuantizerOutput(
-                self._out(quantized).to(latents.dtype), loss, torch.cat(indices, dim=1).flatten()
-            )
+            quantized = self._out(quantized).to(latents.dtype)
+            return QuantizerOutput(quantized, loss, torch.cat(indices, dim=1).flatten())
 
     @torch.no_grad()
     def encode(self, latents: Tensor, layout: TokenLayout | None = None) -> Tensor:
-        """Latents [B, C, h, w] -> tokens int64 [B, L], scale by scale, in the grids of ``layout`` (default: ``self.layout(h, w)``)."""
+        """Latents [B, C, h, w] -> tokens int64 [B, L], scale by scale.
+
+        The grids are those of ``layout``, by default ``self.layout(h, w)``.
+
+        Raises:
+            InputError: the last grid is not the whole latent map, or another one is finer.
+        """
         self.check_latents(latents)
         height, width = latents.shape[2:]
         layout = self.layout(height, width) if layout is None else layout
         if not isinstance(layout, TokenLayout) or layout.grids[-1] != (height, width):
             raise InputError(
-                f"the last scale must be the whole latent map, ({height}, {width}); got {layout}."
+                f"got {layout}; the last scale must be the whole latent map. "
+                f"End the scales with ({height}, {width})."
             )
         if any(h > height or w > width for h, w in layout.grids):
             raise InputError(
-                f"scales must not be finer than the last one, which is the whole latent map; got {layout}."
+                f"got {layout}; scales must not be finer than the last one, which is the whole "
+                "latent map. Put the finest scale last."
             )
         with without_autocast(latents.device):
             indices, _ = self._quantize(*self._target(latents), layout, len(layout.grids))
         return torch.cat(indices, dim=1)
 
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens int64 [B, L] -> quantized latents [B, C, h, w]; of the first scales alone: the coarser result that they make."""
+        """Tokens int64 [B, L] -> quantized latents [B, C, h, w].
+
+        Tokens of the first scales alone decode to a coarser result.
+        """
         return self._out(self._results(indices, layout)[-1])
 
     def lookup(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Codes of tokens, in the space of codes: blocks of int64 [B, L_i] -> [B, L, code_dim or C]."""
-        return self.scale.lookup(blocks)
+        """Token blocks int64 [B, L_i] -> their codes before ``project_out``, [B, L, code_dim]."""
+        if not blocks:
+            raise InputError(
+                "got an empty list; expected token blocks [B, L_i]. Pass at least one token block."
+            )
+        indices = self.check_range(torch.cat(list(blocks), dim=1))
+        return self.scale.embed(indices).to(self.scale.weight_dtype)
 
     @torch.no_grad()
-    def var_input(self, indices: Tensor, layout: TokenLayout) -> Tensor:
-        """What a next-scale model is given to predict every scale but the first: tokens [B, L] -> [B, L - L_1, code_dim or C].
+    def generator_input(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
+        """Tokens [B, L] -> the input of a next-scale model [B, L - L_1, code_dim or C].
 
-        For each scale but the last the result so far, averaged down to the next scale's grid. Tokens of the first scales alone
-        give the input up to the scale after them.
+        It is the input for the prediction of every scale but the first. For each scale but the last
+        it holds the result so far, averaged down to the grid of the next scale. Tokens of the first
+        scales alone give the input up to the scale after them.
         """
-        results = self._results(indices, layout)
+        results = self._results(tokens, layout)
         batch, dim = results[0].shape[:2]
         inputs = [
             _pool(result, grid).flatten(2).transpose(1, 2)
@@ -211,7 +252,11 @@ class MultiScaleVQ(Quantizer):
         return torch.cat([results[0].new_zeros(batch, 0, dim), *inputs], dim=1)
 
     def layout(self, height: int, width: int) -> TokenLayout:
-        """Every scale in proportion: times height/h_K and width/w_K, rounded half up, at least 1; the last one is (height, width)."""
+        """Return the scales in proportion to a latent map of ``height`` x ``width``.
+
+        Each one is multiplied by height/h_K and width/w_K, rounded half up, and at least 1. The
+        last one is (height, width).
+        """
         rows, columns = self.scales[-1]
         grids = [
             (_in_proportion(h, height, rows), _in_proportion(w, width, columns))
@@ -219,66 +264,85 @@ class MultiScaleVQ(Quantizer):
         ]
         return TokenLayout((*grids, (height, width)))
 
-    def get_codebook(self) -> Tensor:
-        """The codes, in the space of codes: [K, D]."""
-        return self.scale.get_codebook()
+    @property
+    def configured_layout(self) -> TokenLayout:
+        return TokenLayout(self.scales)
+
+    def codebook(self) -> Tensor | None:
+        """Return the codes before ``project_out``: [K, D]."""
+        return self.scale.codebook()
+
+    @torch.no_grad()
+    def token_gaps(self, latents: Tensor, tokens: Tensor, layout: TokenLayout) -> Tensor:
+        target, valid = self._target(latents)
+        gaps = []
+        results = [torch.zeros_like(target), *self._results(tokens, layout)[:-1]]
+        blocks = self.check_prefix(tokens, layout)
+        for number, (result, block) in enumerate(zip(results, blocks, strict=True)):
+            rest, _ = self._residual(target, result, valid, number, layout)
+            gaps.append(self.scale.vector_gaps(as_vectors(rest), block.flatten()).view(block.shape))
+        return torch.cat(gaps, dim=1)
 
     def _target(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents -> the map to be quantized [B, D, h, w], and which of its vectors are usable, bool [B, h, w]."""
+        """Latents [B, C, h, w] -> the map to quantize [B, D, h, w] and validity, bool [B, h, w]."""
         vectors, valid = to_vectors(latents, self.scale.dtype, self.project_in)
         return as_map(vectors, latents), valid.view(latents.shape[0], *latents.shape[2:])
 
     def _out(self, result: Tensor) -> Tensor:
+        """Map before ``project_out`` [B, D, h, w] -> quantized latents [B, C, h, w]."""
         with without_autocast(result.device):
-            return as_map(self.project_out(as_vectors(result)), result).to(
-                self.scale.embedding.weight.dtype
-            )
+            return as_map(self.project_out(as_vectors(result)), result).to(self.scale.weight_dtype)
 
     def _quantize(
         self, target: Tensor, valid: Tensor, layout: TokenLayout, num_scales: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The indices of each scale [B, h_k·w_k], and the result after it [B, D, h, w]."""
-        share = valid.unsqueeze(1).to(target.dtype)
+        """Return the indices of each scale [B, h_k·w_k] and the result after it [B, D, h, w]."""
         total, indices, results = torch.zeros_like(target), [], []
-        for number, grid in enumerate(layout.grids[:num_scales]):
-            rest, usable = keep(target - total, valid).detach(), valid.flatten()
-            if number < len(layout.grids) - 1:
-                # The mean over usable vectors alone; where all are, this divides by exactly 1.
-                pooled = _pool(share, grid)
-                rest, usable = _pool(rest, grid) / pooled.clamp(min=1e-9), (pooled > 0).flatten()
+        for number, (height, width) in enumerate(layout.grids[:num_scales]):
+            rest, usable = self._residual(target, total, valid, number, layout)
             codes, found = self.scale.assign(as_vectors(rest), usable)
             total = total + self._spread(codes, number, layout, target)
-            indices.append(found.view(target.shape[0], grid[0] * grid[1]))
+            indices.append(found.view(target.shape[0], height * width))
             results.append(total)
         return indices, results
 
+    @staticmethod
+    def _residual(
+        target: Tensor, total: Tensor, valid: Tensor, number: int, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Return the input of scale ``number`` [B, D, h_k, w_k], and validity bool [B·h_k·w_k]."""
+        rest = keep(target - total, valid).detach()
+        if number == len(layout.grids) - 1:
+            return rest, valid.flatten()
+        # The mean over valid vectors alone; if all are, this divides by exactly 1.
+        pooled = _pool(valid.unsqueeze(1).to(target.dtype), layout.grids[number])
+        rest = _pool(rest, layout.grids[number]) / pooled.clamp(min=1e-9)
+        return rest, (pooled > 0).flatten()
+
     def _results(self, indices: Tensor, layout: TokenLayout) -> list[Tensor]:
-        """The result after each scale that ``indices`` has, [B, D, h, w]."""
+        """Return the result after each scale of ``indices``, a list of [B, D, h, w]."""
         if not isinstance(layout, TokenLayout):
             raise InputError(
-                f"a multi-scale quantizer decodes a TokenLayout, such as quantizer.layout(16, 16); got {describe(layout)}."
+                f"got {describe(layout)}; a multi-scale quantizer decodes a TokenLayout, such as "
+                "quantizer.layout(16, 16)."
             )
         blocks = self.check_prefix(indices, layout)
         height, width = layout.grids[-1]
         with without_autocast(indices.device):
-            codes = self.scale.codes()
-            total = codes.new_zeros(indices.shape[0], codes.shape[1], height, width)
+            size = indices.shape[0], self.code_dim, height, width
+            total = torch.zeros(size, dtype=self.scale.dtype, device=indices.device)
             results = []
             for number, block in enumerate(blocks):
-                total = total + self._spread(
-                    F.embedding(block.flatten(), codes), number, layout, total
-                )
+                codes = self.scale.embed(block.flatten())
+                total = total + self._spread(codes, number, layout, total)
                 results.append(total)
         return results
 
     def _spread(self, codes: Tensor, number: int, layout: TokenLayout, like: Tensor) -> Tensor:
-        """The codes of scale ``number``, [B·h_k·w_k, D] -> what they add to the result, [B, D, h, w]."""
+        """Codes of scale ``number`` [B·h_k·w_k, D] -> their share of the result [B, D, h, w]."""
         height, width = layout.grids[number]
-        added = (
-            codes.view(like.shape[0], height, width, codes.shape[1])
-            .permute(0, 3, 1, 2)
-            .contiguous()
-        )
+        added = codes.view(like.shape[0], height, width, codes.shape[1])
+        added = added.permute(0, 3, 1, 2).contiguous()
         if number < len(layout.grids) - 1:
             added = F.interpolate(added, size=layout.grids[-1], mode="bicubic")
         if not self.phis:
@@ -293,13 +357,17 @@ class MultiScaleVQ(Quantizer):
             isinstance(num_stages, int) and 1 <= num_stages <= num_scales
         ):
             raise InputError(
-                f"this quantizer has {num_scales} stages, its scales; got {num_stages} of them. Take from 1 to {num_scales}."
+                f"got num_stages={num_stages}; this quantizer has {num_scales} stages, its scales. "
+                f"Pass a number from 1 to {num_scales}."
             )
         return num_stages or num_scales
 
 
 def phi_of_scale(num_scales: int, num_phis: int) -> tuple[int, ...]:
-    """Which of ``num_phis`` convolutions each scale takes, exactly as VAR chooses: some scales lie on ties that rounding decides."""
+    """Return which of ``num_phis`` convolutions each scale uses, computed exactly as in VAR.
+
+    Some scales lie on ties that rounding decides, so the arithmetic must be the same.
+    """
     if not num_phis:
         return ()
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis

@@ -1,4 +1,7 @@
-"""What a step saw of one codebook: counts, sums, and a few vectors that could become codes. Fixed size, whatever the batch."""
+"""Statistics of one codebook: counts, sums, and a sample of vectors that could become codes.
+
+Their size is fixed, whatever the batch size.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,27 @@ from torch import Tensor
 
 from smalto.search import code_sums
 
+_NO_KEY = -1e30  # keys up to this count as empty; a finite stand-in for -inf in ``pack``
+
 
 class Statistics:
-    """Sums over all calls since ``clear``, and a sample of the vectors seen.
+    """Sums over all calls since ``clear``, and a random sample of the vectors of these calls.
 
-    Every vector draws a key from its own numbers and ``salt``; the largest keys stay (Efraimidis and Spirakis 2006). So the
-    sample is the same however the vectors are split into calls or over processes, and in any order. ``clear(by_error=True)`` weighs
-    by squared error, for revival: that is where another code helps most, and a vector that already is a code needs none.
+    The key of a vector is a random number computed from its values and ``salt``; the sample holds
+    the vectors with the largest keys (Efraimidis and Spirakis 2006). So the sample does not depend
+    on the order of the vectors, nor on how they are split into calls or over processes.
+    ``clear(by_error=True)`` weights by squared error, for revival: another code helps most at a
+    large error, and a vector that equals a code has weight 0.
 
     Attributes:
-        counts: [K + 1] vectors per code; the last are those that were not usable.
-        sums: [K, D].
-        num_calls: [1].
-        salt: [1], a tensor, so that a compiled graph does not change with it; ``seed`` is the same as a number.
-        keys: [R], falling; -inf where the sample is shorter.
-        sample: [R, D], no two alike.
+        counts: [K + 1] vectors per code; the last is the number of vectors that were not valid.
+        sums: [K, D] sum of the vectors of each code.
+        num_calls: [1] calls of ``add``.
+        salt: int64 [1], a tensor so that a compiled graph does not depend on its value.
+        seed: the value of ``salt`` as a Python integer.
+        by_error: whether the sample is weighted by squared error.
+        keys: [R], descending; -inf for empty rows of the sample.
+        sample: [R, D], all rows distinct.
     """
 
     def __init__(self, codebook_size: int, code_dim: int, like: Tensor) -> None:
@@ -33,30 +42,38 @@ class Statistics:
         self.keys = like.new_zeros(0)
         self.sample = like.new_zeros(0, code_dim)
         self.salt = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self.seed = 0
+        self.by_error = False
         self.clear(0, 0, by_error=False)
 
     def clear(self, sample_size: int, salt: int, by_error: bool) -> None:
-        """Begin anew, with room for a sample of ``sample_size``."""
+        """Reset all statistics, with room for a sample of ``sample_size`` vectors."""
         for tensor in (self.counts, self.sums, self.num_calls):
             tensor.zero_()
         if len(self.keys) != sample_size:
-            self.keys, self.sample = (
-                self.keys.new_empty(sample_size),
-                self.sample.new_empty(sample_size, self.sample.shape[1]),
-            )
+            self.keys = self.keys.new_empty(sample_size)
+            self.sample = self.sample.new_empty(sample_size, self.sample.shape[1])
         self.keys.fill_(-torch.inf)
         self.sample.zero_()
         self.salt.fill_(salt)
-        self.seed, self.by_error = salt, by_error
+        self.seed = salt
+        self.by_error = by_error
 
     def anew(self, like: Tensor) -> Statistics:
-        """Empty ones with the same settings, of the dtype and on the device of ``like``."""
+        """Return empty statistics with the same settings, dtype and device of ``like``."""
         statistics = Statistics(self.sums.shape[0], self.sums.shape[1], like)
         statistics.clear(len(self.keys), self.seed, self.by_error)
         return statistics
 
     def add(self, vectors: Tensor, codes: Tensor, indices: Tensor, valid: Tensor) -> None:
-        """Take in one call: vectors [N, D], codes [K, D], indices [N], valid [N]."""
+        """Add the vectors of one call.
+
+        Args:
+            vectors: [N, D].
+            codes: [K, D].
+            indices: the code of each vector, int64 [N].
+            valid: bool [N]; the other vectors are only counted.
+        """
         add_op(
             vectors,
             codes,
@@ -72,22 +89,24 @@ class Statistics:
         )
 
     def pack(self, rank: int, world_size: int, most: int) -> Tensor:
-        """Everything in one flat tensor, of one size in all processes, to be summed over them: every rank fills its own place.
+        """Return everything as one flat tensor to sum over all processes.
 
-        Where the places would have more than ``most`` numbers in all, every rank gives an even share of the sample only.
+        Its size is the same in all of them: every rank fills its own slot for the sample. If the
+        slots had more than ``most`` numbers in total, every rank sends only an even share of its
+        sample.
         """
-        size, width = len(self.keys), 1 + self.sample.shape[1]
+        size = len(self.keys)
+        width = 1 + self.sample.shape[1]
         size = min(size, max(-(-size // world_size), most // (world_size * width)))
         own = torch.cat([self.keys[:size].unsqueeze(1), self.sample[:size]], dim=1)
-        own[:, 0] = torch.where(
-            own[:, 0] > -torch.inf, own[:, 0], _NO_KEY
-        )  # in a sum of zeros and infinities nothing would be left
+        # A finite stand-in for -inf, so that the all-reduce sums only finite numbers.
+        own[:, 0] = torch.where(own[:, 0] > -torch.inf, own[:, 0], _NO_KEY)
         places = own.new_zeros(world_size, *own.shape)
         places[rank] = own
         return torch.cat([self.counts, self.num_calls, self.sums.flatten(), places.flatten()])
 
     def unpack(self, packed: Tensor) -> None:
-        """Take over the sum of what all processes packed."""
+        """Replace the statistics by the sum of all processes' ``pack``."""
         sizes = [self.counts.numel(), self.num_calls.numel(), self.sums.numel()]
         counts, num_calls, sums, places = packed.split([*sizes, packed.numel() - sum(sizes)])
         self.counts.copy_(counts)
@@ -99,11 +118,8 @@ class Statistics:
         _keep_largest(keys, places[:, 1:], self.keys, self.sample)
 
     def candidates(self) -> Tensor:
-        """The sample without empty rows, [n, D]."""
+        """Return the sample without empty rows, [n, D]."""
         return self.sample[self.keys > -torch.inf]
-
-
-_NO_KEY = -1e30
 
 
 @torch.library.custom_op(
@@ -122,10 +138,12 @@ def add_op(
     keys: Tensor,
     sample: Tensor,
 ) -> None:
-    """One operator, so that a compiled forward has it as one node."""
-    if (
-        torch._C._current_graph_task_id() != -1
-    ):  # a compiled forward that activation checkpointing runs again
+    """Add one call to the statistics, in place.
+
+    One operator, so that a compiled forward has it as one node.
+    """
+    # Inside a backward pass: activation checkpointing recomputes a compiled forward.
+    if torch._C._current_graph_task_id() != -1:
         return
     size = len(sums)
     new_counts, new_sums = code_sums(vectors, torch.where(valid, indices, size), size + 1)
@@ -141,33 +159,47 @@ def add_op(
 
 @add_op.register_fake
 def _(*arguments: Any) -> None:
-    """It only changes its arguments."""
+    """Return nothing: the operator only mutates its arguments."""
 
 
 def _keep_largest(new_keys: Tensor, new_vectors: Tensor, keys: Tensor, sample: Tensor) -> None:
-    """Merge candidates into ``keys`` [R] and ``sample`` [R, D], in place; of vectors that are alike one stays."""
-    all_keys, vectors = torch.cat([keys, new_keys]), torch.cat([sample, new_vectors])
+    """Merge candidates into ``keys`` [R] and ``sample`` [R, D], in place.
+
+    One copy of equal vectors is kept.
+    """
+    all_keys = torch.cat([keys, new_keys])
+    vectors = torch.cat([sample, new_vectors])
     order = all_keys.argsort(descending=True, stable=True)
     all_keys = all_keys[order]
-    # Vectors that are alike have one key and stand together. Where rounding gives two vectors one key, one is lost: no harm.
+    # Equal vectors have equal keys, so sorting puts them next to each other. If rounding gives two
+    # different vectors the same key, one is dropped, which does no harm.
     first = torch.ones_like(all_keys, dtype=torch.bool)
     first[1:] = all_keys[1:] != all_keys[:-1]
     chosen = (first & (all_keys > -torch.inf)).nonzero().squeeze(1)[: len(keys)]
-    keys[: len(chosen)], sample[: len(chosen)] = all_keys[chosen], vectors[order[chosen]]
+    keys[: len(chosen)] = all_keys[chosen]
+    sample[: len(chosen)] = vectors[order[chosen]]
 
 
 def _draw(vectors: Tensor, salt: Tensor) -> Tensor:
-    """A negative random number for every row of [N, D], the logarithm of a uniform one, that depends on row and ``salt`` [1] alone."""
-    # As float32, because the last bits of float64 depend on the order of earlier sums. Plus 0 because 0 and -0 are one number.
+    """Return a random number for every row of [N, D], the logarithm of a uniform one: [N].
+
+    It is negative and depends on the row's values and ``salt`` [1] alone.
+    """
+    # As float32, because the last bits of float64 depend on the order of earlier sums. Plus 0.0,
+    # because 0.0 and -0.0 are equal but differ in their bits.
     bits = (vectors.float() + 0.0).view(torch.int32).long()
     columns = _mix(torch.arange(1, vectors.shape[1] + 1, device=vectors.device)) | 1
     mixed = _mix(_mix((bits * columns).sum(dim=1)) + salt)
-    # 1 - u in place of u: near 0 float32 tells far more numbers apart than near 1, and the largest keys come from there.
+    # log(1 - u) instead of log(u), whose largest values come from u near 1: float32 resolves far
+    # more values near 0 than near 1.
     return torch.log1p(-((mixed >> 11) & (2**53 - 1)).to(vectors.dtype) / 2**53)
 
 
 def _mix(numbers: Tensor) -> Tensor:
-    """Spread every bit of int64 numbers over all others (the finalizer of SplitMix64: Steele et al. 2014)."""
+    """Mix every bit of int64 numbers into all others.
+
+    This is the finalizer of SplitMix64 (Steele et al. 2014).
+    """
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         numbers = (numbers ^ ((numbers >> shift) & (2 ** (64 - shift) - 1))) * factor
     return numbers ^ ((numbers >> 31) & (2**33 - 1))

@@ -1,5 +1,5 @@
-"""The run report: one HTML file that needs nothing else."""
+"""Run report: one self-contained HTML file."""
 
-from smalto.report.page import Example, write_report
+from smalto.report.page import Example, RunReport, write_report
 
-__all__ = ["Example", "write_report"]
+__all__ = ["Example", "RunReport", "write_report"]

@@ -1,4 +1,4 @@
-"""Charts as SVG text. Colors are CSS classes, so that light and dark both work."""
+"""Charts as SVG text. Colors are CSS classes, so that light and dark mode both work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Series = tuple[str, Sequence[float], Sequence[float]]
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:
-    """Lines through (label, xs, ys); long ones are averaged down to 300 points. ``log_y`` for values that span decades."""
+    """Return a chart with a line per (label, xs, ys); empty without finite values.
+
+    Long lines are averaged down to 300 points. ``log_y`` is for values that span decades.
+    """
     drawn = [(label, *_thin(xs, ys)) for label, xs, ys in series]
     drawn = [(label, xs, ys) for label, xs, ys in drawn if xs]
     if not drawn:
@@ -42,7 +45,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool
 def bar_chart(
     values: Sequence[float], x_label: str, y_label: str, line: float | None = None
 ) -> str:
-    """Bars of ``values`` side by side, as one area; ``line`` is a level to compare with."""
+    """Return a chart of adjacent bars, drawn as one area; ``line`` is a reference level."""
     if not values:
         return ""
     top = max(max(values), line or 0) or 1.0
@@ -57,14 +60,16 @@ def bar_chart(
         f'<polygon class="bars" points="{" ".join(points)}"/>',
     ]
     if line is not None:
+        y = _y(line, 0, top)
         parts.append(
-            f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(line, 0, top):.1f}" y2="{_y(line, 0, top):.1f}"/>'
+            f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
     return _svg(parts, f"{y_label} by {x_label}")
 
 
 def _svg(parts: list[str], title: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}"'
+    return f'<svg class="chart" {view}>{"".join(parts)}</svg>'
 
 
 def _axes(
@@ -89,10 +94,12 @@ def _axes(
     for value in _ticks(x_low, x_high):
         x = _x(value, x_low, x_high)
         parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_number(value)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" '
+            f'text-anchor="middle">{_number(value)}</text>'
         )
     parts.append(
-        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{x_label}</text>'
+        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
+        f'text-anchor="middle">{x_label}</text>'
     )
     parts.append(f'<text class="tick" x="{LEFT - 6}" y="14">{y_label}</text>')
     return "".join(parts)
@@ -128,7 +135,8 @@ def _number(value: float) -> str:
 
 def _thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
     finite = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
-    xs, ys = [x for x, _ in finite], [y for _, y in finite]
+    xs = [x for x, _ in finite]
+    ys = [y for _, y in finite]
     step = max(1, -(-len(xs) // MAX_POINTS))
     groups = [(xs[i : i + step], ys[i : i + step]) for i in range(0, len(xs), step)]
     return [sum(x) / len(x) for x, _ in groups], [sum(y) / len(y) for _, y in groups]

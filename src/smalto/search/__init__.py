@@ -1,4 +1,4 @@
-"""Nearest-code search and code sums: pure functions of tensors that know nothing of modules or training."""
+"""Nearest-code search and code sums: pure functions of tensors, independent of modules."""
 
 from smalto.search.code_sums import USAGE_WINDOW, code_sums
 from smalto.search.nearest import Backend, Metric, nearest_codes

@@ -1,15 +1,19 @@
-"""How many vectors each code got, and their sum: all that codebook upkeep needs to know of a batch."""
+"""Number and sum of the vectors of each code: all that codebook updates need from a batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-USAGE_WINDOW = 32  # tokens per code: usage@W looks at W = 32·K tokens, because every codebook looks used when one looks long enough
+# Tokens per code: usage@W covers the last W = 32·K tokens. The window is bounded, because over a
+# long enough one every code is used.
+USAGE_WINDOW = 32
 
 
 def code_sums(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """Count and add up the vectors of every code, in the same order every time: equal input gives bitwise equal sums.
+    """Count and sum the vectors of every code.
+
+    The order of summation is fixed, so equal input gives bitwise equal sums.
 
     Args:
         vectors: [N, D] floating point.
@@ -17,13 +21,15 @@ def code_sums(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[Ten
         codebook_size: K.
 
     Returns:
-        counts [K] and sums [K, D], both at least float32. Memory is O((N + K)·D): no one-hot N x K matrix.
+        counts [K] and sums [K, D], both at least float32. Memory is O((N + K)·D), without a one-hot
+        N x K matrix.
     """
     return code_sums_op(vectors, indices, codebook_size)
 
 
 @torch.library.custom_op("smalto::code_sums", mutates_args=())
 def code_sums_op(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Compute ``code_sums`` as one operator."""
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     counts = torch.bincount(indices, minlength=codebook_size)
     add = _add_in_order if vectors.device.type == "cpu" else _add_by_segment
@@ -33,9 +39,9 @@ def code_sums_op(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[
 @code_sums_op.register_fake
 def _(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(vectors.dtype, torch.float32)
-    return vectors.new_empty(codebook_size, dtype=dtype), vectors.new_empty(
-        codebook_size, vectors.shape[1], dtype=dtype
-    )
+    counts = vectors.new_empty(codebook_size, dtype=dtype)
+    sums = vectors.new_empty(codebook_size, vectors.shape[1], dtype=dtype)
+    return counts, sums
 
 
 def _add_in_order(vectors: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
@@ -43,6 +49,9 @@ def _add_in_order(vectors: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
 
 
 def _add_by_segment(vectors: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
-    """On a GPU index_add_ adds in whatever order its threads come; sorted by code, each sum has an order."""
+    """Sum by segments of the vectors sorted by code.
+
+    On a GPU the order of additions in index_add_ depends on its threads; here it is fixed.
+    """
     ordered = vectors[indices.argsort(stable=True)]
     return torch.segment_reduce(ordered, "sum", lengths=counts, axis=0, initial=0)

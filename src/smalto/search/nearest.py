@@ -1,4 +1,4 @@
-"""The one entrance to nearest-code search: checks the arguments, then hands over to a backend."""
+"""Nearest-code search: the public function, which checks its arguments and calls a backend."""
 
 from __future__ import annotations
 
@@ -27,26 +27,34 @@ def nearest_codes(
     Args:
         queries: [N, D] floating point.
         codebook: [K, D] floating point on the same device, K at least 1.
-        metric: ``"l2"`` takes the smallest Euclidean distance, ``"cosine"`` the largest angle cosine
+        metric: ``"l2"``: the smallest Euclidean distance. ``"cosine"``: the largest cosine
             ``z·c/|c|`` (the length of a code does not count; a zero code has cosine 0).
-        backend: ``"tiled"``: torch, on every device. ``"faiss"``: faiss, on the CPU. None: the faster one, by a rule
-            that was measured (``benchmarks/search.py``); tiled where faiss is not installed.
-        exact: settle what float32 leaves open by comparing in float64 (always tiled).
+        backend: ``"tiled"``: torch, on every device. ``"faiss"``: faiss, on the CPU. None: the
+            faster one, by a measured rule (``benchmarks/search.py``); tiled if faiss is not
+            installed.
+        exact: resolve the ties of float32 by a comparison in float64 (always tiled).
 
     Returns:
-        int64 [N]; of codes that are equal the lowest index. No gradient flows. A row that holds a NaN or an infinity gets
-        index 0. Computed in float32 whatever the input, autocast and TF32 settings: the squared distance of the chosen code exceeds
-        the best by at most ``4·2⁻²⁴·√D·(|z|+max|c|)²``, and where the best two differ by more, every backend and every split of
-        the batch gives the same index. Numbers must stay below about 1e18, where squares overflow, and codes must be finite. Beside the
-        result it needs at most 64 MiB, whatever N and K (with ``exact=True`` twice that; faiss, when asked for by name, copies its input).
+        int64 [N]; the lowest index if codes are equal. The result carries no gradient. A row that
+        holds a NaN or an infinity gets index 0.
+
+    The computation is in float32, whatever the input, autocast and TF32 settings. The squared
+    distance of the chosen code exceeds the best by at most ``4·2⁻²⁴·√D·(|z|+max|c|)²``. If the best
+    two differ by more, every backend and every split of the batch gives the same index. Absolute
+    values must stay below about 1e18, because squares overflow there, and codes must be finite.
+
+    Beside the result the search needs at most 64 MiB of memory, whatever N and K, and twice that
+    with ``exact=True``. faiss copies its input if it is requested by name.
 
     Raises:
-        InputError: ranks or dimensions do not fit, no codes, integer input, or an unknown metric or backend.
-        MissingExtra: faiss is asked for and not installed.
+        InputError: ranks or dimensions do not fit, the codebook is empty, the input is not floating
+            point, or the metric or backend is unknown.
+        MissingExtra: faiss is requested and not installed.
     """
     if not isinstance(queries, Tensor) or not isinstance(codebook, Tensor):
         raise InputError(
-            f"queries and codebook must be tensors; got {describe(queries)} and {describe(codebook)}."
+            f"got {describe(queries)} and {describe(codebook)}; queries and codebook must be "
+            "tensors. Convert them with torch.as_tensor(...)."
         )
     if (
         queries.ndim != 2
@@ -55,24 +63,28 @@ def nearest_codes(
         or queries.shape[1] == 0
     ):
         raise InputError(
-            f"nearest_codes expects queries [N, D] and a codebook [K, D] with the same D of at least 1; got {list(queries.shape)} "
-            f"and {list(codebook.shape)}. Flatten a latent map [B, C, h, w] with .permute(0, 2, 3, 1).reshape(-1, C)."
+            f"got {list(queries.shape)} and {list(codebook.shape)}; expected queries [N, D] and a "
+            "codebook [K, D] with the same D of at least 1. Flatten a latent map [B, C, h, w] with "
+            ".permute(0, 2, 3, 1).flatten(0, 2)."
         )
     if codebook.shape[0] == 0:
         raise InputError(
-            f"the codebook is empty {list(codebook.shape)}: it needs at least one code."
+            f"got an empty codebook {list(codebook.shape)}; expected at least one code. "
+            "Pass a codebook [K, D]."
         )
     if not queries.is_floating_point() or not codebook.is_floating_point():
         raise InputError(
-            f"queries and codebook must be floating point; got {queries.dtype} and {codebook.dtype}."
+            f"got {queries.dtype} and {codebook.dtype}; queries and codebook must be floating "
+            "point. Convert them with .float()."
         )
     if metric not in ("l2", "cosine"):
-        raise InputError(f'metric must be "l2" or "cosine"; got {metric!r}.')
+        raise InputError(f'got metric={metric!r}; expected "l2" or "cosine".')
     if backend not in (None, "tiled", "faiss"):
-        raise InputError(f'backend must be "tiled", "faiss" or None; got {backend!r}.')
+        raise InputError(f'got backend={backend!r}; expected "tiled", "faiss" or None.')
     if backend == "faiss" and (exact or queries.device.type != "cpu"):
         raise InputError(
-            'backend="faiss" searches in float32 on the CPU; use backend=None for exact=True and for other devices.'
+            f'got backend="faiss" with exact={exact} on {queries.device.type}; faiss searches in '
+            "float32 on the CPU. Use backend=None."
         )
     with torch.no_grad():
         indices: Tensor = nearest_op(queries, codebook, metric == "cosine", backend or "", exact)
@@ -80,16 +92,16 @@ def nearest_codes(
 
 
 def search(queries: Tensor, codebook: Tensor, cosine: bool, backend: str, exact: bool) -> Tensor:
-    """``nearest_codes`` without the checks; an empty ``backend`` chooses."""
-    if backend == "faiss" or (
-        not backend and not exact and faiss_search.is_faster(queries, codebook)
-    ):
+    """Return ``nearest_codes`` without the checks; an empty ``backend`` selects the faster one."""
+    prefers_faiss = not backend and not exact and faiss_search.is_faster(queries, codebook)
+    if backend == "faiss" or prefers_faiss:
         return faiss_search.search(queries, codebook, cosine)
     return tiled.search(queries, codebook, cosine, exact)
 
 
-# One operator, so that a compiled model has the search as one node. Not by torch.library.custom_op: its first call imports torch's
-# compiler, a second and a half and 100 MB for every program that only encodes.
+# One operator, so that a compiled model has the search as one node. Not torch.library.custom_op:
+# its first call imports torch's compiler, which costs 1.5 s and 100 MB in every program that only
+# encodes.
 torch.library.define("smalto::nearest_codes", torch.library.infer_schema(search, mutates_args=()))
 torch.library.impl("smalto::nearest_codes", "default", search)
 nearest_op = torch.ops.smalto.nearest_codes.default

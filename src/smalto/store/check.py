@@ -13,45 +13,38 @@ from smalto.core.progress import Progress
 from smalto.store.schema import checksums, row_layouts, token_arrays
 from smalto.store.token_store import TokenStore
 
-MOST_PROBLEMS = 1000
+MAX_PROBLEMS = 1000
 
 
 @dataclass
-class Verification:
-    """What ``verify`` found.
+class StoreCheck:
+    """What a check of every row found.
 
     Attributes:
         num_rows: rows that the store says it has; ``num_checked``: those that could be read.
-        problems: what is wrong with the store, at most 1,000 lines; ``num_problems`` counts all.
-        num_sampled: rows that were encoded again; ``not_found``: names of the sample that are not in the source any more, or cannot be
-            read; ``changed``: those whose files are others than when they were tokenized.
-        differing: (id, number of tokens that differ, position of the first) of images that gave other tokens.
+        problems: what is damaged, at most 1,000 lines; ``num_problems`` counts all.
     """
 
     num_rows: int
     num_checked: int = 0
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
-    num_sampled: int = 0
-    num_tokens_sampled: int = 0
-    not_found: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    differing: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Nothing is damaged, and every image of the sample gave the same tokens again."""
-        return not self.num_problems and not self.differing
+        """Whether nothing is damaged."""
+        return not self.num_problems
 
     def add(self, problem: str) -> None:
+        """Record a problem."""
         self.num_problems += 1
-        if len(self.problems) < MOST_PROBLEMS:
+        if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
 
-def check_store(store: TokenStore, progress: Progress | None = None) -> Verification:
+def check_store(store: TokenStore, progress: Progress | None = None) -> StoreCheck:
     """Check every row's checksum, range and length, and that ids are unique and found."""
-    found, progress = Verification(len(store)), progress or Progress()
+    found, progress = StoreCheck(len(store)), progress or Progress()
     progress.start("checking", len(store), "rows")
     hashes: list[numpy.ndarray] = []
     lost: list[str] = []
@@ -86,7 +79,7 @@ def _lost_by_the_index(store: TokenStore, ids: list[str]) -> list[str]:
         return ids
 
 
-def _check_table(store: TokenStore, table: pyarrow.Table, found: Verification) -> numpy.ndarray:
+def _check_table(store: TokenStore, table: pyarrow.Table, found: StoreCheck) -> numpy.ndarray:
     """Note what is wrong with these rows; returns a hash of each id."""
     ids = table["id"].to_pylist()
     try:

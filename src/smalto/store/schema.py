@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smalto.core.config import Config, parse_config
 from smalto.core.errors import InputError, RunError
+from smalto.core.identity import TokenizerIdentity, token_dtype
 from smalto.core.layout import TokenLayout
 from smalto.images.transforms import Transform
 
@@ -48,21 +49,30 @@ class StoreHeader(Config):
     @classmethod
     def of(
         cls,
-        tokenizer: Any,
+        identity: TokenizerIdentity,
         *,
-        layout: TokenLayout | None,
-        transform: Transform | str,
+        layout: TokenLayout | None = None,
+        transform: Transform | str = "",
         precision: str = "float32",
         path: str | Path = "",
         source: str = "",
-        fingerprint: str | None = None,
     ) -> StoreHeader:
-        """The header for tokens of ``tokenizer`` (an ImageTokenizer), which lies in the folder ``path``."""
-        quantizer = getattr(tokenizer.config, "quantizer", None)
+        """Return the header for tokens of one tokenizer.
+
+        Args:
+            identity: of the tokenizer: ``tokenizer.identity()``.
+            layout: of every image; None: images keep their shape, and every row has its own.
+            transform, precision: how images become tokens.
+            path: the folder of the tokenizer, for later jobs to find it.
+            source: the folder of the images.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
         metadata = {
-            "fingerprint": fingerprint or tokenizer.fingerprint(),
-            "kind": quantizer.kind if quantizer is not None else tokenizer.config.kind,
-            "codebook_size": tokenizer.quantize.codebook_size,
+            "fingerprint": identity.fingerprint,
+            "kind": identity.kind,
+            "codebook_size": identity.codebook_size,
             "grids": layout.grids if layout is not None else None,
             "transform": transform,
             "precision": precision,
@@ -78,7 +88,7 @@ class StoreHeader(Config):
     @property
     def dtype(self) -> numpy.dtype[Any]:
         """Of tokens on disk: the smaller of two that holds every index."""
-        return numpy.dtype(numpy.uint16 if self.codebook_size <= 2**16 else numpy.uint32)
+        return token_dtype(self.codebook_size)
 
     def check_same(self, other: StoreHeader, path: Path) -> None:
         """Refuse tokens that may not be mixed with those of the store in ``path``.

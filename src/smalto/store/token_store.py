@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
 import numpy
@@ -21,9 +21,7 @@ from torch import Tensor
 from smalto.core.config import parse_config
 from smalto.core.errors import DataError, InputError, RunError
 from smalto.core.files import atomic_path, remove_leftovers
-from smalto.core.layout import TokenLayout
 from smalto.images.image_file import Skipped
-from smalto.images.transforms import Transform
 from smalto.store.lance_table import ROWS_PER_FILE, LanceTable
 from smalto.store.schema import (
     NUMBERS,
@@ -58,35 +56,20 @@ class TokenStore:
         self._lock = filelock.FileLock(path / _LOCK, thread_local=False)
 
     @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        tokenizer: Any,
-        *,
-        layout: TokenLayout | None = None,
-        transform: Transform | str = "",
-        precision: Literal["float32", "bf16"] = "float32",
-    ) -> TokenStore:
-        """Make an empty store.
+    def create(cls, path: str | Path, header: StoreHeader) -> TokenStore:
+        """Create an empty store.
 
         Args:
             path: a folder that does not exist yet, such as ``tokens.lance``.
-            tokenizer: the ImageTokenizer whose tokens it will hold, or a StoreHeader.
-            layout: of every image; None: images keep their shape, and every row has its own.
-            transform, precision: how the images become tokens; what is appended later has to agree.
+            header: what all rows share: ``StoreHeader.of(tokenizer.identity(), layout=...)``.
 
         Raises:
-            RunError: something is there already.
+            RunError: ``path`` exists.
         """
         path = Path(path)
         if path.exists():
             raise RunError(
-                f"{path} exists already. Open it with TokenStore.open, or name another place."
-            )
-        header = tokenizer
-        if not isinstance(header, StoreHeader):
-            header = StoreHeader.of(
-                tokenizer, layout=layout, transform=transform, precision=precision
+                f"{path} exists already. Open it with TokenStore.open, or name another path."
             )
         try:
             with atomic_path(path) as folder:  # appears whole
@@ -293,32 +276,23 @@ class TokenStore:
         rows: Sequence[TokenRow],
         *,
         replace: bool = False,
-        tokenizer: Any = None,
-        layout: TokenLayout | None = None,
-        transform: Transform | str | None = None,
-        precision: str | None = None,
+        header: StoreHeader | None = None,
     ) -> None:
         """Add rows in one commit: after a crash all of them are there, or none.
 
         Args:
             rows: with ids that are new.
-            replace: where an id is there, replace its row.
-            tokenizer, layout, transform, precision: what made these tokens, where the caller can say: checked against the header.
+            replace: replace the rows whose ids exist.
+            header: of the tokens, if the caller knows it; it must agree with the store's.
 
         Raises:
-            RunError: the tokens are of another kind than the store's, or another process is writing.
-            InputError: an id that is there already, a token outside the codebook, or another number of tokens than the layout's.
+            RunError: the tokens are of another kind than the store's, or another process holds the
+                writer lock.
+            InputError: an id exists already, a token is outside the codebook, or a number of
+                tokens is not the layout's.
         """
-        given = {
-            "grids": layout.grids if layout is not None else None,
-            "transform": transform,
-            "precision": precision,
-        }
-        told: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        if tokenizer is not None:
-            made_by = StoreHeader.of(tokenizer, layout=None, transform="")
-            told |= {key: getattr(made_by, key) for key in ("fingerprint", "kind", "codebook_size")}
-        self.header.check_same(self.header.model_copy(update=told), self.path)
+        if header is not None:
+            self.header.check_same(header, self.path)
         if rows:
             self.append_table(rows_to_table(rows, self.header), replace=replace)
 

@@ -1,4 +1,4 @@
-"""The tokenizer: encoder, quantizer and decoder, its files, and the lists of tokens that it exchanges with generators."""
+"""The tokenizer: encoder, quantizer and decoder, its files, and token blocks for generators."""
 
 from smalto.tokenizer.loading import load
 from smalto.tokenizer.model import ImageTokenizer, TokenizerConfig, TokenizerOutput

@@ -1,4 +1,4 @@
-"""Reading a tokenizer from a folder."""
+"""Reading of a tokenizer from a folder."""
 
 from __future__ import annotations
 
@@ -22,31 +22,35 @@ _CONFIGS: dict[str, type[AnyTokenizerConfig]] = {
 
 
 def load(folder: str | Path) -> ImageTokenizer:
-    """Read a tokenizer (or a run, which is one too) from a folder, in evaluation mode on the CPU.
+    """Read a tokenizer from its folder, or from a run, in evaluation mode on the CPU.
 
     Raises:
-        RunError: the folder or one of its two files is missing or damaged, or weights and configuration do not fit.
+        RunError: the folder or one of its two files is missing or damaged, or weights and
+            configuration do not fit.
         ConfigError: the configuration is of another format or has unknown keys.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         there = (
-            "holds no tokenizer"
+            "does not hold a tokenizer"
             if folder.is_dir()
             else "is a file"
             if folder.is_file()
             else "does not exist"
         )
         raise RunError(
-            f"{folder} {there}: a tokenizer is a folder with config.json and model.safetensors, such as a run of `smalto train`. "
-            "A file of VAR becomes one by `smalto convert FILE --to smalto --out FOLDER`."
+            f"{folder} {there}; expected a folder with config.json and model.safetensors, such as "
+            "a run of `smalto train`. Convert a checkpoint of VAR with "
+            "`smalto convert FILE --to smalto --out FOLDER`."
         )
     try:
-        config = _parse(
-            (folder / "config.json").read_text(encoding="utf-8"), str(folder / "config.json")
-        )
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        config = _parse(text, str(folder / "config.json"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{folder / 'config.json'} is not readable JSON ({error}).") from None
+        raise ConfigError(
+            f"{folder / 'config.json'} cannot be read ({error}); expected JSON in UTF-8. Restore "
+            "it from a checkpoint of the run."
+        ) from None
     tokenizer = config.build()
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -54,17 +58,20 @@ def load(folder: str | Path) -> ImageTokenizer:
             beside = (file.metadata() or {}).get("smalto")
     except (safetensors.SafetensorError, OSError) as error:
         raise RunError(
-            f"{folder / 'model.safetensors'} cannot be read ({error}). Take the one of an older checkpoint."
+            f"{folder / 'model.safetensors'} cannot be read ({error}). Restore it from a "
+            "checkpoint of the run."
         ) from None
     if beside is not None and _parse(beside, "model.safetensors") != config:
         raise RunError(
-            f"{folder / 'model.safetensors'} does not fit config.json beside it: it was written with another one. Take both anew."
+            f"{folder / 'model.safetensors'} does not fit config.json beside it: it was written "
+            "with another one. Copy both files again from the same checkpoint."
         )
     try:
         tokenizer.load_state_dict(state, assign=True)  # in the precision that was saved
     except RuntimeError as error:
         raise RunError(
-            f"{folder / 'model.safetensors'} does not fit config.json beside it: {error}"
+            f"{folder / 'model.safetensors'} does not fit config.json beside it. Copy both files "
+            f"again from the same checkpoint. {error}"
         ) from None
     return tokenizer.eval()
 
@@ -73,14 +80,18 @@ def _parse(text: str, source: str) -> AnyTokenizerConfig:
     try:
         data: Any = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{source} is not readable JSON ({error}).") from None
+        raise ConfigError(
+            f"{source} is not valid JSON ({error}). Restore it from a checkpoint of the run."
+        ) from None
     version = data.pop("format_version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise ConfigError(
-            f"{source} has format_version {version!r}; this smalto reads {FORMAT_VERSION}."
+            f"{source}: got format_version {version!r}; this version of smalto reads "
+            f"{FORMAT_VERSION}. Install the version of smalto that wrote the file."
         )
     if not isinstance(data.get("kind"), str) or data["kind"] not in _CONFIGS:
         raise ConfigError(
-            f"{source}: kind must be one of {sorted(_CONFIGS)}; got {data.get('kind')!r}."
+            f"{source}: got kind {data.get('kind')!r}; expected one of {sorted(_CONFIGS)}. "
+            "Read the file with the version of smalto that wrote it."
         )
     return parse_config(_CONFIGS[data["kind"]], data, source)

@@ -17,8 +17,9 @@ from smalto.autoencoders.layers import Upsample
 from smalto.core.config import Config
 from smalto.core.device import Precision
 from smalto.core.errors import ConfigError, InputError, describe
+from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout, as_grids
-from smalto.quantizers import MultiScaleVQ, QuantizerConfig, ResidualVQ, VectorQuantizerConfig, fold
+from smalto.quantizers import QuantizerConfig, VectorQuantizerConfig, fold
 from smalto.tokenizer import saving
 from smalto.tokenizer.token_blocks import (
     BlockKind,
@@ -32,7 +33,7 @@ from smalto.tokenizer.token_blocks import (
 
 
 class TokenizerOutput(NamedTuple):
-    """Unpacks as ``reconstruction, vq_loss, indices``.
+    """Output of a tokenizer; unpacks as ``reconstruction, vq_loss, indices``.
 
     Attributes:
         reconstruction: [B, C, H, W], near [-1, 1] but not clamped.
@@ -46,11 +47,22 @@ class TokenizerOutput(NamedTuple):
 
 
 class AnyTokenizerConfig(Config, ABC):
-    """Settings that describe a tokenizer: the general ones below, or those of a preset."""
+    """Settings of a tokenizer: those of a TokenizerConfig, or those of a preset."""
+
+    kind: str
+
+    @property
+    def quantizer_kind(self) -> str:
+        """The kind of the quantizer, or the name of a preset."""
+        return self.kind
 
     @abstractmethod
     def general(self) -> TokenizerConfig:
         """Return the settings of the same tokenizer as a TokenizerConfig."""
+
+    def folded(self) -> AnyTokenizerConfig:
+        """Return the settings with projected codebooks as the plain ones that they fold to."""
+        return self
 
     @abstractmethod
     def build(self) -> ImageTokenizer:
@@ -68,26 +80,35 @@ class TokenizerConfig(AnyTokenizerConfig):
     def _parts_fit(self) -> TokenizerConfig:
         if self.autoencoder.latent_dim != self.quantizer.latent_dim:
             raise ValueError(
-                f"autoencoder.latent_dim is {self.autoencoder.latent_dim} and quantizer.latent_dim is "
-                f"{self.quantizer.latent_dim}: they must be equal. Set autoencoder.latent_dim to {self.quantizer.latent_dim}, or the other."
+                f"got autoencoder.latent_dim={self.autoencoder.latent_dim} and "
+                f"quantizer.latent_dim={self.quantizer.latent_dim}; they must be equal. "
+                f"Set autoencoder.latent_dim={self.quantizer.latent_dim}, or "
+                f"quantizer.latent_dim={self.autoencoder.latent_dim}."
             )
         return self
 
+    @property
+    def quantizer_kind(self) -> str:
+        return self.quantizer.kind
+
     def general(self) -> TokenizerConfig:
         return self
+
+    def folded(self) -> TokenizerConfig:
+        return self.model_copy(update={"quantizer": self.quantizer.folded()})
 
     def build(self) -> ImageTokenizer:
         return ImageTokenizer(self)
 
 
 class ImageTokenizer(nn.Module):
-    """Images [B, C, H, W] in [-1, 1] <-> tokens [B, L].
+    """Tokenizer of images: [B, C, H, W] in [-1, 1] <-> tokens [B, L].
 
     Args:
-        config: which parts; ``TokenizerConfig(...).build()`` is the usual way here.
+        config: settings of the parts; usually built by ``TokenizerConfig(...).build()``.
 
     Attributes:
-        encoder, quantize, decoder: the parts, each of which knows nothing of the others.
+        encoder, quantize, decoder: the parts, independent of one another.
         stride: pixels per latent position; H and W must be multiples of it.
     """
 
@@ -105,7 +126,10 @@ class ImageTokenizer(nn.Module):
     def forward(
         self, images: Tensor, *, num_stages: int | None = None, noise: Tensor | None = None
     ) -> TokenizerOutput:
-        """Images [B, C, H, W] -> (reconstruction [B, C, H, W] not clamped, vq_loss scalar, indices int64 [B*L]), with gradients.
+        """Reconstruct images [B, C, H, W], with gradients.
+
+        Returns:
+            reconstruction [B, C, H, W] (not clamped), vq_loss (scalar), indices int64 [B*L].
 
         ``num_stages`` and ``noise`` are the quantizer's: see ``Quantizer.forward``.
         """
@@ -120,45 +144,57 @@ class ImageTokenizer(nn.Module):
         """Images [B, C, H, W] in [-1, 1] -> tokens int64 [B, L].
 
         Args:
-            images: with sides that the stride divides.
-            layout: of a multi-scale tokenizer: other scales than ``self.layout(H, W)``; the last one must be the whole latent map.
+            images: floating point; H and W are multiples of ``stride``.
+            layout: scales other than ``self.layout(H, W)``, for a multi-scale tokenizer. The last
+                one must be the whole latent map.
 
         Raises:
-            InputError: not floating point, another rank or number of channels, sides that the stride does not divide, or a layout that is
-                not this tokenizer's.
+            InputError: the images are not floating point, have another rank or number of channels,
+                or have sides that the stride does not divide; or the layout is not this
+                tokenizer's.
         """
         self.check_images(images)
-        if isinstance(self.quantize, MultiScaleVQ):
-            return self.quantize.encode(self._latents(images), layout)
-        if layout is not None and layout != self.layout(*images.shape[2:]):
-            raise InputError(
-                f"this tokenizer has no choice of grids: these images give {self.layout(*images.shape[2:])}; got {layout}."
-            )
-        return self.quantize.encode(self._latents(images))
+        return self.quantize.encode(self._latents(images), layout)
+
+    @torch.no_grad()
+    def token_gaps(self, images: Tensor, tokens: Tensor, layout: TokenLayout) -> Tensor:
+        """Return by how much tokens [B, L] of images miss the nearest codes, float64 [B, L].
+
+        0 for tokens that ``encode`` returns, about 1e-7 for ties that rounding decides; see
+        ``Quantizer.token_gaps``.
+        """
+        self.check_images(images)
+        return self.quantize.token_gaps(self._latents(images), tokens, layout)
 
     def decode(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> Tensor:
         """Tokens int64 [B, L] -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
-            tokens: what ``encode`` gave. Of residual and multi-scale tokenizers the tokens of the first grids alone give a coarser image.
-            layout: ``tokenizer.layout(height, width)`` of the images that were encoded.
+            tokens: the result of ``encode``. For residual and multi-scale tokenizers the tokens of
+                the first grids alone give a coarser image.
+            layout: ``tokenizer.layout(height, width)`` of the encoded images.
 
         Raises:
-            InputError: a token outside the codebook, or another number of tokens than the layout's.
+            InputError: a token is outside the codebook, or the number of tokens is not the
+                layout's.
         """
         quantized = self.quantize.decode(tokens, layout)
         images = self.decoder(quantized.to(_dtype(self.decoder))).to(quantized.dtype)
         return images.clamp(-1, 1) if clamp else images
 
     def for_inference(self, precision: Precision = "float32") -> Self:
-        """A copy that encodes and decodes faster and does not train.
+        """Return a copy that encodes and decodes faster and cannot be trained.
 
         Args:
-            precision: ``"float32"`` computes the same in another order, so that tokens differ at ties only. ``"bf16"`` runs encoder and
-                decoder in bfloat16; the quantizer stays in float32. Images go in and come out as float32 either way.
+            precision: ``"float32"`` computes the same in another order, so tokens differ at ties
+                only. ``"bf16"`` runs encoder and decoder in bfloat16; the quantizer stays in
+                float32. Images are float32 as input and output in both cases.
+
+        Raises:
+            ConfigError: an unknown precision.
         """
         if precision not in ("float32", "bf16"):
-            raise ConfigError(f'precision must be "float32" or "bf16"; got {precision!r}.')
+            raise ConfigError(f'got precision={precision!r}; expected "float32" or "bf16".')
         fast = copy.deepcopy(self).eval().requires_grad_(False)
         for module in fast.decoder.modules():
             if isinstance(module, Upsample):
@@ -170,39 +206,60 @@ class ImageTokenizer(nn.Module):
         return fast
 
     def layout(self, height: int, width: int) -> TokenLayout:
-        """The layout of the tokens of an image of ``height`` x ``width`` pixels."""
+        """Return the layout of the tokens of an image of ``height`` x ``width`` pixels.
+
+        Raises:
+            InputError: a side is not a multiple of ``stride``.
+        """
         if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            fit = f"{max(height // self.stride, 1) * self.stride} x {max(width // self.stride, 1) * self.stride}"
+            rows = max(height // self.stride, 1)
+            columns = max(width // self.stride, 1)
             raise InputError(
-                f"height and width must be multiples of {self.stride}; got {height} x {width}. "
-                f"Crop or resize the images, for example to {fit}."
+                f"got images of {height} x {width} pixels; height and width must be multiples of "
+                f"{self.stride}. Crop or resize the images, for example to "
+                f"{rows * self.stride} x {columns * self.stride}."
             )
         return self.quantize.layout(height // self.stride, width // self.stride)
 
-    def get_codebook(self) -> Tensor:
-        """All codes: [K, D], or [G, K, D] where every grid of the layout has its own."""
-        return self.quantize.get_codebook()
+    def get_codebook(self) -> Tensor | None:
+        """Return all codes, [K, D], or [G, K, D] if every grid of the layout has its own.
+
+        None if the codes are implicit.
+        """
+        return self.quantize.codebook()
+
+    def identity(self) -> TokenizerIdentity:
+        """Return the identity that distinguishes this tokenizer's tokens from those of others."""
+        kind = self.config.quantizer_kind
+        return TokenizerIdentity(self.fingerprint(), kind, self.quantize.codebook_size)
 
     def img_to_idxBl(
         self, imgs: Tensor, patch_hws: PatchHws | None = None, *, blocks: BlockKind | None = None
     ) -> list[Tensor]:
-        """Images [B, C, H, W] in [-1, 1] -> blocks of tokens, a list of int64 [B, L_i], without gradients.
+        """Images [B, C, H, W] in [-1, 1] -> token blocks, a list of int64 [B, L_i].
+
+        No gradient flows.
 
         Args:
             imgs: as for ``encode``.
-            patch_hws: scales for this call, as whole numbers or (rows, columns); the last one must be the whole latent map. None: the
-                tokenizer's own, in proportion to the images.
-            blocks: ``"whole"``: one block per grid of the layout: one per scale, or one in all for a single-scale tokenizer.
-                ``"halves"``: the upper rows [0, h//2) and the rest, so that ``torch.cat(blocks, 1)`` is the whole map in raster order.
-                ``"diagonal"``: the upper left and the lower right quadrant only (the published sketch); these cannot be decoded.
+            patch_hws: scales for this call, as integers or (rows, columns). The last one must be
+                the whole latent map. None: the tokenizer's own, in proportion to the images.
+            blocks: ``"whole"``: one token block per grid of the layout, so one per scale, or a
+                single one for a single-scale tokenizer.
+                ``"halves"``: the upper rows [0, h//2) and the rest, so that ``torch.cat(blocks,
+                1)`` is the whole map in raster order.
+                ``"diagonal"``: the upper left and the lower right quadrant only (the published
+                sketch); these cannot be decoded.
                 None: this tokenizer's own kind (``SimpleVQVAE``: halves; others: whole).
 
         Raises:
-            InputError: an unknown kind, halves of a layout of several grids, or scales that do not fit.
+            InputError: an unknown kind, halves of a layout of several grids, or scales that do not
+                fit.
         """
         if isinstance(patch_hws, str):
             raise InputError(
-                f"the second argument is patch_hws; say img_to_idxBl(images, blocks={patch_hws!r})."
+                f"got patch_hws={patch_hws!r}; expected scales. "
+                f"Use img_to_idxBl(images, blocks={patch_hws!r})."
             )
         self.check_images(imgs)
         layout = (
@@ -211,20 +268,20 @@ class ImageTokenizer(nn.Module):
         return split_blocks(self.encode(imgs, layout), layout, blocks or self.default_blocks)
 
     def idxBl_to_var_input(self, idx_Bl: list[Tensor], patch_hws: PatchHws | None = None) -> Tensor:
-        """BlockKind of tokens -> the input of the autoregressive model that follows.
+        """Token blocks -> the input of the autoregressive model.
 
-        Of a multi-scale tokenizer, as in VAR: for every scale but the last what the decoder would be given so far, averaged down to
-        the next scale's grid: [B, L - L_1, C]. Of others: the codes in order, [B, L, D]; D is ``latent_dim``, for residual and product
-        quantizers the dimension of one stage's or head's codes.
+        For a multi-scale tokenizer it is that of VAR, [B, L - L_1, C]: for every scale but the
+        last, the input of the decoder so far, averaged down to the grid of the next scale. For
+        others it is the codes in order, [B, L, D]. D is ``latent_dim``; for residual and product
+        quantizers it is the dimension of the codes of one stage or head.
 
         Args:
-            idx_Bl: what ``img_to_idxBl`` gave.
-            patch_hws: of a multi-scale tokenizer: (rows, columns) of each scale. None: its configured ones.
+            idx_Bl: the result of ``img_to_idxBl``.
+            patch_hws: (rows, columns) of each scale, for a multi-scale tokenizer. None: its
+                configured scales.
         """
         tokens = join_blocks(idx_Bl)
-        if isinstance(self.quantize, MultiScaleVQ):
-            return self.quantize.var_input(tokens, self._layout_of(idx_Bl, patch_hws))
-        return self.quantize.lookup(idx_Bl)
+        return self.quantize.generator_input(tokens, self._layout_of(idx_Bl, patch_hws))
 
     @overload
     def idxBl_to_img(
@@ -254,23 +311,27 @@ class ImageTokenizer(nn.Module):
         *,
         clamp: bool = True,
     ) -> Tensor | list[Tensor]:
-        """BlockKind of tokens -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
+        """Token blocks -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
 
         Args:
-            idx_Bl: what ``img_to_idxBl`` gave: blocks that lie below one another, or one block per grid of the layout. Of a residual or
-                multi-scale tokenizer the first ones alone give a coarser image.
-            patch_hws: (rows, columns) of each block; where ``idx_Bl`` holds the first scales only, of all scales nevertheless. None:
-                the configured scales; for other tokenizers every map is taken to be square.
-            last_one: False gives the list of images after each grid of the layout.
+            idx_Bl: the result of ``img_to_idxBl``: token blocks that are stacked vertically, or one
+                per grid of the layout. For a residual or multi-scale tokenizer the first ones alone
+                give a coarser image.
+            patch_hws: (rows, columns) of each token block. If ``idx_Bl`` holds the first scales
+                only, they are still those of all scales. None: the configured scales; other
+                tokenizers assume that every map is square.
+            last_one: if False, return the list of images after each grid of the layout.
 
         Raises:
-            InputError: the lengths do not fit, or diagonal blocks, which leave out half of the image. They are known by the list that
-                ``img_to_idxBl`` gave; put into another list they cannot be told from halves of a smaller map.
+            InputError: the lengths do not fit, or the token blocks are diagonal, which leave out
+                half of the image. They are recognized by the list type that ``img_to_idxBl``
+                returns. In another list they cannot be distinguished from halves of a smaller map.
         """
         tokens = join_blocks(idx_Bl)
         if isinstance(idx_Bl, DiagonalBlocks):
             raise InputError(
-                'diagonal blocks hold half of the image and cannot be decoded. Use img_to_idxBl(images, blocks="halves").'
+                "got diagonal blocks; they hold half of the image and cannot be decoded. "
+                'Use img_to_idxBl(images, blocks="halves").'
             )
         layout = self._layout_of(idx_Bl, patch_hws)
         if last_one:
@@ -280,9 +341,11 @@ class ImageTokenizer(nn.Module):
     def decode_each(
         self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True
     ) -> list[Tensor]:
-        """The images [B, C, H, W] that the first grid's tokens make, the first two grids', and so on to all of ``tokens`` [B, L].
+        """Return the images after each grid: a list of [B, C, H, W].
 
-        Of a tokenizer whose grids say nothing alone (product) there is one image.
+        The first one is decoded from the tokens of the first grid, the next one from those of the
+        first two grids, and the last one from all ``tokens`` [B, L]. A tokenizer that is not
+        progressive, such as a product quantizer, gives one image only.
         """
         last = self.decode(tokens, layout, clamp=clamp)
         earlier = (
@@ -294,37 +357,44 @@ class ImageTokenizer(nn.Module):
 
     @property
     def is_progressive(self) -> bool:
-        """Whether the tokens of the first grids alone make an image: residual and multi-scale tokenizers."""
-        return isinstance(self.quantize, (MultiScaleVQ, ResidualVQ))
+        """Whether the tokens of the first grids alone decode to an image.
+
+        This holds for residual and multi-scale tokenizers.
+        """
+        return self.quantize.is_progressive
 
     def _layout_of(self, idx_Bl: list[Tensor], patch_hws: PatchHws | None) -> TokenLayout:
         lengths = [block.shape[1] for block in idx_Bl]
-        if isinstance(self.quantize, MultiScaleVQ):
-            return layout_by_grid(lengths, patch_hws, TokenLayout(self.quantize.scales))
-        single = len(self.quantize.layout(1, 1).grids) == 1
-        return stacked_layout(lengths, patch_hws) if single else layout_by_grid(lengths, patch_hws)
+        configured = self.quantize.configured_layout
+        if configured is None and len(self.quantize.layout(1, 1).grids) == 1:
+            return stacked_layout(lengths, patch_hws)
+        return layout_by_grid(lengths, patch_hws, configured)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise InputError unless images are floating point [B, in_channels, H, W] with sides that the stride divides."""
+        """Raise InputError unless images are floating point [B, in_channels, H, W].
+
+        H and W must be multiples of ``stride``.
+        """
         if (
             not isinstance(images, Tensor)
             or images.ndim != 4
             or images.shape[1] != self.in_channels
         ):
             raise InputError(
-                f"images must be a tensor [B, {self.in_channels}, H, W]; got {describe(images)}. "
-                "One image [C, H, W] becomes a batch with images[None]."
+                f"got {describe(images)}; images must be a tensor [B, {self.in_channels}, H, W]. "
+                "Make a batch of one image [C, H, W] with images[None]."
             )
         if not images.is_floating_point():
             raise InputError(
-                f"images must be floating point in [-1, 1]; got {images.dtype}. Convert with images.float() / 127.5 - 1."
+                f"got {images.dtype}; images must be floating point in [-1, 1]. "
+                "Convert with images.float() / 127.5 - 1."
             )
         weights = _dtype(self.encoder)
-        if images.dtype not in (weights, torch.float32) and not torch.is_autocast_enabled(
-            images.device.type
-        ):
+        is_expected = images.dtype in (weights, torch.float32)
+        if not is_expected and not torch.is_autocast_enabled(images.device.type):
             raise InputError(
-                f"images are {images.dtype} and the tokenizer is {weights}. Convert with images.to({weights})."
+                f"got images of {images.dtype}; the tokenizer is {weights}. "
+                f"Convert with images.to({weights})."
             )
         self.layout(*images.shape[2:])
 
@@ -332,20 +402,26 @@ class ImageTokenizer(nn.Module):
         return self.encoder(images.to(_dtype(self.encoder)))
 
     def save(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``; ``smalto.load(folder)`` reads them."""
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``.
+
+        ``smalto.load(folder)`` reads them.
+        """
         saving.write_tokenizer(Path(folder), self.config, self.state_dict())
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of configuration and weights, in hexadecimal: equal exactly if the tokens mean the same."""
+        """Return the SHA-256 of configuration and weights, in hexadecimal.
+
+        It is equal exactly if the tokens have the same meaning.
+        """
         return saving.fingerprint(self.config, self.state_dict())
 
     def folded(self) -> ImageTokenizer:
-        """A copy with projected codebooks (SimVQ) as the plain ones of the same codes: same tokens, for files that outlive training."""
+        """Return a copy with projected codebooks (SimVQ) as plain ones of the same codes.
+
+        It gives the same tokens and is meant for files that are kept after training.
+        """
         tokenizer = fold(self)
-        if isinstance(self.config, TokenizerConfig):
-            tokenizer.config = self.config.model_copy(
-                update={"quantizer": self.config.quantizer.folded()}
-            )
+        tokenizer.config = self.config.folded()
         return tokenizer
 
 

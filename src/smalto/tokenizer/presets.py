@@ -1,4 +1,4 @@
-"""Tokenizers under a name of their own: the smallest one, and what training uses without a recipe."""
+"""Predefined tokenizers: the smallest one, and the default of training without a recipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SimpleVQVAEConfig(AnyTokenizerConfig):
     encoder_relu: bool = False
 
     def general(self) -> TokenizerConfig:
-        """The same tokenizer as an ImageTokenizer."""
+        """Return the settings of the same tokenizer as a TokenizerConfig."""
         return TokenizerConfig(
             autoencoder=SimpleAutoencoderConfig(
                 latent_dim=self.embedding_dim,
@@ -42,14 +42,16 @@ class SimpleVQVAEConfig(AnyTokenizerConfig):
 
 
 class SimpleVQVAE(ImageTokenizer):
-    """The smallest tokenizer: two 4x4 convolutions of stride 2 each way around one learned codebook.
+    """Smallest tokenizer: one learned codebook between an encoder and a decoder.
+
+    Encoder and decoder each have two 4x4 convolutions of stride 2.
 
     Args:
         vocab_size: number of codes.
         embedding_dim: channels of latents and codes.
         hidden_dim: channels between the convolutions.
-        encoder_relu: end the encoder with a ReLU, as the published sketch of this class does. It confines latents to one
-            orthant and makes codebooks collapse, so it is off.
+        encoder_relu: end the encoder with a ReLU, as in the published sketch of this class. It
+            confines latents to one orthant and makes codebooks collapse, so it is off by default.
     """
 
     default_blocks: BlockKind = "halves"
@@ -74,19 +76,20 @@ class SimpleVQVAE(ImageTokenizer):
         )
         super().__init__(own.general())
         self.config = own
-        self.vocab_size, self.embedding_dim, self.hidden_dim = (
-            own.vocab_size,
-            own.embedding_dim,
-            own.hidden_dim,
-        )
+        self.vocab_size = own.vocab_size
+        self.embedding_dim = own.embedding_dim
+        self.hidden_dim = own.hidden_dim
 
 
 def default_tokenizer_config(codebook_size: int = 512) -> TokenizerConfig:
-    """What training uses without a recipe: SimpleVQVAE's layers around moving-average codes of 16 dimensions."""
+    """Return the settings that training uses without a recipe.
+
+    They are the layers of SimpleVQVAE with moving-average codes of 16 dimensions.
+    """
     settings = {"codebook_size": codebook_size, "code_dim": 16, "codebook": "ema", "beta": 1.0}
     return parse_config(TokenizerConfig, {"quantizer": settings}, "default_tokenizer")
 
 
 def default_tokenizer(codebook_size: int = 512) -> ImageTokenizer:
-    """An untrained tokenizer of the kind that training uses without a recipe."""
+    """Return an untrained tokenizer with the settings that training uses without a recipe."""
     return default_tokenizer_config(codebook_size).build()

@@ -1,4 +1,4 @@
-"""Writing a tokenizer to a folder, and its fingerprint."""
+"""Writing of a tokenizer to a folder, and its fingerprint."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from smalto.autoencoders import CheckpointedNetwork
 from smalto.core import distributed
 from smalto.core.device import computing
+from smalto.core.errors import RunError
 from smalto.losses import Objective, PatchDiscriminator
 from smalto.losses.adversarial import hinge
 from smalto.losses.reconstruction import Perceptual
 from smalto.metrics import psnr
-from smalto.quantizers import CodebookUpdater, MultiScaleVQ
-from smalto.quantizers.codebook import Codebook
-from smalto.tokenizer import ImageTokenizer
-from smalto.training.optimization import WeightAverage, learning_rate_share, parameter_groups
-from smalto.training.recipe import Recipe
+from smalto.quantizers import CodebookUpdater
+from smalto.tokenizer import ImageTokenizer, load
+from smalto.training.optimization import WeightAverage, learning_rate_factor, parameter_groups
+from smalto.training.task import MonitoredMetric
+from smalto.training.tokenizer_recipe import TokenizerMonitorConfig, TokenizerRecipe
 
 LR_BACK_OFF = (
     0.5  # after each step back, learning rates and the adversarial weight are multiplied by this
@@ -44,10 +47,16 @@ class TokenizerTask:
     """
 
     def __init__(
-        self, tokenizer: ImageTokenizer, recipe: Recipe, held_out: Tensor, keep_codes: bool = False
+        self,
+        tokenizer: ImageTokenizer,
+        recipe: TokenizerRecipe,
+        held_out: Tensor,
+        keep_codes: bool = False,
     ) -> None:
         self.tokenizer, self._recipe, self._held_out = tokenizer, recipe, held_out
         self.device = next(tokenizer.parameters()).device
+        self.batch_size = recipe.data.batch
+        self.monitored: Sequence[MonitoredMetric] = monitored_metrics(recipe.monitor)
         self._frozen = _freeze(tokenizer, recipe.finetune.learn)
         self._set_up_networks()
         settings, adversarial = recipe.optimizer, recipe.losses.adversarial
@@ -69,10 +78,14 @@ class TokenizerTask:
             recipe.losses, _last_layer(tokenizer.decoder), self._discriminator, self.device
         )
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(tokenizer, settings.weight_decay), lr=settings.lr, betas=settings.betas
+            parameter_groups(
+                tokenizer, settings.weight_decay, tokenizer.quantize.codebook_parameters()
+            ),
+            lr=settings.lr,
+            betas=settings.betas,
         )
         self._updater: CodebookUpdater | None = None
-        if recipe.finetune.learn == "everything":
+        if recipe.finetune.learn == "everything" and tokenizer.quantize.codebook_parameters():
             codebook = recipe.codebook
             self._updater = CodebookUpdater(
                 tokenizer,
@@ -87,12 +100,18 @@ class TokenizerTask:
 
     @property
     def result(self) -> ImageTokenizer:
-        """The tokenizer that training is for: the one with averaged weights where the recipe asks for them."""
-        return self._average.tokenizer if self._average else self.tokenizer
+        """The tokenizer that is saved: with averaged weights if the recipe asks for them."""
+        if self._average is None:
+            return self.tokenizer
+        average = self._average.model
+        assert isinstance(average, ImageTokenizer)
+        return average
 
     @property
     def num_start_images(self) -> int:
-        """Crops that the k-means start wants: 8 vectors per code."""
+        """Crops that the k-means start needs: 8 vectors per code; 0 without explicit codes."""
+        if self._updater is None:
+            return 0
         layout = self.tokenizer.layout(self._recipe.data.size, self._recipe.data.size)
         return math.ceil(8 * self.tokenizer.quantize.codebook_size / max(layout.lengths))
 
@@ -224,8 +243,23 @@ class TokenizerTask:
         """Go on more carefully: half the learning rates, half the adversarial weight."""
         self._lr_scale *= LR_BACK_OFF
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer into a folder."""
+        self.result.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read the tokenizer that ``save`` wrote.
+
+        Raises:
+            RunError: it cannot be read, or it is of another configuration.
+        """
+        saved = load(folder)
+        if saved.config != self.tokenizer.config:
+            raise RunError(f"{folder} holds a tokenizer of another configuration than the run's.")
+        self.result.load_state_dict(saved.state_dict())
+
     def state(self) -> dict[str, Any]:
-        """What resuming needs beside ``result``."""
+        """Return what resuming needs besides ``result``."""
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
             "lr_scale": self._lr_scale,
@@ -240,14 +274,14 @@ class TokenizerTask:
             state["discriminator_optimizer"] = self._discriminator_optimizer.state_dict()
         return state
 
-    def load(self, result: ImageTokenizer, state: dict[str, Any]) -> None:
-        """Take over a checkpoint: the tokenizer saved and what ``state`` gave."""
-        if (
-            self._average is not None
-        ):  # before the weights, for the task may be built around the very tokenizer that was saved
-            self._average.tokenizer.load_state_dict(result.state_dict())
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what ``state`` returned; settings stay those of the recipe."""
+        if self._average is not None:
             self._average.num_steps = state.get("averaged_steps", 0)
-        self.tokenizer.load_state_dict(state.get("weights", result.state_dict()))
+            weights = state.get("weights", self._average.model.state_dict())
+            self.tokenizer.load_state_dict(weights)
+        elif "weights" in state:  # the run saved averages before
+            self.tokenizer.load_state_dict(state["weights"])
         _load_moments(self._optimizer, state["optimizer"])
         if self._updater is not None:
             self._updater.load_state_dict(state["updater"])
@@ -268,7 +302,7 @@ class TokenizerTask:
             network = torch.compile(network)  # type: ignore[assignment]
         # Of a multi-scale quantizer some phi may serve no scale.
         self._network = _data_parallel(
-            network, some_unused=isinstance(self.tokenizer.quantize, MultiScaleVQ)
+            network, some_unused=self.tokenizer.quantize.may_leave_parameters_unused
         )
 
     def _as_laid_out(self, images: Tensor) -> Tensor:
@@ -280,7 +314,7 @@ class TokenizerTask:
 
     def _set_learning_rates(self, step: int) -> None:
         share = (
-            learning_rate_share(self._recipe.optimizer, step, self._recipe.steps) * self._lr_scale
+            learning_rate_factor(self._recipe.optimizer, step, self._recipe.steps) * self._lr_scale
         )
         for group in self._optimizer.param_groups:
             group["lr"] = self._recipe.optimizer.lr * share
@@ -296,9 +330,8 @@ def _freeze(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
             part.requires_grad_(False)
         return [tokenizer.encoder, tokenizer.quantize]
     if learn == "all-but-codebook":
-        for module in tokenizer.modules():
-            if isinstance(module, Codebook):
-                module.requires_grad_(False)
+        for parameter in tokenizer.quantize.codebook_parameters():
+            parameter.requires_grad_(False)
     return []
 
 
@@ -337,3 +370,34 @@ def _no_gradient_sync(network: nn.Module, stay: bool) -> contextlib.AbstractCont
         if stay and isinstance(network, DistributedDataParallel)
         else contextlib.nullcontext()
     )
+
+
+SATURATED = 0.05  # of the discriminator's hinge loss, which is 2 when it cannot tell
+
+
+def monitored_metrics(config: TokenizerMonitorConfig) -> list[MonitoredMetric]:
+    """Return the metrics that tell whether the training of a tokenizer goes wrong."""
+
+    def psnr_fault(average: float, best: float) -> str | None:
+        if average >= best - config.psnr_drop:
+            return None
+        return f"PSNR of the training crops has dropped from {best:.2f} to {average:.2f} dB"
+
+    def usage_fault(average: float, best: float) -> str | None:
+        if average >= best * (1 - config.usage_drop):
+            return None
+        return f"codes in use have dropped from {best:.1%} to {average:.1%}"
+
+    def saturation(average: float, best: float) -> str | None:
+        if average >= SATURATED:
+            return None
+        return (
+            "the discriminator tells all reconstructions from images: its gradient says little. "
+            "Lower losses.adversarial.lr or raise losses.perceptual.weight"
+        )
+
+    return [
+        MonitoredMetric("psnr", psnr_fault),
+        MonitoredMetric("usage", usage_fault),
+        MonitoredMetric("discriminator_loss", saturation),
+    ]

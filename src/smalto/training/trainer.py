@@ -1,4 +1,4 @@
-"""The only training loop. It knows steps, logs, checkpoints, faults and interruptions; what a step does is the task's."""
+"""The only training loop: steps, logs, checkpoints, faults, interruptions. What a step does is the task's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -18,45 +18,19 @@ from smalto.core import distributed
 from smalto.core.device import peak_memory
 from smalto.core.errors import RunError
 from smalto.core.progress import Progress
-from smalto.images.crops import CropStream
-from smalto.tokenizer import ImageTokenizer
 from smalto.training.checkpoint import Checkpoint
 from smalto.training.monitor import WINDOW, TrainingMonitor
 from smalto.training.random_state import random_state, set_random_state
 from smalto.training.recipe import Recipe
 from smalto.training.run_folder import RunFolder
+from smalto.training.task import BatchSource, Task
 from smalto.training.tensorboard import TensorBoard
 
-MAX_RETURNS = 3  # of the guard to one checkpoint
-
-
-class Task(Protocol):
-    """What the loop trains."""
-
-    device: torch.device
-
-    @property
-    def result(self) -> ImageTokenizer:
-        """What is saved."""
-
-    def train_step(self, batch: Any, step: int) -> dict[str, float]:
-        """Learn from this process's part of a batch; returns metrics for the log, the same in all processes."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on fixed held-out data, the same in all processes."""
-
-    def back_off(self) -> None:
-        """Go on more carefully."""
-
-    def state(self) -> dict[str, Any]:
-        """What resuming needs beside the result."""
-
-    def load(self, result: ImageTokenizer, state: dict[str, Any]) -> None:
-        """Go on from what was saved."""
+MAX_ROLLBACKS = 3  # to one checkpoint
 
 
 class Interrupted(Exception):
-    """Someone asked the run to stop, and it saved itself first."""
+    """A signal asked the run to stop, and the run saved itself first."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}")
@@ -67,53 +41,42 @@ class Trainer:
     """Trains a task from one step of a run to its last; step n is the n-th update, counted from 1.
 
     Args:
-        task: what learns.
-        stream_at: makes the stream of this process's batches, from a position or None.
-        run: the folder where everything is written, by the first process; it must be there when training begins.
-        recipe: how.
-        progress: hears of it.
+        task: the model and its training.
+        batches: this rank's parts of the batches.
+        run: the folder that rank 0 writes to; it must exist when training starts.
+        recipe: of the run.
+        progress: receives steps, metrics and messages.
     """
 
     def __init__(
-        self,
-        task: Task,
-        stream_at: Callable[[list[list[int]] | None], CropStream],
-        run: Path,
-        recipe: Recipe,
-        progress: Progress,
+        self, task: Task, batches: BatchSource, run: Path, recipe: Recipe, progress: Progress
     ) -> None:
-        self._task, self._stream_at, self._path, self._recipe, self._progress = (
-            task,
-            stream_at,
-            run,
-            recipe,
-            progress,
-        )
-        self.stream = stream_at(None)
-        self._monitor = TrainingMonitor(recipe.monitor)
+        self._task = task
+        self._batches = batches
+        self._path = run
+        self._recipe = recipe
+        self._progress = progress
+        self._monitor = TrainingMonitor(task.monitored)
         self._step = 0
-        self._returns: Counter[int] = Counter()  # how often the guard went back to each checkpoint
+        self._rollbacks: Counter[int] = Counter()  # to each checkpoint
 
     def state(self) -> dict[str, Any]:
-        """All that resuming needs beside the task's result. Every process calls it."""
+        """Return what resuming needs besides the model. Every rank calls it."""
         device = self._task.device
         return {
             "task": self._task.state(),
-            "batches": [
-                at
-                for positions in distributed.gather_objects(self.stream.position(), device)
-                for at in positions
-            ],
+            "batches": distributed.gather_objects(self._batches.state_dict(), device),
             "random": distributed.gather_objects(random_state(device), device),
             "monitor": self._monitor.state_dict(),
             "threads": torch.get_num_threads(),
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, also one that another number of processes wrote."""
+        """Continue from a checkpoint, of the same or another number of processes."""
         state = checkpoint.state
-        self._task.load(checkpoint.tokenizer, state["task"])
-        self.stream = self._stream_at(state["batches"])
+        self._task.load(checkpoint.folder)
+        self._task.load_state(state["task"])
+        self._batches.load_state_dict(state["batches"])
         if distributed.rank() < len(state["random"]):
             set_random_state(state["random"][distributed.rank()], self._task.device)
         self._monitor.load_state_dict(state["monitor"])
@@ -123,57 +86,57 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the last whole step is saved.
-            RunError: the guard went back to one checkpoint three times in vain.
+            Interrupted: SIGINT or SIGTERM arrived; the last whole step is saved.
+            RunError: training diverged, or three rollbacks to one checkpoint did not help.
         """
         recipe = self._recipe
-        self._run = RunFolder(self._path)
+        run = RunFolder(self._path)
         self._progress.start("training", recipe.steps, "steps", done=self._step)
-        with _stop_requests() as stop, closing(_RunLog(self._run)) as run_log:
+        with _stop_requests() as stop, closing(_RunLog(run)) as log:
             while self._step < recipe.steps:
                 self._step += 1
-                metrics, times = self._one_step()
-                run_log.write(self._step, metrics, times)
-                self._progress.advance(1, images=recipe.data.batch, **metrics)
-                if self._went_wrong(metrics):
-                    run_log.close()
-                    self._roll_back()
+                metrics, times = self._train_step()
+                log.write(self._step, metrics, times)
+                self._progress.advance(1, images=self._task.batch_size, **metrics)
+                if self._must_roll_back(run, metrics):
+                    log.close()
+                    self._roll_back(run)
                     continue
                 stopping = _any_rank(stop.is_set(), self._task.device)
-                due = (
-                    self._step % recipe.checkpoint.every == 0 and "skipped" not in metrics
-                )  # a state that gave no gradient is no good one
+                # A step without a gradient does not leave a state worth returning to.
+                due = self._step % recipe.checkpoint.every == 0 and "skipped" not in metrics
                 if stopping or due or self._step == recipe.steps:
-                    self._save()
+                    self._save(run)
                 if stopping and self._step < recipe.steps:
                     if distributed.rank() == 0:
-                        self._run.event("interrupted", step=self._step)
+                        run.event("interrupted", step=self._step)
                     raise Interrupted(self._step)
         self._progress.finish()
 
-    def _one_step(self) -> tuple[dict[str, float], dict[str, float]]:
-        begun = time.perf_counter()
-        batch = next(self.stream)
-        waited = time.perf_counter() - begun
+    def _train_step(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Train one step; return its metrics and times."""
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        waiting = time.perf_counter() - begin
         metrics = self._task.train_step(batch, self._step)
-        if self._step % self._recipe.evaluate.every == 0 or self._step == self._recipe.steps:
+        is_last = self._step == self._recipe.steps
+        if self._step % self._recipe.evaluate.every == 0 or is_last:
             metrics |= self._task.evaluate()
-        seconds = time.perf_counter() - begun
         times = {
-            "seconds": round(seconds, 5),
-            "waiting": round(waited, 5),
-            "images": self._recipe.data.batch,
+            "seconds": round(time.perf_counter() - begin, 5),
+            "waiting": round(waiting, 5),
+            "images": self._task.batch_size,
             "memory_mb": peak_memory(self._task.device) // 2**20,
         }
         return metrics, times
 
-    def _save(self) -> None:
+    def _save(self, run: RunFolder) -> None:
         state = self.state()
         if distributed.rank() == 0:
-            self._run.save(self._step, self._task.result, state, self._recipe.checkpoint.keep)
+            run.save(self._step, self._task.save, state, self._recipe.checkpoint.keep)
 
-    def _went_wrong(self, metrics: dict[str, float]) -> bool:
-        """Let the guard look and say what it sees; whether to go back."""
+    def _must_roll_back(self, run: RunFolder, metrics: dict[str, float]) -> bool:
+        """Report the faults that the monitor finds; return whether to roll back."""
         action = self._recipe.monitor.action
         faults = self._monitor.check(self._step, metrics)
         if self._monitor.has_diverged and action != "rollback":
@@ -185,35 +148,36 @@ class Trainer:
         for fault in faults:
             self._progress.message(f"step {self._step}: {fault}")
             if distributed.rank() == 0:
-                self._run.event("warning", step=self._step, text=fault)
+                run.event("warning", step=self._step, text=fault)
         return bool(faults) and action == "rollback"
 
-    def _roll_back(self) -> None:
-        """Go back to the newest checkpoint from before the fault could be felt, and on from there more carefully each time."""
-        failed, steps = self._step, self._run.steps()
-        target = distributed.broadcast_object(
-            max([s for s in steps if s <= failed - WINDOW], default=min(steps)), self._task.device
-        )
-        if self._returns[target] == MAX_RETURNS:
+    def _roll_back(self, run: RunFolder) -> None:
+        """Return to the newest checkpoint from before the fault had an effect, and back off."""
+        failed, steps = self._step, run.steps()
+        before = [step for step in steps if step <= failed - WINDOW]
+        newest = max(before, default=min(steps))
+        target = distributed.broadcast_object(newest, self._task.device)
+        if self._rollbacks[target] == MAX_ROLLBACKS:
             raise RunError(
-                f"training went wrong at step {failed}, after {MAX_RETURNS} returns to step {target} with ever smaller learning rates. "
-                f"{self._run.path} is whole up to there. Look at its report and log, and resume with other settings."
+                f"training went wrong at step {failed}, after {MAX_ROLLBACKS} rollbacks to step "
+                f"{target} with ever smaller learning rates. {run.path} is complete up to there. "
+                "Look at its report and log, and resume with other settings."
             )
-        self._returns[target] += 1
-        self.load(self._run.read(target))
-        for _ in range(self._returns[target]):
+        self._rollbacks[target] += 1
+        self.load(run.read(target))
+        for _ in range(self._rollbacks[target]):
             self._task.back_off()
         if distributed.rank() == 0:
-            self._run.forget_after(target)
-            self._run.event("rollback", step=failed, to=target)
+            run.forget_after(target)
+            run.event("rollback", step=failed, to=target)
         self._progress.message(
-            f"going back from step {failed} to step {target}, with smaller learning rates"
+            f"rollback from step {failed} to step {target}, with smaller learning rates"
         )
         self._progress.advance(target - failed, images=0)
 
 
 class _RunLog:
-    """The lines and curves of a run, one of each per step; only the first process writes them."""
+    """The logs and curves of a run, one line of each per step; only rank 0 writes them."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
@@ -223,35 +187,28 @@ class _RunLog:
         if distributed.rank() > 0:
             return
         if self._open is None:
-            self._open = (
-                _lines(self._run, "log.jsonl"),
-                _lines(self._run, "times.jsonl"),
-                TensorBoard(self._run.path, step),
-            )
+            files = [self._append_to(name) for name in ("log.jsonl", "times.jsonl")]
+            self._open = files[0], files[1], TensorBoard(self._run.path, step)
         log, times_log, board = self._open
         log.write(json.dumps({"step": step, **metrics}) + "\n")
         times_log.write(json.dumps({"step": step, **times}) + "\n")
-        board.add(
-            step,
-            metrics
-            | {
-                "images_per_second": times["images"] / times["seconds"],
-                "waiting": times["waiting"],
-            },
-        )
+        speed = {
+            "images_per_second": times["images"] / times["seconds"],
+            "waiting": times["waiting"],
+        }
+        board.add(step, metrics | speed)
 
     def close(self) -> None:
         for file in self._open or ():
             file.close()
         self._open = None
 
-
-def _lines(run: RunFolder, name: str) -> TextIO:
-    return open(run.path / name, "a", encoding="utf-8", buffering=1)
+    def _append_to(self, name: str) -> TextIO:
+        return open(self._run.path / name, "a", encoding="utf-8", buffering=1)
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set in any process: all must leave at the same step."""
+    """Return whether ``flag`` is set on any rank: all must stop at the same step."""
     if distributed.world_size() == 1:
         return flag
     return bool(distributed.all_reduce(torch.tensor([float(flag)], device=device)))
@@ -259,7 +216,10 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that the step under way ends well. A second one interrupts at once."""
+    """Yield an event that the first SIGINT or SIGTERM sets, so that the step in progress ends.
+
+    A second signal interrupts at once.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -270,7 +230,8 @@ def _stop_requests() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, request) for number in signals}
     try:
         yield stop
     finally:

@@ -1,0 +1,131 @@
+"""Which images of a source a store lacks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from smalto.images.archives import open_file
+from smalto.images.image_file import ImageFile, Skipped
+from smalto.images.reading import NOT_AN_IMAGE, BadImage, bad_image_errors
+from smalto.images.transforms import content_digest
+from smalto.store.schema import row_id
+from smalto.store.token_store import TokenStore
+
+FILES_PER_LOOKUP = 1024
+
+
+class FileError(NamedTuple):
+    """An image that could not be used, with the size (bytes) and time (ns) of its file."""
+
+    skipped: Skipped
+    size: int = 0
+    modified: int = 0
+
+
+class Plan:
+    """Iterates over the images that are not in the store, or have changed, and counts the others.
+
+    Files are looked up in groups, so a source of any size needs bounded memory.
+
+    Args:
+        store: to compare with; the plan opens it for itself, beside the writer.
+        files: of the source, and why others were left out.
+        update: tokenize changed images again.
+
+    Attributes:
+        num_seen: image files so far; ``num_passed``: those that are not tokenized.
+        num_known: images that were in the store already.
+        num_ignored: files that are not images.
+        changed: names of images whose files have changed since they were tokenized.
+        errors: new errors of files that cannot be images; the caller takes them out.
+        known_errors: images that were bad before and have not changed.
+        recovered: names of images that were bad before and are in the store.
+    """
+
+    def __init__(
+        self, store: TokenStore, files: Iterable[ImageFile | Skipped], update: bool = False
+    ) -> None:
+        self._store = TokenStore.open(store.path)
+        self._files = iter(files)
+        self._update = update
+        self._errors_before = self._store.errors()
+        self._stopped = False
+        self.num_seen = 0
+        self.num_passed = 0
+        self.num_known = 0
+        self.num_ignored = 0
+        self.changed: list[str] = []
+        self.errors: list[FileError] = []
+        self.known_errors: list[Skipped] = []
+        self.recovered: list[str] = []
+
+    def stop(self) -> None:
+        """End the iteration before the next image."""
+        self._stopped = True
+
+    def was_bad(self, name: str) -> bool:
+        """Return whether an image is in the store's table of errors."""
+        return name in self._errors_before
+
+    def is_recorded(self, error: FileError) -> bool:
+        """Return whether the store's table of errors holds exactly this error."""
+        recorded = self._errors_before.get(error.skipped.name)
+        return recorded == (error.skipped.reason, error.size, error.modified)
+
+    def __iter__(self) -> Iterator[ImageFile]:
+        while group := list(itertools.islice(self._files, FILES_PER_LOOKUP)):
+            files = []
+            for item in group:
+                if isinstance(item, ImageFile):
+                    files.append(item)
+                elif item.reason == NOT_AN_IMAGE:
+                    self.num_ignored += 1
+                else:
+                    self.errors.append(FileError(item))
+            self._store.refresh()
+            known = self._store.known([row_id(file.name) for file in files])
+            for file in files:
+                if self._stopped:
+                    return
+                self.num_seen += 1
+                if self._is_missing(file, known.get(row_id(file.name))):
+                    yield file
+                else:
+                    self.num_passed += 1
+
+    def _is_missing(self, file: ImageFile, stored: tuple[int, int, bytes] | None) -> bool:
+        reason, *before = self._errors_before.get(file.name, ("", 0, 0))
+        if stored is not None and not has_changed(file, *stored):
+            self.num_known += 1
+            if reason:
+                self.recovered.append(file.name)
+            return False
+        skipped = Skipped(file.name, reason)
+        is_verdict = reason and not skipped.is_unread_format  # a plugin may be installed by now
+        if is_verdict and before == [file.size, file.modified]:
+            self.known_errors.append(skipped)
+            return False
+        if stored is None:
+            return True
+        self.changed.append(file.name)
+        return self._update
+
+
+def has_changed(file: ImageFile, size: int, modified: int, digest: bytes) -> bool:
+    """Return whether a file is not the one that was tokenized.
+
+    Size and time decide; the contents are compared only if the time alone differs.
+    """
+    if not size and not digest:
+        return False  # a row that was not made from a file
+    if (file.size, file.modified) == (size, modified):
+        return False
+    if file.size != size:
+        return True
+    try:
+        with bad_image_errors(), open_file(file) as stream:
+            return content_digest(stream) != digest
+    except BadImage:
+        return True

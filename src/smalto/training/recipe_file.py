@@ -1,0 +1,57 @@
+"""Reading recipes from TOML. Recipes are told apart by ``kind``."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from smalto.core.config import parse_config
+from smalto.core.errors import ConfigError
+from smalto.training.earlier_formats import rename_tables
+from smalto.training.recipe import NONE, Recipe, change_recipe, replace_values
+from smalto.training.tokenizer_recipe import TokenizerRecipe
+
+RECIPES: dict[str, type[Recipe]] = {"tokenizer": TokenizerRecipe}
+
+
+def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None = None) -> Any:
+    """Read a recipe from TOML, with some settings replaced.
+
+    Args:
+        path: a ``.toml`` file; None: the default recipe of a tokenizer.
+        settings: dotted keys to values, such as ``{"data.size": 64, "optimizer.lr": 5e-4}``.
+
+    Returns:
+        Recipe: a TokenizerRecipe, unless the file names another ``kind``.
+
+    Raises:
+        ConfigError: the file cannot be read or is not TOML, a key is unknown (with the nearest
+            right one), or a value is out of range.
+    """
+    data = rename_tables(_read_toml(Path(path)), str(path)) if path else {}
+    kind = data.get("kind", "tokenizer")
+    if kind not in RECIPES:
+        raise ConfigError(f"{path}: kind is {kind!r}; expected one of {', '.join(RECIPES)}.")
+    recipe = RECIPES[kind]
+    defaults = recipe.model_validate({}).model_dump(mode="json")
+    parsed = parse_config(recipe, _merge(defaults, data), str(path))
+    return change_recipe(parsed, settings or {})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {path} is not valid TOML: {error}.") from None
+    return dict(replace_values(tables, NONE, None))
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    if "kind" in over and over["kind"] != base.get("kind"):
+        return over  # the settings of another kind mean nothing to this one
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}

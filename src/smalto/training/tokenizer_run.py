@@ -1,0 +1,213 @@
+"""Starting and resuming the run of a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from smalto.core import distributed
+from smalto.core.config import parse_config
+from smalto.core.errors import ConfigError, RunError
+from smalto.core.progress import Progress
+from smalto.images.crops import CropStream
+from smalto.images.image_file import summary
+from smalto.tokenizer import ImageTokenizer, load
+from smalto.training.random_state import seeded
+from smalto.training.recipe import change_recipe, recipe_toml
+from smalto.training.run_folder import RunFolder, Split
+from smalto.training.tokenizer_recipe import TokenizerRecipe
+from smalto.training.tokenizer_task import TokenizerTask
+from smalto.training.trainer import Trainer
+from smalto.training.training_images import TrainingImages, check_data
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that was trained to its last step.
+
+    Attributes:
+        folder: on disk.
+        recipe: as resolved.
+        tokenizer: in evaluation mode, on its device.
+    """
+
+    folder: RunFolder
+    recipe: TokenizerRecipe
+    tokenizer: ImageTokenizer
+
+
+def start_run(
+    images: TrainingImages,
+    recipe: TokenizerRecipe,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    start: ImageTokenizer | None = None,
+    start_name: str = "",
+) -> TrainedRun:
+    """Create a run and train it to its last step.
+
+    Args:
+        images: to train on.
+        recipe: what to train and how.
+        out: the run folder to create.
+        device: to train on.
+        progress: receives steps, metrics and messages.
+        overwrite: replace a run that exists.
+        start: fine-tune this tokenizer.
+        start_name: where it came from.
+    """
+    if Path(images.source).is_relative_to(out.resolve()):
+        raise RunError(f"the images lie inside {out}, the run to create. Name another --out.")
+    if start is not None:
+        recipe = _for_finetuning(recipe, start, start_name)
+    check_data(images, recipe)
+    recipe = change_recipe(recipe, {"data.source": images.source})
+    progress.message(f"{images.describe()}; device {device}")
+    _report_skipped(images, progress)
+    with seeded(recipe.seed, device):
+        tokenizer = recipe.tokenizer.build()
+        if start is not None:
+            tokenizer.load_state_dict(start.state_dict())  # copied, and so in float32
+        held_out = images.held_out_crops(recipe)
+        task = TokenizerTask(tokenizer.to(device), recipe, held_out, keep_codes=start is not None)
+        if start is None and task.num_start_images:
+            number = max(recipe.data.batch, task.num_start_images)
+            task.start(list(images.start_crops(recipe, number).split(recipe.data.batch)))
+    with seeded(recipe.seed + distributed.rank(), device):
+        batches = images.batches(recipe)
+        trainer = Trainer(task, batches, out, recipe, progress)
+        state = trainer.state()
+        if distributed.rank() == 0:
+            RunFolder.create(
+                out,
+                recipe_toml(recipe),
+                images.split(),
+                task.save,
+                state,
+                overwrite,
+                start.save if start is not None else None,
+            )
+        distributed.broadcast_object("the run exists", device)
+        _train(trainer, batches, images, RunFolder(out), recipe, progress)
+    return TrainedRun(RunFolder(out), recipe, task.result.eval())
+
+
+def resume_run(
+    images: TrainingImages,
+    run: RunFolder,
+    recipe: TokenizerRecipe,
+    device: torch.device,
+    progress: Progress,
+) -> TrainedRun:
+    """Train a run that exists to its last step, from its newest checkpoint that is not damaged."""
+    check_data(images, recipe)
+    step = -1
+    if distributed.rank() == 0:
+        with run.locked():
+            step = run.restore(load).step
+    step = distributed.broadcast_object(step, device)
+    checkpoint = run.read(step)
+    if recipe.steps < step:
+        raise ConfigError(
+            f"got --steps {recipe.steps}; {run.path} is at step {step} already. "
+            f"Resume with at least that many."
+        )
+    before = run.split()
+    recipe = change_recipe(recipe, {"data.source": images.source})
+    _report_changes(before, images, progress)
+    if distributed.rank() == 0:
+        with run.locked():
+            split = Split(images.source, before.num_images, before.digest, before.held_out)
+            run.continue_from(checkpoint, recipe_toml(recipe), split, recipe.steps)
+    with seeded(recipe.seed, device):
+        tokenizer = load(checkpoint.folder).to(device)
+        held_out = images.held_out_crops(recipe)
+        task = TokenizerTask(tokenizer, recipe, held_out, keep_codes=True)
+    threads = checkpoint.state["threads"]
+    with (
+        seeded(recipe.seed + distributed.rank(), device),
+        _threads(threads, device, progress),
+    ):
+        batches = images.batches(recipe)
+        trainer = Trainer(task, batches, run.path, recipe, progress)
+        trainer.load(checkpoint)
+        distributed.broadcast_object("the run is ready", device)
+        progress.message(f"{images.describe()}; device {device}")
+        _report_skipped(images, progress)
+        progress.message(f"resuming after step {step} of {recipe.steps}")
+        _train(trainer, batches, images, run, recipe, progress)
+    return TrainedRun(run, recipe, task.result.eval())
+
+
+def _train(
+    trainer: Trainer,
+    batches: CropStream,
+    images: TrainingImages,
+    run: RunFolder,
+    recipe: TokenizerRecipe,
+    progress: Progress,
+) -> None:
+    known = len(images.skipped)
+    is_first = distributed.rank() == 0
+    with run.locked() if is_first else nullcontext():
+        trainer.train()
+        if len(images.skipped) > known:
+            progress.message(f"found while training: {summary(images.skipped)}")
+        if batches.enlarged and is_first:
+            number = len(batches.enlarged)
+            run.event("enlarged images", count=number)
+            progress.message(
+                f"{number} images are smaller than the crop and were enlarged to "
+                f"{recipe.data.size} pixels"
+            )
+
+
+def _for_finetuning(recipe: TokenizerRecipe, start: ImageTokenizer, name: str) -> TokenizerRecipe:
+    """Return the recipe with the configuration of the tokenizer that it starts from."""
+    finetune = recipe.finetune.model_dump() | {"tokenizer": name}
+    settings = recipe.model_dump(mode="json") | {
+        "tokenizer": start.config.general().model_dump(mode="json"),
+        "finetune": finetune,
+    }
+    return parse_config(type(recipe), settings, f"fine-tuning {name}")
+
+
+def _report_skipped(images: TrainingImages, progress: Progress) -> None:
+    if images.skipped:
+        progress.message(summary(images.skipped))
+
+
+def _report_changes(before: Split, images: TrainingImages, progress: Progress) -> None:
+    if len(images.images) != before.num_images:
+        progress.message(
+            f"there were {before.num_images} images when this run started and there are "
+            f"{len(images.images)} now, so the crops will differ"
+        )
+    if before.held_out and not images.held_out:
+        progress.message(
+            f"the {len(before.held_out)} held-out images no longer exist, so metrics are on "
+            "training images"
+        )
+
+
+@contextmanager
+def _threads(number: int, device: torch.device, progress: Progress) -> Iterator[None]:
+    """Compute with as many threads as the run started with: sums on a CPU depend on their number."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and number != before:
+        progress.message(
+            f"computing with {number} threads as when this run started, not {before}: another "
+            "number would change the results"
+        )
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,147 @@
+"""The real trainer with a task that has nothing to do with images: a linear model on random batches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from smalto.core.progress import Progress
+from smalto.training.random_state import seeded
+from smalto.training.recipe import Recipe, change_recipe, recipe_toml
+from smalto.training.run_folder import RunFolder, Split, read_jsonl
+from smalto.training.task import MonitoredMetric
+from smalto.training.trainer import Trainer
+from tests.conftest import ENVIRONMENT
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+class ToyRecipe(Recipe):
+    kind: Literal["toy"] = "toy"
+
+
+class RandomBatches:
+    """Inputs [8, 3] and what a fixed linear map makes of them; the position is the number of batches."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        self.number += 1
+        inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(self.number))
+        return inputs, inputs @ torch.tensor([[1.0], [-2.0], [0.5]])
+
+    def state_dict(self) -> int:
+        return self.number
+
+    def load_state_dict(self, states: list[int]) -> None:
+        self.number = states[0]
+
+
+class LinearTask:
+    device = CPU
+    batch_size = 8
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 1)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.05)
+        self.monitored = [
+            MonitoredMetric(
+                "loss",
+                lambda average, best: f"loss rose to {average:.2f}" if average > 2 * best else None,
+                higher_is_better=False,
+            )
+        ]
+
+    def train_step(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, float]:
+        inputs, targets = batch
+        loss = nn.functional.mse_loss(self.model(inputs) + 1e-3 * torch.randn(8, 1), targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": float(loss.detach())}
+
+    def evaluate(self) -> dict[str, float]:
+        return {"held_out": float(self.model.weight.detach().sum())}
+
+    def back_off(self) -> None:
+        raise AssertionError("nothing goes wrong here")
+
+    def save(self, folder: Path) -> None:
+        safetensors.torch.save_file(dict(self.model.state_dict()), folder / "model.safetensors")
+
+    def load(self, folder: Path) -> None:
+        self.model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def train(path: Path, steps: int, pause: float = 0.0) -> LinearTask:
+    """Start the run, or resume it if it exists."""
+    settings = {"steps": steps, "checkpoint.every": 5, "evaluate.every": 10}
+    recipe = change_recipe(ToyRecipe(), settings)
+    task, batches = LinearTask(), RandomBatches()
+    with seeded(0, CPU):
+        trainer = Trainer(task, batches, path, recipe, Slow(pause))
+        if path.exists():
+            run = RunFolder(path)
+            checkpoint = run.restore(
+                lambda folder: safetensors.torch.load_file(folder / "model.safetensors")
+            )
+            run.continue_from(checkpoint, recipe_toml(recipe), run.split(), steps)
+            trainer.load(checkpoint)
+        else:
+            split = Split("random numbers", 0, "", [])
+            RunFolder.create(path, recipe_toml(recipe), split, task.save, trainer.state())
+        trainer.train()
+    return task
+
+
+class Slow(Progress):
+    def __init__(self, pause: float) -> None:
+        self.pause = pause
+
+    def advance(self, number: int = 1, **metrics: float) -> None:
+        time.sleep(self.pause)
+
+
+def test_a_linear_model_is_trained(tmp_path: Path) -> None:
+    train(tmp_path / "run", 200)
+    log = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert [row["step"] for row in log] == list(range(1, 201))
+    assert log[-1]["loss"] < 0.01 * log[0]["loss"]
+    assert [row["step"] for row in log if "held_out" in row] == list(range(10, 201, 10))
+    assert RunFolder(tmp_path / "run").steps() == [195, 200]
+
+
+def test_it_is_killed_and_resumed_bitwise(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", 60)
+    script = f"from tests.training.test_toy_task import *; train(Path({str(tmp_path / 'run')!r}), 60, 0.05)"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while (len(read_jsonl(log)) < 12 and time.monotonic() < deadline) and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    killed_after = len(read_jsonl(log))
+    assert 12 <= killed_after < 60
+    resumed = train(tmp_path / "run", 60)
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert read_jsonl(log) == read_jsonl(tmp_path / "whole" / "log.jsonl")
+    assert [row["event"] for row in read_jsonl(log.with_name("events.jsonl"))] == ["resumed"]

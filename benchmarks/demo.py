@@ -1,6 +1,8 @@
-"""Claim: the demo ends within five minutes on two cores. Runs it in a fresh folder, stores its metrics and its wall time.
+"""Claim: the demo ends within five minutes on two cores. Runs it in a fresh folder, stores its
+metrics and its wall time.
 
-``python benchmarks/demo.py FOLDER`` leaves the run in FOLDER/demo, from which docs/make_image.py makes the README's image.
+``python benchmarks/demo.py FOLDER`` leaves the run in FOLDER/demo, from which docs/make_image.py
+makes the README's image.
 """
 
 from __future__ import annotations

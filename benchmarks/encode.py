@@ -1,9 +1,11 @@
-"""Claim: VAR's tokenizer encodes and decodes faster than as it comes, in exact float32 and in bfloat16.
+"""Claim: VAR's tokenizer encodes and decodes faster than as it comes, in exact float32 and in
+bfloat16.
 
-The official configuration (109 million parameters, random weights) at 256 x 256, in three ways, one after the other in every round:
-(a) plain: float32, contiguous, as ``torch.no_grad()`` runs it; (b) ``for_inference("float32")`` and (c) ``for_inference("bf16")`` inside
-``reused_memory()``, as every job of smalto runs. Targets on 2 cores: (b) at least 1.25 x (a) with equal indices up to ties, (c) at least
-5 x (a) on a processor with AMX; the quantizer at most 5 % of encoding.
+The official configuration (109 million parameters, random weights) at 256 x 256, in three ways, one
+after the other in every round: (a) plain: float32, contiguous, as ``torch.no_grad()`` runs it; (b)
+``for_inference("float32")`` and (c) ``for_inference("bf16")`` inside ``reused_memory()``, as every
+job of smalto runs. Targets on 2 cores: (b) at least 1.25 x (a) with equal indices up to ties, (c)
+at least 5 x (a) on a processor with AMX; the quantizer at most 5 % of encoding.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def main() -> None:
                         seconds[name][what].append(time.perf_counter() - begun)
     result = {"batch": options.batch, "rounds": options.rounds, "size": SIZE, "ways": {}}
     print(
-        f"{'':8} {'encode':>10} {'':>7} {'decode':>10} {'':>7} {'quantizer':>10} {'indices as plain':>17}"
+        f"{'':8} {'encode':>10} {'':>7} {'decode':>10} {'':>7} {'quantizer':>10} "
+        f"{'indices as plain':>17}"
     )
     for name, times in seconds.items():
         middle = {what: statistics.median(values) for what, values in times.items()}
@@ -95,7 +98,8 @@ def main() -> None:
         }
         result["ways"][name] = row
         print(
-            f"{name:8} {row['encode_images_per_second']:7.2f}/s {row['encode_ratio']:6.2f}x {row['decode_images_per_second']:7.2f}/s "
+            f"{name:8} {row['encode_images_per_second']:7.2f}/s "
+            f"{row['encode_ratio']:6.2f}x {row['decode_images_per_second']:7.2f}/s "
             f"{row['decode_ratio']:6.2f}x {row['quantizer_share']:10.1%} {row['equal']:17.2%}"
         )
     print("stored in", store("encode", result))
@@ -115,7 +119,9 @@ def photographs(number: int) -> torch.Tensor:
 
 
 def spread_codes(tokenizer: ImageTokenizer, images: torch.Tensor) -> None:
-    """Random codes as long as what they are to stand for; otherwise one of them would win everywhere."""
+    """Random codes as long as what they are to stand for; otherwise one of them would win
+    everywhere.
+    """
     with torch.no_grad():
         latents = tokenizer.encoder(images[:1])
         weight = tokenizer.quantize.scale.embedding.weight
@@ -125,7 +131,9 @@ def spread_codes(tokenizer: ImageTokenizer, images: torch.Tensor) -> None:
 def agreement(
     tokens: torch.Tensor, reference: torch.Tensor, lengths: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Shares of equal indices: of all, and of each scale, where an earlier difference changes what the later ones see."""
+    """Shares of equal indices: of all, and of each scale, where an earlier difference changes what
+    the later ones see.
+    """
     blocks = zip(tokens.split(lengths, dim=1), reference.split(lengths, dim=1), strict=True)
     return {
         "equal": float((tokens == reference).float().mean()),

@@ -59,7 +59,9 @@ def _version(package: str) -> str | None:
 
 
 def peak_mib() -> float:
-    """The largest resident memory of this process so far (getrusage would begin with the parent's)."""
+    """The largest resident memory of this process so far (getrusage would begin with the
+    parent's).
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 

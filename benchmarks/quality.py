@@ -1,12 +1,13 @@
-"""Claim: at equal layers, steps and bits, our default tokenizer is at least 1 dB better than the best of several settings of
-vector-quantize-pytorch, with parameters at most 5 % more, and uses its codebook at least as well; and every other quantizer of ours is
-measured beside it.
+"""Claim: at equal layers, steps and bits, our default tokenizer is at least 1 dB better than the
+best of several settings of vector-quantize-pytorch, with parameters at most 5 % more, and uses
+its codebook at least as well; and every other quantizer of ours is measured beside it.
 
-Every contender has exactly the encoder and decoder layers of SimpleVQVAE (64-d latents, 128 hidden) and codebooks of 512 codes, and sees
-the same crops of the same photographs in the same order: 64 x 64, batch 16, 400 steps of AdamW at 1e-3. Three seeds, one after the other.
+Every contender has exactly the encoder and decoder layers of SimpleVQVAE (64-d latents, 128 hidden)
+and codebooks of 512 codes, and sees the same crops of the same photographs in the same order: 64 x
+64, batch 16, 400 steps of AdamW at 1e-3. Three seeds, one after the other.
 
-The settings of our default were chosen on other photographs: with china, flower and motorcycle_left held out and the three of this
-report not touched. The other quantizers were not tuned.
+The settings of our default were chosen on other photographs: with china, flower and motorcycle_left
+held out and the three of this report not touched. The other quantizers were not tuned.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def train(
 
 @torch.no_grad()
 def measure(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """PSNR in dB; of every codebook, on average: the share of codes used at all and within W = 32·K tokens, and the perplexity."""
+    """PSNR in dB; of every codebook, on average: the share of codes used at all and within W = 32·K
+    tokens, and the perplexity.
+    """
     outputs = [model(part) for part in images.split(64)]
     tokens = torch.cat([out[2].reshape(64, grids(model), -1) for out in outputs]).unbind(dim=1)
     meters = [CodebookMeter(CODES) for _ in tokens]

@@ -1,7 +1,9 @@
-"""Claim: nearest-code search is on average 10 times faster than ``torch.cdist(...).argmin`` (4 times without faiss), as fast as faiss's own
-search or faster, and needs at most 64 MiB beside its result.
+"""Claim: nearest-code search is on average 10 times faster than ``torch.cdist(...).argmin`` (4
+times without faiss), as fast as faiss's own search or faster, and needs at most 64 MiB beside
+its result.
 
-All run in one process, interleaved in random order; medians. Peak memory is taken in a fresh process each (Linux).
+All run in one process, interleaved in random order; medians. Peak memory is taken in a fresh
+process each (Linux).
 """
 
 from __future__ import annotations

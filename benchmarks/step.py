@@ -1,7 +1,8 @@
-"""Claim: a training step of an EMA quantizer (forward, backward, update) is many times faster than vector-quantize-pytorch's and needs
-a tenth of its memory where the codebook is large.
+"""Claim: a training step of an EMA quantizer (forward, backward, update) is many times faster than
+vector-quantize-pytorch's and needs a tenth of its memory where the codebook is large.
 
-Both run in one process, interleaved in random order; medians. Peak memory is taken in a fresh process each (Linux).
+Both run in one process, interleaved in random order; medians. Peak memory is taken in a fresh
+process each (Linux).
 """
 
 from __future__ import annotations

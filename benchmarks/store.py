@@ -1,12 +1,14 @@
-"""Claims: a store of 1,000,000 rows of 680 tokens opens in under 0.2 s and gives a random batch of 256 rows in under 10 ms; a full
-chunk-shuffled pass is at least 15 times as fast as one .npy file a row (as LlamaGen writes codes) and twice as fast as LMDB of pickled rows
-(as vq-vae-2 writes them), both on samples of 50,000 rows; at most 2.1 bytes a token on disk; the time to append and to open does not grow
-with the number of rows. And where it bends: up to 100,000 fragments, in commits of 1,000.
+"""Claims: a store of 1,000,000 rows of 680 tokens opens in under 0.2 s and gives a random batch of
+256 rows in under 10 ms; a full chunk-shuffled pass is at least 15 times as fast as one .npy file
+a row (as LlamaGen writes codes) and twice as fast as LMDB of pickled rows (as vq-vae-2 writes
+them), both on samples of 50,000 rows; at most 2.1 bytes a token on disk; the time to append and
+to open does not grow with the number of rows. And where it bends: up to 100,000 fragments, in
+commits of 1,000.
 
     python benchmarks/store.py [FOLDER]
 
-Files of all contenders were written shortly before they are read, so all read from the memory of the system: what is compared is the work
-of reading, not the disk.
+Files of all contenders were written shortly before they are read, so all read from the memory of
+the system: what is compared is the work of reading, not the disk.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def median_of(action: Callable[[], Any], times: int) -> float:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """Write a million rows as a job does: commits of 4,096 rows, small files joined now and then."""
+    """Write a million rows as a job does: commits of 4,096 rows, small files joined now and
+    then.
+    """
     store, appends, opens, begun = TokenStore.create(folder, header()), [], [], time.perf_counter()
     compacting = 0.0
     for start in range(0, ROWS, COMMIT):
@@ -188,7 +192,9 @@ def pickled(folder: Path) -> Callable[[], Iterator[torch.Tensor]]:
 
 
 def passes(folder: Path, large: Path) -> dict[str, Any]:
-    """Microseconds a row of full shuffled passes that end in int64 tensors; the contenders take turns."""
+    """Microseconds a row of full shuffled passes that end in int64 tensors; the contenders take
+    turns.
+    """
     small = TokenStore.create(folder / "small", header())
     for start in range(0, SAMPLE, COMMIT):
         small.append(rows(start, min(start + COMMIT, SAMPLE)))
@@ -222,7 +228,9 @@ def passes(folder: Path, large: Path) -> dict[str, Any]:
 
 
 def fragments(folder: Path) -> list[dict[str, Any]]:
-    """Stores of many small files that nobody joins: rows in fragments of one row, 1,000 fragments a commit."""
+    """Stores of many small files that nobody joins: rows in fragments of one row, 1,000 fragments a
+    commit.
+    """
     table = TokenStore.create(folder, header())._table
     batch, found = [rows(i, i + 1) for i in range(FRAGMENTS_PER_COMMIT)], []
     written = [table.write(rows_to_table(one, header()))[0] for one in batch]

@@ -1,12 +1,15 @@
-"""What share does `smalto tokenize` reach of what the parts allow (asked: 0.9): the model alone, and the cores of the machine divided by
-what decoding and the model take of them for one image? And how much more memory do 30,000 images take than 3,000 (asked: 5 %)?
+"""What share does `smalto tokenize` reach of what the parts allow (asked: 0.9): the model alone,
+and the cores of the machine divided by what decoding and the model take of them for one image?
+And how much more memory do 30,000 images take than 3,000 (asked: 5 %)?
 
     python benchmarks/tokenization.py [FOLDER]
 
-(It is not called tokenize.py because Python has a module of that name, which all scripts of this folder would find here.)
+(It is not called tokenize.py because Python has a module of that name, which all scripts of this
+folder would find here.)
 
-Images are made of the bundled photographs: JPEG files of 256 x 256 and of 500 x 375 (the usual size in ImageNet), no two alike. Every
-job is a process of its own; what it writes is checked by its number of rows.
+Images are made of the bundled photographs: JPEG files of 256 x 256 and of 500 x 375 (the usual size
+in ImageNet), no two alike. Every job is a process of its own; what it writes is checked by its
+number of rows.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +30,18 @@ import numpy
 import torch
 from machine import RESULTS, store
 from PIL import Image
-from smalto.inference.encoder_threads import Encoders
 
 import smalto
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.progress import Progress
 from smalto.images.bundled import bundled_photographs
 from smalto.images.finding import find_images
+from smalto.images.image_file import ImageFile
 from smalto.images.reading import read_image
-from smalto.images.transforms import Transform
+from smalto.images.transforms import Prepared, Transform
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.tokenizing.encode_shard import encode_shard
+from smalto.tokenizing.local import FILES_PER_SHARD
 from smalto.training.recipe_file import load_recipe
 
 SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 10
@@ -50,7 +56,9 @@ MEMORY = (3000, 30_000)
 
 
 def write_images(folder: Path, number: int, width: int, height: int) -> None:
-    """Crops of photographs with a camera's noise, as JPEG files of quality 90, 1,000 in a folder."""
+    """Crops of photographs with a camera's noise, as JPEG files of quality 90, 1,000 in a
+    folder.
+    """
     sources = [Image.fromarray(read_image(file, None)) for file in bundled_photographs()]
     for i in range(number):
         random, source = numpy.random.default_rng(i), sources[i % len(sources)]
@@ -85,23 +93,31 @@ def tokenizers(folder: Path) -> dict[str, Path]:
 
 @retain_freed_memory()
 def model_alone(tokenizer: str, precision: Any) -> dict[str, float]:
-    """Images a second of the encoder on all cores, run as the job runs it, and the seconds of a core that one image takes."""
+    """Images a second of the encoder on all cores, run as the job runs it, and the seconds of a
+    core that one image takes.
+    """
     inference = InferenceTokenizer.of(tokenizer, "cpu", precision, BATCH, Progress())
-    images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
-    with Encoders(inference) as encoders:
-        for _ in encoders.encode([(None, images)] * 2):
-            pass
+    image = numpy.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3), dtype=numpy.uint8)
+    prepared = Prepared(image, SIDE, SIDE, [(0, 0, SIDE, SIDE)], b"")
+    files = [ImageFile(str(number), "") for number in range(FILES_PER_SHARD)]
+    transform = Transform(stride=4, size=SIDE)
+    cores = torch.get_num_threads()
+
+    def encode(_: int) -> None:
+        encode_shard(files, transform, inference, [prepared] * len(files))
+
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        list(threads.map(encode, range(2 * cores)))
         begun, used = time.perf_counter(), time.process_time()
         done = 0
-        until_then = (
-            (None, images) for _ in iter(lambda: time.perf_counter() - begun < SECONDS, False)
-        )
-        for _ in encoders.encode(until_then):
-            done += BATCH
-        return {
-            "images_per_second": done / (time.perf_counter() - begun),
-            "core_seconds": (time.process_time() - used) / done,
-        }
+        while time.perf_counter() - begun < SECONDS:
+            list(threads.map(encode, range(4 * cores)))
+            done += 4 * cores * len(files)
+    torch.set_num_threads(cores)
+    return {
+        "images_per_second": done / (time.perf_counter() - begun),
+        "core_seconds": (time.process_time() - used) / done,
+    }
 
 
 def decoding_alone(images: str) -> float:
@@ -123,8 +139,10 @@ import smalto
 from machine import peak_mib
 images, tokenizer, out, precision = sys.argv[1:]
 begun = time.perf_counter()
-done = smalto.tokenize(images, tokenizer, out, size={SIDE}, batch={BATCH}, precision=precision, device="cpu")
-print(json.dumps(dict(rows=done.num_rows, seconds=time.perf_counter() - begun, peak_mib=peak_mib())))
+options = dict(size={SIDE}, batch={BATCH}, precision=precision, device="cpu")
+done = smalto.tokenize(images, tokenizer, out, **options)
+seconds = time.perf_counter() - begun
+print(json.dumps(dict(rows=done.num_rows, seconds=seconds, peak_mib=peak_mib())))
 """
 
 

@@ -1,6 +1,7 @@
-"""Claims: our fastest setting trains the network of recipes/photos-vqgan-small.toml at least 1.7 times as fast as plain float32, and
-at least twice as fast as diffusers' VQModel of the same widths in a plain float32 loop (on a processor with AMX); and on photographs of
-12 megapixels a training waits for data less than 5 % of its time.
+"""Claims: our fastest setting trains the network of recipes/photos-vqgan-small.toml at least 1.7
+times as fast as plain float32, and at least twice as fast as diffusers' VQModel of the same
+widths in a plain float32 loop (on a processor with AMX); and on photographs of 12 megapixels a
+training waits for data less than 5 % of its time.
 
 Every contender runs in processes of its own, in turn, several rounds; peak memory is the process's.
 """
@@ -127,7 +128,9 @@ def contend(name: str) -> dict[str, float]:
 
 
 def waiting() -> dict[str, Any]:
-    """Share of the time that a training on large photographs waits for data, with one decoding process, with and without the cache."""
+    """Share of the time that a training on large photographs waits for data, with one decoding
+    process, with and without the cache.
+    """
     chosen = {
         "losses.perceptual.weight": 0,
         "losses.adversarial.weight": 0,
@@ -159,7 +162,9 @@ def waiting() -> dict[str, Any]:
 
 
 def write_photographs(folder: Path) -> float:
-    """JPEG files of 12 megapixels, made of the bundled photographs with a camera's noise; returns the mean size in MiB."""
+    """JPEG files of 12 megapixels, made of the bundled photographs with a camera's noise; returns
+    the mean size in MiB.
+    """
     folder.mkdir()
     random, sources = numpy.random.default_rng(0), bundled_photographs()
     for number in range(NUM_PHOTOGRAPHS):

@@ -1,8 +1,10 @@
-"""Claim: on 2 cores a multi-scale tokenizer trains in 20 minutes; each scale adds to the image; with all scales it is better than a
-single-scale tokenizer of the same network, steps and final map; it uses its codebook; and VAR's file of it gives the same tokens.
+"""Claim: on 2 cores a multi-scale tokenizer trains in 20 minutes; each scale adds to the image;
+with all scales it is better than a single-scale tokenizer of the same network, steps and final
+map; it uses its codebook; and VAR's file of it gives the same tokens.
 
-``python benchmarks/var.py FOLDER`` trains ``recipes/var-small.toml`` on the bundled photographs into FOLDER/var-small, then the
-single-scale one into FOLDER/single, and measures both on held-out photographs. An interrupted run goes on where it was.
+``python benchmarks/var.py FOLDER`` trains ``recipes/var-small.toml`` on the bundled photographs
+into FOLDER/var-small, then the single-scale one into FOLDER/single, and measures both on held-out
+photographs. An interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from training import trained
 
 import smalto
 from smalto.core.progress import Progress
-from smalto.evaluation.evaluator import measure
+from smalto.evaluation.evaluator import evaluate_tokenizer
+from smalto.evaluation.feature_networks import FeatureNetworks
 from smalto.images.bundled import HELD_OUT, bundled_photographs
 from smalto.images.image_reader import ImageReader
 from smalto.inference.inference_tokenizer import InferenceTokenizer
@@ -60,9 +63,14 @@ def measured(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
     files = [file for file in bundled_photographs() if file.name not in HELD_OUT]
     inference = InferenceTokenizer.on(tokenizer, "float32")
     reader = ImageReader(files, tokenizer.stride, Progress(), workers=0)
-    training = measure(inference, reader).result(
-        tokenizer, "training images", reader.transform, "float32", reader.skipped
-    )
+    training = evaluate_tokenizer(
+        inference,
+        reader,
+        FeatureNetworks(),
+        measured_on="training images",
+        transform=str(reader.transform),
+        skipped=lambda: reader.skipped,
+    ).metrics.as_json()
     keep = (
         "psnr",
         "ssim",
@@ -79,7 +87,7 @@ def measured(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
     return {
         "held_out": {name: metrics[name] for name in keep},
         "training": {
-            name: training.metrics[name]
+            name: training[name]
             for name in ("used", "num_tokens", "num_images", "perplexity", "psnr", "grids")
         },
     }
@@ -97,7 +105,9 @@ def same_tokens(run: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
 
 
 def in_bf16(tokenizer: ImageTokenizer) -> dict[str, float]:
-    """What bfloat16 changes in held-out photographs: the share of equal tokens, and the PSNR of both ways."""
+    """What bfloat16 changes in held-out photographs: the share of equal tokens, and the PSNR of
+    both ways.
+    """
     exact, fast = (InferenceTokenizer.on(tokenizer, precision) for precision in ("float32", "bf16"))
     equal, total, values = 0, 0, {"float32": [], "bf16": []}
     for images in held_out(tokenizer):

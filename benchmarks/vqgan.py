@@ -1,8 +1,9 @@
-"""Claims: a tokenizer with a discriminator trains in an hour on 2 cores; its held-out PSNR falls by at most half a dB after the adversarial
-term begins, though that term is felt; and its images look nearer to the originals for it. Beside it: JPEG and WebP of as many bytes.
+"""Claims: a tokenizer with a discriminator trains in an hour on 2 cores; its held-out PSNR falls by
+at most half a dB after the adversarial term begins, though that term is felt; and its images
+look nearer to the originals for it. Beside it: JPEG and WebP of as many bytes.
 
-``python benchmarks/vqgan.py FOLDER`` trains ``recipes/photos-vqgan-small.toml`` on the bundled photographs into FOLDER/photos-vqgan-small.
-An interrupted run goes on where it was.
+``python benchmarks/vqgan.py FOLDER`` trains ``recipes/photos-vqgan-small.toml`` on the bundled
+photographs into FOLDER/photos-vqgan-small. An interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def main(folder: Path) -> None:
 
 @torch.no_grad()
 def whole_and_in_tiles(tokenizer: ImageTokenizer, side: int) -> dict[str, float]:
-    """PSNR of the held-out photographs decoded whole, and decoded in tiles of a training crop's size: what the norms' surroundings do."""
+    """PSNR of the held-out photographs decoded whole, and decoded in tiles of a training crop's
+    size: what the norms' surroundings do.
+    """
     files = [file for file in bundled_photographs() if file.name in HELD_OUT]
     whole, tiled = [], []
     for _, original in ImageReader(files, side, Progress(), workers=0):
@@ -62,10 +65,13 @@ def whole_and_in_tiles(tokenizer: ImageTokenizer, side: int) -> dict[str, float]
 
 
 def adversarial(log: list[dict[str, Any]], start: int) -> dict[str, Any]:
-    """What the adversarial term did: held-out crops before it began and after, and how much it was felt."""
+    """What the adversarial term did: held-out crops before it began and after, and how much it was
+    felt.
+    """
     looks = [row for row in log if "held_out_psnr" in row]
     first = next(number for number, row in enumerate(looks) if row["step"] > start)
-    # A look at 64 crops of three photographs goes up and down by a dB, before the start as after it: means of five tell more.
+    # A look at 64 crops of three photographs goes up and down by a dB, before the start as after
+    # it: means of five tell more.
     means = [
         mean(row["held_out_psnr"] for row in looks[max(0, end - 4) : end + 1])
         for end in range(len(looks))

@@ -1,4 +1,6 @@
-"""Make docs/demo.webp, the README's image, from a finished demo: python docs/make_image.py runs/demo"""
+"""Make docs/demo.webp, the README's image, from a finished demo: python docs/make_image.py
+runs/demo
+"""
 
 from __future__ import annotations
 

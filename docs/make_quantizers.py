@@ -1,6 +1,7 @@
 """Draw docs/quantizers.webp: what each kind of quantizer does to a latent space of two dimensions.
 
-Colors are tokens, gray dots latents, black dots what can be decoded. Every panel is a quantizer of smalto, placed by its updater.
+Colors are tokens, gray dots latents, black dots what can be decoded. Every panel is a quantizer of
+smalto, placed by its updater.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Draw docs/var.webp from the run that benchmarks/var.py made: held-out photographs after one scale, two scales, ... and as they are.
+"""Draw docs/var.webp from the run that benchmarks/var.py made: held-out photographs after one
+scale, two scales, ... and as they are.
 
 ``python docs/make_var.py RUN``
 """

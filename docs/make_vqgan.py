@@ -1,4 +1,6 @@
-"""Make docs/vqgan.webp from a finished run of recipes/photos-vqgan-small.toml: python docs/make_vqgan.py RUN"""
+"""Make docs/vqgan.webp from a finished run of recipes/photos-vqgan-small.toml: python
+docs/make_vqgan.py RUN
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def main(run: Path) -> None:
         rows["original"].append(original)
         rows["tokens"].append(to_uint8(back[0]))
         for codec in CODECS:
-            rows[codec].append(code(original, codec, size).image)
+            rows[codec].append(compress_to_size(original, codec, size).image)
     images = {name: [scaled(pixels) for pixels in row] for name, row in rows.items()}
     width = MARGIN + sum(image.width + GAP for image in images["original"])
     sheet = Image.new("RGB", (width, (HEIGHT + GAP) * len(rows)), "white")

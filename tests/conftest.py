@@ -1,4 +1,6 @@
-"""What the tests share: small images, small recipes, and the command line in a process of its own."""
+"""What the tests share: small images, small recipes, and the command line in a process of its
+own.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs, tokenizers and stores that the code wrote before its modules, names and settings moved.
 
-``earlier/`` was made once, in the first format, and is never written again: ``photos`` are the images, ``expected.json`` holds
-fingerprints and tokens.
+``earlier/`` was made once, in the first format, and is never written again. ``photos`` are the
+images, ``expected.json`` holds fingerprints and tokens.
 """
 
 from __future__ import annotations

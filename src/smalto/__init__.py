@@ -1,7 +1,7 @@
 """smalto turns images into discrete tokens and back.
 
-``__init__.pyi`` lists the public names. They are loaded on first use, so that ``import smalto`` and ``smalto --help``
-do not import torch.
+``__init__.pyi`` lists the public names. They are loaded on first use, so that ``import smalto`` and
+``smalto --help`` do not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The public API: the one list from which lazy loading, ``__all__`` and type checkers take their names."""
+"""The public API: the one list from which lazy loading, ``__all__`` and type checkers take their
+names.
+"""
 
 from smalto.core.errors import SmaltoError as SmaltoError
 from smalto.core.layout import TokenLayout as TokenLayout

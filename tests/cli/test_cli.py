@@ -2,33 +2,65 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import numpy
 import pytest
+from PIL import Image
 
 import smalto
-from tests.conftest import smalto_command, tiny_sets, write_images
+import smalto.cli
+from smalto.core.errors import RenamedSettingWarning
+from tests.conftest import make_image, smalto_command, tiny_sets, write_images
 from tests.odd_images import GOOD, write_odd_folder
 
-VERBS = ["demo", "train", "evaluate", "tokenize", "decode", "reconstruct", "info"]
+VERBS = [
+    "demo",
+    "train",
+    "evaluate",
+    "tokenize",
+    "decode",
+    "reconstruct",
+    "convert",
+    "info",
+    "store",
+    "store info",
+    "store verify",
+    "store compact",
+    "store export",
+    "store import",
+]
+WITH_DEVICE = [*VERBS[:6], "store verify"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_explains_with_an_example(verb: str) -> None:
-    text = smalto_command(verb, "--help").stdout
+    text = smalto_command(*verb.split(), "--help").stdout
     assert "Example" in text
-    assert f"smalto {verb}" in text
-    if verb not in ("info",):
-        assert "--device" in text
+    assert f"smalto {verb}" in text.partition("Example")[2]
+    assert ("--device" in text) == (verb in WITH_DEVICE)
+
+
+def test_help_lists_every_verb() -> None:
+    for group, verbs in itertools.groupby(VERBS, lambda verb: verb.rpartition(" ")[0]):
+        text = smalto_command(*group.split(), "--help").stdout
+        for verb in verbs:
+            assert re.search(rf"^  {verb.split()[-1]}  ", text, re.MULTILINE)
 
 
 def test_the_command_line_does_not_import_torch() -> None:
-    script = "import sys, smalto.cli; heavy = {'torch', 'numpy', 'pydantic'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    script = (
+        "import sys, smalto.cli; heavy = {'torch', 'numpy', 'pydantic'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -56,10 +88,9 @@ def test_odd_and_broken_files_through_train_and_tokenize(tmp_path: Path) -> None
         "tokenize", tmp_path / "odd", "--tokenizer", run, "--out", tmp_path / "t", "--workers", 1
     )
     assert f"{len(GOOD) + 1} images" in done.stdout
-    assert (
-        f"Skipped {len(bad) - 4} files" in done.stderr
-    )  # without notes.txt and others that nobody would take for images
-    assert "4 other files are no images" in done.stderr
+    # Without notes.txt and other files that are obviously not images.
+    assert f"Skipped {len(bad) - 4} files" in done.stderr
+    assert "4 other files are not images" in done.stderr
     assert (
         "textbomb.png: damaged"
         in smalto_command("store", "info", tmp_path / "t", "--errors").stdout
@@ -113,13 +144,13 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert metrics["num_images"] == 6
     assert "6 of 6" in smalto_command("info", "run", cwd=tmp_path).stdout
     again = smalto_command("train", "--resume", "run", "--steps", 8, cwd=tmp_path)
-    assert "going on after step 6 of 8" in again.stderr
+    assert "resuming after step 6 of 8" in again.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train"], "name a FOLDER"),
+        (["train"], "Name a FOLDER"),
         (["train", ".", "--set", "data.source=x"], "named by FOLDER"),
         (["train", ".", "--seed", "99999999999999999999"], "seed: "),
         (["train", ".", "--out", "/proc/run"], "cannot be written"),
@@ -129,10 +160,14 @@ def test_the_whole_way(tmp_path: Path) -> None:
         (["train", "--resume", "nowhere"], "is not a run"),
         (["train", ".", "--set", "optimizer.lrr=1"], "did you mean 'optimizer.lr'"),
         (["train", ".", "--recipe", "none.toml"], "cannot be read"),
-        (["tokenize", ".", "--tokenizer", "nowhere"], "does not exist: a tokenizer is a folder"),
+        (["tokenize", ".", "--tokenizer", "nowhere"], "does not exist; expected a folder"),
         (["evaluate", ".", "--tokenizer", "nowhere", "--precision", "int8"], "--precision must be"),
-        (["decode", "nowhere"], "does not exist: token stores"),
-        (["info", "."], "no run, tokenizer or token store"),
+        (
+            ["tokenize", ".", "--tokenizer", "nowhere", "--deep-gray", "none"],
+            "--deep-gray must be full or range; got 'none'",
+        ),
+        (["decode", "nowhere"], "does not exist; expected a token store"),
+        (["info", "."], "not a run, tokenizer or token store"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -164,7 +199,8 @@ def test_ctrl_c_while_it_starts_ends_it_in_one_line(tmp_path: Path, seconds: flo
     import signal
 
     write_images(tmp_path / "photos", 30, 200, 200)
-    start = "print('started', flush=True); from smalto.cli import main; main()"  # before that, Python itself is starting
+    # Before the print Python itself is starting.
+    start = "print('started', flush=True); from smalto.cli import main; main()"
     command = [
         sys.executable,
         "-c",
@@ -191,7 +227,7 @@ def test_ctrl_c_while_it_starts_ends_it_in_one_line(tmp_path: Path, seconds: flo
     assert "Traceback" not in error
 
 
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_resume_continues(tmp_path: Path) -> None:
     import signal
 
     write_images(tmp_path / "photos", 6)
@@ -221,12 +257,12 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "everything is saved. Go on with: smalto train --resume run" in error
+    assert "everything is saved. Resume with: smalto train --resume run" in error
     assert "Traceback" not in error
     step = smalto.info(tmp_path / "run")["steps"].split()[0]
     assert len(log.read_text().splitlines()) == int(step)
     done = smalto_command("train", "--resume", "run", "--steps", int(step) + 3, cwd=tmp_path)
-    assert f"going on after step {step}" in done.stderr
+    assert f"resuming after step {step}" in done.stderr
 
 
 def test_the_number_of_codes_is_set_for_any_kind_of_quantizer(tmp_path: Path) -> None:
@@ -247,3 +283,43 @@ def test_the_number_of_codes_is_set_for_any_kind_of_quantizer(tmp_path: Path) ->
     assert smalto.load(tmp_path / "run").quantize.codebook_size == 32
     done = smalto_command("train", "--resume", tmp_path / "run", "--codebook-size", 64, check=False)
     assert "leave out --codebook-size" in done.stderr
+
+
+def test_resize_and_deep_gray_reach_the_store_and_notes_are_reported(tmp_path: Path) -> None:
+    smalto.default_tokenizer(64).save(tmp_path / "tokenizer")
+    (tmp_path / "images").mkdir()
+    dark = make_image(0)[..., 0].astype(numpy.uint16)  # 8 of 16 bits
+    Image.fromarray(dark).save(tmp_path / "images" / "dark.png")
+    Image.fromarray(make_image(1)).save(tmp_path / "images" / "rgb.png")
+    command = ["tokenize", "images", "--tokenizer", "tokenizer", "--size", 16, "--resize", 18]
+    command += ["--workers", 0, "--device", "cpu"]
+    done = smalto_command(*command, cwd=tmp_path)
+    assert "1 image has a note, such as dark.png: 16-bit image uses values up to 255" in done.stderr
+    transform = smalto.info(tmp_path / "tokens.lance")["transform"]
+    assert transform == "shorter side to 18, center crop to 16 x 16"
+    done = smalto_command(*command, "--deep-gray", "range", "--overwrite", cwd=tmp_path)
+    assert "a note" not in done.stderr
+    transform = smalto.info(tmp_path / "tokens.lance")["transform"]
+    assert transform == "shorter side to 18, center crop to 16 x 16, deep gray scaled by range"
+
+
+def test_a_renamed_setting_is_reported_in_one_line(tmp_path: Path) -> None:
+    arguments = ["train", "nowhere", "--set", "guard.action=warn"]
+    done = smalto_command(*arguments, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first == "smalto: settings: guard.action is now monitor.action."
+    assert second.startswith("smalto: nowhere does not exist")
+
+
+def test_other_warnings_are_shown_as_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *arguments: shown.append(arguments))
+    smalto.cli._show_renamed_settings_in_one_line()
+    warnings.showwarning(RenamedSettingWarning("old"), RenamedSettingWarning, "file.py", 1)
+    other = FutureWarning("other")
+    warnings.showwarning(other, FutureWarning, "file.py", 2)
+    assert capsys.readouterr().err == "smalto: old\n"
+    assert shown == [(other, FutureWarning, "file.py", 2)]

@@ -35,7 +35,9 @@ class Model(nn.Module):
 
 
 def train(model: nn.Module, run: nn.Module, backend_steps: int = 4, seed: int = 0) -> list[Tensor]:
-    """A few steps with upkeep; ``run`` is ``model`` or what came of it. All state, and the last output."""
+    """A few steps with upkeep; ``run`` is ``model`` or what came of it. All state, and the last
+    output.
+    """
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     updater = CodebookUpdater(model, optimizer, decay_tokens=4.0, seed=seed)
     for step in range(backend_steps):

@@ -27,7 +27,9 @@ N, K, C = 4096, 2048, 4  # N·K is a thousand times what a step needs
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made. A custom op hides what it does inside, so its body is run openly."""
+    """Remembers the largest tensor that any operation made. A custom op hides what it does inside,
+    so its body is run openly.
+    """
 
     def __init__(self) -> None:
         super().__init__()

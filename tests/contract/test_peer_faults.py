@@ -40,7 +40,8 @@ def test_a_learned_codebook_can_be_normalized_and_has_a_beta() -> None:
 
 
 def test_forward_writes_no_state_so_two_losses_have_right_gradients() -> None:
-    # A forward that moves its own codes makes the graph of an earlier call wrong, or refuses backward.
+    # A forward that moves its own codes makes the graph of an earlier call wrong, or refuses
+    # backward.
     quantizer = VectorQuantizer(20, 6, codebook="ema")
     updater = CodebookUpdater(quantizer, keep_codes=True)
     z = latents().requires_grad_()

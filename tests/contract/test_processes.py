@@ -71,7 +71,9 @@ def upkeep(
 def in_processes(
     world: int, job: Callable[..., object], tmp_path: Path, *arguments: object
 ) -> list[object]:
-    """Run ``job(rank, world, *arguments)`` in ``world`` processes joined by gloo; what each one returned."""
+    """Run ``job(rank, world, *arguments)`` in ``world`` processes joined by gloo; what each one
+    returned.
+    """
     try:
         torch.multiprocessing.spawn(
             _process, (world, str(tmp_path), job, arguments), nprocs=world, join=True
@@ -92,7 +94,8 @@ def _process(
     result = job(rank, world, f"file://{folder}/meeting", *arguments)
     distributed.barrier()
     torch.save(result, f"{folder}/{rank}.pt")
-    # Whoever leaves first resets connections that gloo's own threads of the others still watch, and now and then they abort.
+    # Whoever leaves first resets connections that gloo's own threads of the others still watch, and
+    # now and then they abort.
     end = time.monotonic() + 30
     while len(list(Path(folder).glob("*.pt"))) < world and time.monotonic() < end:
         time.sleep(0.01)
@@ -159,7 +162,7 @@ def many_steps(rank: int, world: int, meeting: str, built_before: bool) -> list[
     for step in range(50):
         quantizer(latents(batch=2 + rank, seed=step * world + rank) + step * 0.2)
         updater.step()
-        tracker = quantizer.get_codebook().clone()
+        tracker = quantizer.codebook().clone()
         placed += 0 if codes is None else int(((tracker - codes).norm(dim=1) > 1.0).any())
         codes = tracker
     assert len(calls) == 50  # one collective a step ...

@@ -15,13 +15,14 @@ import resource, sys
 from contextlib import nullcontext
 from pathlib import Path
 import torch
-from smalto.core.allocator import reused_memory
+from smalto.core.allocator import retain_freed_memory
 
 def resident():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("VmRSS"))
     return int(line.split()[1]) // 1024
 
-with reused_memory() if sys.argv[1] == "on" else nullcontext():
+with retain_freed_memory() if sys.argv[1] == "on" else nullcontext():
     for _ in range(30):  # until the heap has settled
         torch.ones(12_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -54,21 +55,23 @@ def test_pages_are_asked_for_once_and_given_back() -> None:
 _RETURNED = """
 from pathlib import Path
 import numpy
-from smalto.core.allocator import returned_memory, reused_memory
+from smalto.core.allocator import release_freed_memory, retain_freed_memory
 
 def resident():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("VmRSS"))
     return int(line.split()[1]) // 1024
 
-with reused_memory():
+with retain_freed_memory():
     def held():
         before = resident()
-        blocks = [numpy.ones(2**17, numpy.uint8) for _ in range(400)]  # 50 MiB; the last one keeps a heap from shrinking
+        # 50 MiB; the last one keeps a heap from shrinking
+        blocks = [numpy.ones(2**17, numpy.uint8) for _ in range(400)]
         last = blocks.pop()
         del blocks
         return resident() - before, last
 
-    with returned_memory():
+    with release_freed_memory():
         returned, _ = held()
     kept, _ = held()
 print(returned, kept)

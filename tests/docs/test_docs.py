@@ -1,4 +1,6 @@
-"""The documentation is true: its code runs, and both languages show the same code under the same headings."""
+"""The documentation is true: its code runs, and both languages show the same code under the same
+headings.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,9 @@ def test_lite0_is_the_network_of_its_weights(lite0: Lite0) -> None:
 
 
 def test_lite0_sees_what_is_in_a_image() -> None:
-    """The range and the padding that its weights were trained with are nowhere written down; with these it knows a cat and a coffee."""
+    """The range and the padding that its weights were trained with are nowhere written down; with
+    these it knows a cat and a coffee.
+    """
     from smalto.images.bundled import bundled_photographs
     from smalto.images.reading import read_image
     from smalto.images.tensors import to_tensor, to_unit_range
@@ -181,7 +183,9 @@ def inception_state() -> tuple[dict[str, Tensor], numpy.random.Generator]:
 
 
 def test_inception_is_the_one_of_the_fid(tmp_path: Path) -> None:
-    """The metrics are torch-fidelity 0.4.0's ``FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])`` with these weights."""
+    """The metrics are torch-fidelity 0.4.0's ``FeatureExtractorInceptionV3("inception-v3-compat",
+    ["2048"])`` with these weights.
+    """
     state, random = inception_state()
     torch.save(state, tmp_path / "inception.pth")
     pixels = torch.from_numpy(random.integers(0, 256, (2, 3, 64, 80), dtype=numpy.uint8))
@@ -199,16 +203,17 @@ def test_inception_is_the_one_of_the_fid(tmp_path: Path) -> None:
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     state = lpips_state()
     torch.save({**state, "extra": torch.zeros(1)}, tmp_path / "more.pth")
-    with pytest.raises(DataError, match="has extra too much"):
+    with pytest.raises(DataError, match="got extra unexpected"):
         LPIPS(tmp_path / "more.pth")
     del state["net.slice3.12.bias"]
     state["lin0.model.1.weight"] = torch.zeros(1, 32, 1, 1)
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(
-        DataError, match=r"lacks net\.slice3\.12\.bias.*lin0\.model\.1\.weight is \[1, 32, 1, 1\]"
+        DataError,
+        match=r"got net\.slice3\.12\.bias missing.*lin0\.model\.1\.weight is \[1, 32, 1, 1\]",
     ):
         LPIPS(tmp_path / "less.pth")
-    with pytest.raises(DataError, match="holds no Inception of the FID"):
+    with pytest.raises(DataError, match="expected weights of the FID's Inception"):
         Inception(tmp_path / "less.pth")
     with pytest.raises(DataError, match="does not exist"):
         Lite0(tmp_path / "nowhere.pth")

@@ -194,7 +194,7 @@ def test_a_run_trains_on_an_archive(
     assert trained.metrics.measured_on == "held-out images"
     again = smalto.evaluate(source, tmp_path / "run", workers=0)
     assert again.metrics.num_images == trained.metrics.num_images
-    assert smalto.resume(tmp_path / "run", settings={"steps": 8}, workers=0).metrics.steps == 8
+    assert smalto.resume(tmp_path / "run", settings={"steps": 8}, workers=0).training.steps == 8
 
 
 def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:

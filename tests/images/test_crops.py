@@ -25,7 +25,9 @@ from tests.conftest import write_images
 
 
 class Numbered(torch.utils.data.Dataset[Tensor]):
-    """Image i is uint8 and i everywhere, but for its first row and column, which tell where one is."""
+    """Image i is uint8 and i everywhere, but for its first row and column, which tell where one
+    is.
+    """
 
     def __init__(
         self, number: int, height: int = 20, width: int = 24, dtype: torch.dtype = torch.uint8
@@ -214,7 +216,7 @@ def test_broken_images_are_passed_over_and_none_left_is_an_error(image_folder: P
         pytest.raises(DataError, match="none of the images can be read"),
     ):
         next(CropStream(ImageFiles(only_bad, decoder, 0), [0], size=16, batch=1, seed=0))
-    with pytest.raises(DataError, match="no image to take crops from"):
+    with pytest.raises(DataError, match="got no images to crop"):
         stream(number=1).__class__(DatasetImages(Numbered(1)), [], size=8, batch=1, seed=0)
 
 

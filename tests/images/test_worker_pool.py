@@ -23,7 +23,9 @@ def files(number: int = NUMBER) -> list[ImageFile]:
 
 
 def noise(file: ImageFile) -> tuple[numpy.ndarray, str, numpy.ndarray]:
-    """Arrays of many sizes: most find room beside each other, every tenth is larger than a slot, some are empty."""
+    """Arrays of many sizes: most find room beside each other, every tenth is larger than a slot,
+    some are empty.
+    """
     i = int(file.name)
     length = 2 * BYTES if i % 10 == 9 else 7919 * (i % 7)
     return (
@@ -91,14 +93,14 @@ def test_the_death_of_a_worker_mixes_nothing_up(monkeypatch: pytest.MonkeyPatch)
 
 JOB = """
 import os, sys, time
-from smalto.images.worker_pool import Decoder
+from smalto.images.worker_pool import ReaderPool
 
 def wait(seconds):
     print(os.getpid(), flush=True)
     time.sleep(seconds)
 
 if __name__ == "__main__":
-    with Decoder(1, wait) as decoder:
+    with ReaderPool(1, wait) as decoder:
         list(decoder.in_order([60]))
 """
 

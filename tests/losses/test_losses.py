@@ -156,7 +156,9 @@ def test_an_adaptive_weight_is_a_share_of_the_reconstructions_gradient_at_the_la
 
 
 def test_a_discriminator_without_an_opinion_is_not_listened_to_too_closely() -> None:
-    """taming-transformers, issue 44: where its gradient is nearly nothing, an unbounded weight makes noise of it."""
+    """taming-transformers, issue 44: where its gradient is nearly nothing, an unbounded weight
+    makes noise of it.
+    """
     config, network, judge, images = setting(weight=0.5)
     last = judge.body[-1]
     assert isinstance(last, nn.Conv2d)

@@ -86,8 +86,8 @@ def test_nonsense_is_named() -> None:
     for wrong in (a[:1], a[0], (a * 100).to(torch.uint8)):
         with pytest.raises(InputError, match="of one shape"):
             psnr(wrong, a)
-    with pytest.raises(InputError, match="at least 11 pixels"):
+    with pytest.raises(InputError, match="sides of at least 11"):
         ssim(a[..., :10], a[..., :10])
     assert ssim(a[:0], a[:0]).shape == (0,)
-    with pytest.raises(InputError, match=r"in \[0, 4\); got values from 0 to 4"):
+    with pytest.raises(InputError, match=r"got tokens from 0 to 4; expected values in \[0, 4\)"):
         CodebookMeter(4).add(torch.arange(5).to(torch.uint16))

@@ -81,15 +81,15 @@ def test_statistics_are_read_from_files_and_other_files_refused(tmp_path: Path) 
     with pytest.raises(DataError, match="cannot be read"):
         read_statistics(tmp_path / "nowhere.npz")
     numpy.savez(tmp_path / "other.npz", mu=numpy.zeros(3))
-    with pytest.raises(DataError, match="holds no reference statistics"):
+    with pytest.raises(DataError, match="does not hold reference statistics"):
         read_statistics(tmp_path / "other.npz")
     numpy.savez(
         tmp_path / "pickle.npz", mu=numpy.array([{"a": 1}], dtype=object), sigma=numpy.zeros((1, 1))
     )
-    with pytest.raises(DataError, match="holds no reference statistics"):
+    with pytest.raises(DataError, match="does not hold reference statistics"):
         read_statistics(tmp_path / "pickle.npz")
     numpy.savez(tmp_path / "shapes.npz", mu=numpy.zeros(3), sigma=numpy.zeros((2, 2)))
-    with pytest.raises(DataError, match=r"mu is \[3\] and sigma \[2, 2\]"):
+    with pytest.raises(DataError, match=r"got mu \[3\] and sigma \[2, 2\]"):
         read_statistics(tmp_path / "shapes.npz")
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(DataError):
@@ -97,9 +97,9 @@ def test_statistics_are_read_from_files_and_other_files_refused(tmp_path: Path) 
 
 
 def test_too_few_vectors_and_other_dimensions_are_errors() -> None:
-    with pytest.raises(InputError, match="at least 2 vectors; there is 1"):
+    with pytest.raises(InputError, match="got 1 vector; expected at least 2"):
         moments(features(1, 4, 0))
     with pytest.raises(InputError, match="come from different networks"):
         frechet_distance(moments(features(10, 4, 0)), moments(features(10, 5, 0)))
-    with pytest.raises(InputError, match=r"vectors must be \[B, 4\]"):
+    with pytest.raises(InputError, match=r"expected vectors \[B, 4\]"):
         FeatureMoments(4).add(torch.zeros(2, 5))

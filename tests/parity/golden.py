@@ -1,4 +1,6 @@
-"""Reference numbers of other projects' public code, with weights that follow from a seed (tests/golden/README.md)."""
+"""Reference numbers of other projects' public code, with weights that follow from a seed
+(tests/golden/README.md).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config, tensors) of one file."""
     with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         return json.loads(file.metadata()["config"]), {
-            key: file.get_tensor(key) for key in file.keys()
+            key: file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118
         }
 
 

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 
 import smalto
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.core.errors import ConfigError, DataError, SmaltoError
+from smalto.core.errors import ConfigError, DataError, RunError, SmaltoError
 from smalto.interop.var import (
     HITS,
+    VARSettings,
     constructor_values,
     load_tokenizer,
     obstacles,
     tokenizer_state_dict,
+    var_settings,
 )
 from smalto.quantizers import MultiScaleVQConfig
 from smalto.quantizers.multiscale import phi_of_scale
@@ -360,7 +362,9 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="transformer"):
         load_tokenizer(tmp_path / "var.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(DataError, match=r"with weight, .*expected the weights of a tokenizer of VAR"):
+    with pytest.raises(
+        DataError, match=r"with weight, .*expected the weights of a tokenizer of VAR"
+    ):
         load_tokenizer(tmp_path / "other.pth")
     torch.save({"args": Path("x")}, tmp_path / "objects.pth")
     with pytest.raises(
@@ -404,7 +408,8 @@ def test_what_var_must_be_given() -> None:
     )
     arguments, fixed = constructor_values(tokenizer)
     assert arguments == {
-        "vocab_size": 12, "z_channels": 4, "ch": 32, "using_znorm": True, "share_quant_resi": 0, "v_patch_nums": (1, 2, 4)
+        "vocab_size": 12, "z_channels": 4, "ch": 32, "using_znorm": True, "share_quant_resi": 0,
+        "v_patch_nums": (1, 2, 4)
     }  # fmt: skip
     assert fixed == {
         "ch_mult": (1, 2),
@@ -412,3 +417,55 @@ def test_what_var_must_be_given() -> None:
         "using_sa": False,
         "using_mid_sa": False,
     }
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 1e-6])
+def test_a_phi_that_var_does_not_build_is_refused(ratio: float) -> None:
+    tokenizer = small(phi_ratio=ratio)
+    assert f"phi_ratio {ratio:g}; expected 0 or a value above 1e-06" in obstacles(tokenizer)[0]
+    with pytest.raises(ConfigError, match=r"VAR cannot hold this tokenizer: .*Identity"):
+        tokenizer_state_dict(tokenizer)
+    assert obstacles(small(phi_ratio=1.1e-6)) == []
+
+
+@pytest.mark.parametrize("quant_resi", [0, 1e-9, -1e-6, 1e-6])
+def test_a_tiny_quant_resi_is_the_identity(quant_resi: float) -> None:
+    tokenizer = small(phi_ratio=0.0)
+    state = tokenizer_state_dict(tokenizer)
+    assert not any("quant_resi" in key for key in state)
+    back = load_tokenizer(state, [1, 2, 4], quant_resi=quant_resi)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.equal(back.encode(images), tokenizer.encode(images))
+    with pytest.raises(ConfigError, match=r"quant_resi\.qresi_ls\.0\.weight' .*is not expected"):
+        load_tokenizer(tokenizer_state_dict(small()), [1, 2, 4], quant_resi=quant_resi)
+
+
+def test_a_quant_resi_of_nan_is_refused() -> None:
+    with pytest.raises(ConfigError, match="phi_ratio"):
+        load_tokenizer(tokenizer_state_dict(small()), [1, 2, 4], quant_resi=float("nan"))
+
+
+def test_settings_of_vars_code() -> None:
+    settings = var_settings(small({"ch_mult": (1, 2)}, scale={"beta": 0.1}, num_phis=None))
+    assert settings == VARSettings(
+        vocab_size=12,
+        z_channels=4,
+        ch=32,
+        share_quant_resi=0,
+        patch_nums=(1, 2, 4),
+        patch_size=2,
+        vqvae={"beta": 0.1},
+        ddconfig={"ch_mult": (1, 2), "num_res_blocks": 1},
+    )
+
+
+def test_loading_in_a_process_that_built_var(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = small()
+    state = tokenizer_state_dict(tokenizer)
+    for layer in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d):
+        monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    loaded = load_tokenizer(state, [1, 2, 4])
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    with pytest.raises(RunError, match="uninitialized weights"):
+        small()

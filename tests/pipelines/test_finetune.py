@@ -59,7 +59,7 @@ def test_everything_or_all_but_the_codebook(
         assert torch.equal(codes, smalto.load(tmp_path / learn).quantize.embedding.weight) == (
             learn == "all-but-codebook"
         )
-        recipe = RunFolder(tmp_path / learn).recipe()
+        recipe = load_recipe(RunFolder(tmp_path / learn).path / "recipe.toml")
         assert recipe.finetune.tokenizer == str(start)
         assert (
             recipe.tokenizer.quantizer.codebook_size == 16
@@ -91,7 +91,7 @@ def test_a_fine_tuning_resumes_as_what_it_is(
     assert (tmp_path / "part" / "model.safetensors").read_bytes() == (
         tmp_path / "same" / "model.safetensors"
     ).read_bytes()
-    assert whole.metrics.steps == 12
+    assert whole.training.steps == 12
     with pytest.raises(ConfigError, match=r"keeps its finetune\.learn"):
         smalto.resume(tmp_path / "part", settings={"finetune.learn": "everything"})
 
@@ -147,7 +147,7 @@ def test_mistakes(image_folder: Path, start: Path, tmp_path: Path) -> None:
             out=tmp_path / "a",
             workers=0,
         )
-    with pytest.raises(ConfigError, match="which the tokenizer's stride 4 does not divide"):
+    with pytest.raises(ConfigError, match="multiple of the tokenizer's stride 4"):
         finetuned(
             image_folder,
             start,

@@ -88,8 +88,10 @@ def test_images_after_each_grid_are_made_of_the_first_ones_only(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("multiscale")
     settings = {
-        "steps": 4, "data.size": 16, "data.batch": 4, "evaluate.every": 2, "evaluate.crops": 4, "precision": "float32",
-        "tokenizer.autoencoder.ch": 32, "tokenizer.autoencoder.ch_mult": [1, 1, 1], "tokenizer.quantizer.scales": [1, 2, 4],
+        "steps": 4, "data.size": 16, "data.batch": 4, "evaluate.every": 2, "evaluate.crops": 4,
+        "precision": "float32",
+        "tokenizer.autoencoder.ch": 32, "tokenizer.autoencoder.ch_mult": [1, 1, 1],
+        "tokenizer.quantizer.scales": [1, 2, 4],
         "tokenizer.quantizer.scale.codebook_size": 24, "gradient_checkpointing": True,
     }  # fmt: skip
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "var-small.toml", settings)
@@ -128,7 +130,8 @@ def test_scales_that_are_not_those_of_the_crops_are_an_error() -> None:
     path = Path(__file__).parents[2] / "recipes" / "var-small.toml"
     with pytest.raises(
         ConfigError,
-        match=r"a crop is 32 x 32, .*scales end with 16 x 16\. Set data\.size to 64, or scales that end with 32",
+        match=r"a crop is 32 x 32, .*scales end with 16 x 16\. Set data\.size to "
+        r"64, or scales that end with 32",
     ):
         load_recipe(path, {"data.size": 128})
     with pytest.raises(ConfigError, match="scales end with 4 x 8"):
@@ -148,5 +151,5 @@ def test_a_run_with_scales_resumes(run: Path, tmp_path: Path) -> None:
 
     shutil.copytree(run, tmp_path / "run")
     resumed = smalto.resume(tmp_path / "run", settings={"steps": 6}, workers=0)
-    assert resumed.metrics.steps == 6
+    assert resumed.training.steps == 6
     assert change_recipe(resumed.run.recipe(), {}).gradient_checkpointing

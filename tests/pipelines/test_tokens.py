@@ -152,8 +152,8 @@ def test_evaluate_takes_the_held_out_part_of_the_training_folder(
 ) -> None:
     trained = smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     again = smalto.evaluate(image_folder, tmp_path / "run", device="cpu", workers=0).metrics
-    assert (again["measured_on"], again["num_images"]) == ("held-out images", 1)
-    assert again["psnr"] == pytest.approx(trained.metrics.psnr, rel=1e-5)
+    assert (again.measured_on, again.num_images) == ("held-out images", 1)
+    assert again.psnr == pytest.approx(trained.metrics.psnr, rel=1e-5)
     assert (
         smalto.evaluate(
             image_folder, tmp_path / "run", everything=True, device="cpu", workers=0
@@ -196,9 +196,9 @@ def test_evaluate_agrees_with_measuring_by_hand(tokenizer: Path, image_folder: P
         10 * float(torch.log10(4 / (r.clamp(-1, 1) - i).square().mean()))
         for r, i in zip(out.reconstruction, images, strict=True)
     ]
-    assert metrics["psnr"] == pytest.approx(sum(by_hand) / 6, rel=1e-5)
-    assert metrics["usage"] == len(out.indices.unique()) / 64
-    assert metrics["bits_per_pixel"] == pytest.approx(6 / 16)
+    assert metrics.psnr == pytest.approx(sum(by_hand) / 6, rel=1e-5)
+    assert metrics.usage == len(out.indices.unique()) / 64
+    assert metrics.bits_per_pixel == pytest.approx(6 / 16)
 
 
 def test_info_knows_what_things_are(

@@ -15,6 +15,7 @@ import smalto
 from smalto.core.errors import ConfigError, DataError, RunError
 from smalto.core.progress import Progress
 from smalto.training.recipe import change_recipe
+from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import RunFolder, read_jsonl
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.trainer import Interrupted
@@ -35,11 +36,11 @@ class StopAfter(Progress):
             signal.raise_signal(signal.SIGINT)
 
 
-class SearchObserver(Progress):
+class Listener(Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.said.append(text)
 
 
@@ -78,7 +79,9 @@ def test_a_run_holds_all_that_was_promised(run: Path, image_folder: Path) -> Non
         == smalto.load(run).fingerprint()
         == smalto.load(run / "checkpoints" / "step-00000006").fingerprint()
     )
-    assert RunFolder(run).recipe().data.source == str(image_folder.resolve())
+    assert load_recipe(RunFolder(run).path / "recipe.toml").data.source == str(
+        image_folder.resolve()
+    )
 
 
 def test_the_report_needs_nothing_else(run: Path) -> None:
@@ -138,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         "text": "step-00000006: state.safetensors is damaged: its checksum differs.",
     }
     assert (run / "model.safetensors").read_bytes() == expected
-    assert RunFolder(run).restore().step == 6  # a good one has taken its place
+    assert RunFolder(run).restore(smalto.load).step == 6  # a good one has taken its place
     assert (run / "checkpoints" / "damaged-step-00000006").is_dir()
 
 
@@ -151,7 +154,7 @@ def test_no_checkpoint_left_is_an_error(run: Path) -> None:
 
 def test_a_resumed_run_may_go_further_but_stays_itself(run: Path) -> None:
     trained = smalto.resume(run, settings={"steps": 8}, device="cpu", workers=0)
-    assert trained.metrics.steps == 8
+    assert trained.training.steps == 8
     assert len(read_jsonl(run / "log.jsonl")) == 8
     for key in ("tokenizer.quantizer.codebook_size", "seed", "data.source"):
         with pytest.raises(ConfigError, match=f"keeps its {key}"):
@@ -167,7 +170,7 @@ def test_what_is_there_is_not_overwritten_unasked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(RunError, match=r"exists already. Go on with --resume .* --overwrite"):
+    with pytest.raises(RunError, match=r"exists already. Resume it with --resume .* --overwrite"):
         smalto.train(image_folder, tiny_recipe, out=run)
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -175,7 +178,7 @@ def test_what_is_there_is_not_overwritten_unasked(
     with pytest.raises(RunError, match="not a run of smalto"):
         smalto.train(image_folder, tiny_recipe, out=mine, overwrite=True)
     (run / "thesis.txt").write_text("more years of work")
-    with pytest.raises(RunError, match=r"holds other things too \(thesis\.txt\)"):
+    with pytest.raises(RunError, match=r"holds files that are not of the run \(thesis\.txt\)"):
         smalto.train(image_folder, tiny_recipe, out=run, overwrite=True)
     assert (mine / "thesis.txt").exists()
     assert (run / "thesis.txt").exists()
@@ -209,7 +212,7 @@ def test_what_is_there_is_not_overwritten_unasked(
 def test_few_images_are_measured_in_training_and_say_so(
     tmp_path: Path, tiny_recipe: TokenizerRecipe
 ) -> None:
-    observer = SearchObserver()
+    observer = Listener()
     folder = write_images(tmp_path / "three", 3)
     trained = smalto.train(
         folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0, progress=observer
@@ -246,7 +249,7 @@ def test_a_run_follows_its_images_to_another_folder(
         smalto.resume(run, settings={"steps": 7}, device="cpu", workers=0)
     trained = smalto.resume(run, tmp_path / "moved", settings={"steps": 7}, device="cpu", workers=0)
     assert trained.metrics.measured_on == "held-out images"
-    assert RunFolder(run).split()["source"] == str((tmp_path / "moved").resolve())
+    assert RunFolder(run).split().source == str((tmp_path / "moved").resolve())
 
 
 def test_no_steps_leave_the_start_on_disk(
@@ -259,7 +262,7 @@ def test_no_steps_leave_the_start_on_disk(
         device="cpu",
         workers=0,
     )
-    assert trained.metrics.fingerprint == smalto.load(tmp_path / "run").fingerprint()
+    assert trained.training.fingerprint == smalto.load(tmp_path / "run").fingerprint()
 
 
 def test_logs_that_are_lost_or_damaged_do_not_stop_a_run(run: Path) -> None:
@@ -267,7 +270,7 @@ def test_logs_that_are_lost_or_damaged_do_not_stop_a_run(run: Path) -> None:
     (run / "log.jsonl").write_bytes((run / "log.jsonl").read_bytes() + b"7\n\xff\xfe")
     trained = smalto.resume(run, settings={"steps": 7}, device="cpu", workers=0)
     assert [row["step"] for row in read_jsonl(run / "log.jsonl")] == list(range(1, 8))
-    assert trained.metrics.training_images_per_second > 0  # of the one step that is known
+    assert trained.training.images_per_second > 0  # of the one step that is known
     (run / "split.json").write_text("{}")
     with pytest.raises(RunError, match=r"split\.json is damaged"):
         smalto.resume(run, device="cpu", workers=0)
@@ -284,7 +287,7 @@ def test_images_smaller_than_a_token_do_not_spoil_a_run(
 def test_names_that_are_not_text(tmp_path: Path, tiny_recipe: TokenizerRecipe) -> None:
     folder = write_images(tmp_path / "p", 6)
     for path in list(folder.iterdir()):
-        os.rename(path, os.fsencode(path).replace(b"image", b"caf\xe9 <b>\x1b[31m"))
+        os.rename(path, os.fsencode(path).replace(b"photo", b"caf\xe9 <b>\x1b[31m"))
     smalto.train(folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "caf\\udce9 &lt;b&gt;\\x1b[31m" in page
@@ -366,8 +369,8 @@ def test_every_quantizer_trains_tokenizes_and_decodes(
     )
     metrics = trained.metrics
     side = {"residual": 2, "product": 2, "projected": 1}[kind]
-    assert metrics["bits_per_pixel"] == pytest.approx(side * 4 / 16)
-    assert 0 < metrics["usage"] <= 1
+    assert metrics.bits_per_pixel == pytest.approx(side * 4 / 16)
+    assert 0 < metrics.usage <= 1
     assert (
         f"{side * 120:,} tokens" in (tmp_path / "run" / "report.html").read_text()
     )  # 40 x 48 pixels
@@ -393,11 +396,11 @@ def test_a_kill_between_the_last_checkpoint_and_the_runs_own_model_is_mended(run
 def test_metrics_of_an_earlier_end_go_when_a_run_goes_further(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     assert (run / "metrics.json").is_file()
-    monkeypatch.setattr("smalto.pipelines.train.measure", stop)
+    monkeypatch.setattr("smalto.pipelines.train.evaluate_tokenizer", stop)
     with pytest.raises(KeyboardInterrupt):
         smalto.resume(run, settings={"steps": 8}, device="cpu", workers=0)
     assert not (run / "metrics.json").exists()
@@ -426,7 +429,7 @@ def test_a_resumed_run_follows_changed_settings_and_keeps_its_discriminator(
         smalto.resume(tmp_path / name, settings={"steps": 12, **settings}, device="cpu", workers=0)
         models.append((tmp_path / name / "model.safetensors").read_bytes())
     assert models[0] != models[1]
-    with pytest.raises(ConfigError, match="keeps its discriminator"):
+    with pytest.raises(ConfigError, match="keeps its losses.adversarial.width"):
         smalto.resume(tmp_path / "same", settings={"losses.adversarial.width": 8})
 
 
@@ -462,7 +465,7 @@ def test_of_many_held_out_images_some_of_every_folder_are_measured(
     trained = smalto.train(
         tmp_path / "images", recipe, out=tmp_path / "run", device="cpu", workers=0
     )
-    held_out = trained.run.split()["held_out"]
+    held_out = trained.run.split().held_out
     assert len(held_out) > 6
     assert trained.metrics.num_images == 5
     assert trained.metrics.measured_on == f"held-out images, drawn from {len(held_out)}"

@@ -101,7 +101,11 @@ def test_one_scale_without_phi_is_ordinary_vq() -> None:
     assert torch.equal(own.indices, other.indices)
     assert torch.equal(own.quantized, other.quantized)
     torch.testing.assert_close(own.loss, other.loss)
-    assert quantizer.var_input(quantizer.encode(z), quantizer.layout(4, 4)).shape == (2, 0, 5)
+    assert quantizer.generator_input([quantizer.encode(z)], quantizer.layout(4, 4)).shape == (
+        2,
+        0,
+        5,
+    )
     with_phi = build((4,))
     tokens, result = plain(with_phi, z, [(4, 4)], [0])
     assert torch.equal(with_phi.encode(z), tokens[0])
@@ -124,13 +128,13 @@ def test_scales_chosen_for_one_call() -> None:
 def test_the_input_of_the_model_that_follows() -> None:
     quantizer, z = build(), latents(2, 4, 6)
     layout, tokens = quantizer.layout(4, 6), quantizer.encode(z)
-    inputs = quantizer.var_input(tokens, layout).split(layout.lengths[1:], dim=1)
+    inputs = quantizer.generator_input([tokens], layout).split(layout.lengths[1:], dim=1)
     for number, (own, grid) in enumerate(zip(inputs, layout.grids[1:], strict=True), start=1):
         coarse = quantizer.decode(tokens[:, : sum(layout.lengths[:number])], layout)
         expected = F.interpolate(coarse, size=grid, mode="area").flatten(2).transpose(1, 2)
         torch.testing.assert_close(own, expected)
     # While generating, only the first scales are there: the input of the next one is.
-    first = quantizer.var_input(tokens[:, : layout.lengths[0]], layout)
+    first = quantizer.generator_input([tokens[:, : layout.lengths[0]]], layout)
     assert torch.equal(first, inputs[0])
 
 
@@ -180,7 +184,8 @@ def test_the_start_uses_the_vectors_of_all_scales() -> None:
     out = quantizer(z)
     updater.step()
     tokens = out.indices.view(64, -1)
-    # The coarsest scale takes the mean of 3, the others what lies around it: codes for both must be there.
+    # The coarsest scale takes the mean of 3, the others what lies around it: codes for both must be
+    # there.
     lengths = quantizer.scale.codes().norm(dim=1)
     assert float(lengths[tokens[:, 0]].min()) > 4
     assert float(lengths[tokens[:, 5:].flatten()].mean()) < 1

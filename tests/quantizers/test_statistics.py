@@ -1,4 +1,6 @@
-"""The sample that codes are revived from: fixed size, fair, and the same however the vectors come."""
+"""The sample that codes are revived from: fixed size, fair, and the same however the vectors
+come.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_the_value_is_the_nearest_code_at_its_place(quantizer: VectorQuantizer) 
     latents = torch.randn(2, 6, 3, 4)
     out = quantizer(latents)
     b, row, column = 1, 2, 3
-    code = quantizer.get_codebook()[out.indices.view(2, 3, 4)[b, row, column]]
+    code = quantizer.codebook()[out.indices.view(2, 3, 4)[b, row, column]]
     torch.testing.assert_close(out.quantized[b, :, row, column], code)
 
 
@@ -87,7 +87,8 @@ def test_ema_loss_is_beta_commitment_and_the_codes_get_no_gradient() -> None:
 
 
 def test_losses_pass_gradcheck() -> None:
-    # The gradient of a stop-gradient is not that of its value, so the two terms are checked against what each one lets move.
+    # The gradient of a stop-gradient is not that of its value, so the two terms are checked against
+    # what each one lets move.
     quantizer = VectorQuantizer(5, 3, beta=0.5).double()
     latents = torch.randn(1, 3, 2, 2, dtype=torch.float64)
     out = quantizer(latents)
@@ -231,7 +232,7 @@ def test_a_learned_quantizer_has_one_parameter_and_no_other_state() -> None:
     assert list(quantizer.state_dict()) == ["embedding.weight"]
     assert isinstance(quantizer.embedding, Codebook)
     assert isinstance(quantizer.embedding, torch.nn.Embedding)
-    assert torch.equal(quantizer.get_codebook(), quantizer.embedding.weight)
+    assert torch.equal(quantizer.codebook(), quantizer.embedding.weight)
     assert (quantizer.num_embeddings, quantizer.embedding_dim, quantizer.beta) == (16, 4, 0.25)
 
 

@@ -1,4 +1,6 @@
-"""Full disks, folders that cannot be written, two runs at once, checkpoints cut short: a message each, and nothing lost."""
+"""Full disks, folders that cannot be written, two runs at once, checkpoints cut short: a message
+each, and nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +187,7 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_used(
         file.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
     with pytest.raises(RunError, match="step-00000006"):
         RunFolder(tmp_path / "run").read(6)
-    assert smalto.resume(tmp_path / "run", device="cpu", workers=0).metrics.steps == 6
+    assert smalto.resume(tmp_path / "run", device="cpu", workers=0).training.steps == 6
     (event,) = [
         row
         for row in read_jsonl(tmp_path / "run" / "events.jsonl")

@@ -17,7 +17,8 @@ from smalto.training.run_folder import RunFolder, read_jsonl
 from tests.conftest import ENVIRONMENT, smalto_command, tiny_sets, write_images
 
 STEPS = 400
-# Everything that has a state: discriminator, averages, random generators, parts of a batch. Half of the time goes into saving.
+# Everything that has a state: discriminator, averages, random generators, parts of a batch. Half of
+# the time goes into saving.
 EVERYTHING = [
     *(
         "--set",
@@ -57,7 +58,9 @@ DROPOUT = [
 
 
 def killed_run(folder: Path, seconds: float, arguments: list[str]) -> bool:
-    """Run a command and kill it with all its workers after some time; whether it had to be killed."""
+    """Run a command and kill it with all its workers after some time; whether it had to be
+    killed.
+    """
     command = [sys.executable, "-m", "smalto", *arguments]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
@@ -73,7 +76,9 @@ def killed_run(folder: Path, seconds: float, arguments: list[str]) -> bool:
 
 
 def kill_until_finished(folder: Path, kills: int, seed: int, recipe: list[str]) -> int:
-    """Start a run and kill it again and again at random moments, then let it end; how often it was killed."""
+    """Start a run and kill it again and again at random moments, then let it end; how often it was
+    killed.
+    """
     write_images(folder / "photos", 6)
     chance, killed = random.Random(seed), 0
     for _ in range(kills):

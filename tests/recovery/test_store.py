@@ -1,4 +1,6 @@
-"""What LevelDB's recovery tests ask, asked of the token store; then jobs that are killed, doubled, and run out of space."""
+"""What LevelDB's recovery tests ask, asked of the token store; then jobs that are killed, doubled,
+and run out of space.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,8 @@ def test_3_a_missing_index_is_made_anew(tmp_path: Path, whole_folder: bool) -> N
     assert "the index of ids is damaged" in problem
     with pytest.raises(
         DataError,
-        match=rf"^{re.escape(str(folder))}.* is missing\. No row is lost: `smalto store compact .*t\.lance`",
+        match=rf"^{re.escape(str(folder))}.* is missing\. No row is lost: `smalto "
+        rf"store compact .*t\.lance`",
     ):
         store.known([token_rows(1)[0].id])
     store.compact()
@@ -324,7 +327,9 @@ def test_7_a_missing_or_damaged_manifest_is_an_error(tmp_path: Path, damage: str
 def test_a_commit_that_a_power_failure_cut_off_is_none(
     tmp_path: Path, damage: Callable[[bytes], bytes], table: str
 ) -> None:
-    """Its manifest is there and not whole, and nobody was told of it: head.json names the one before."""
+    """Its manifest is there and not whole, and nobody was told of it: head.json names the one
+    before.
+    """
     store = make(tmp_path / "t")
     store.add_errors([(Skipped("bad.png", "empty"), 0, 0)])
     folder = tmp_path / "t" / table
@@ -346,7 +351,9 @@ def test_a_commit_that_a_power_failure_cut_off_is_none(
 
 
 def test_a_flipped_byte_in_a_data_file_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """Bytes that say nothing (padding, statistics) may be flipped without harm; every other flip has to be seen."""
+    """Bytes that say nothing (padding, statistics) may be flipped without harm; every other flip
+    has to be seen.
+    """
     make(tmp_path / "t", 1, 40)
     (file,) = data_files(tmp_path / "t")
     whole, original = contents(tmp_path / "t"), file.read_bytes()
@@ -481,7 +488,9 @@ def test_two_jobs_on_one_store(collection: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_a_job_and_loses_nothing(collection: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 9 KiB, which is too little once files are joined: to the writer a disk with no room left."""
+    """No file may grow beyond 9 KiB, which is too little once files are joined: to the writer a
+    disk with no room left.
+    """
     environment = ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
     command = job(collection, tmp_path / "t")
     limited = ["bash", "-c", 'ulimit -f 9; exec "$0" "$@"', *command]

@@ -23,7 +23,9 @@ from tests.contract.test_memory import LargestTensor
 
 @pytest.fixture(params=["few", "tiles"], autouse=True)
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test runs as it is, where small cases are searched the plain way, and with tiles whatever the size."""
+    """Every test runs as it is, where small cases are searched the plain way, and with tiles
+    whatever the size.
+    """
     before = tiled.FEW_FLOATS
     tiled.FEW_FLOATS = before if request.param == "few" else 0
     yield
@@ -113,7 +115,8 @@ def test_equal_codes_go_to_the_lowest_index() -> None:
 def test_equal_codes_at_the_edge_of_a_tile_go_to_the_lowest_index_too(
     num_codes: int, dim: int
 ) -> None:
-    # Edge kernels of a matrix product round in another way, so without padding the higher of two equal codes wins now and then.
+    # Edge kernels of a matrix product round in another way, so without padding the higher of two
+    # equal codes wins now and then.
     torch.manual_seed(num_codes)
     codebook = torch.randn(num_codes, dim)
     codebook[num_codes - 1] = codebook[num_codes // 2] = codebook[0]
@@ -240,7 +243,8 @@ print((peak() - before) / 1024)
 
 def test_exact_settles_what_float32_leaves_open() -> None:
     torch.manual_seed(0)
-    # Pairs of codes that differ by less than float32 can see beside their length; float64 sees which is nearer.
+    # Pairs of codes that differ by less than float32 can see beside their length; float64 sees
+    # which is nearer.
     codebook = torch.randn(300, 8, dtype=torch.float64) + 30
     codebook = torch.cat([codebook, codebook + 1e-9 * torch.randn(300, 8, dtype=torch.float64)])
     queries = codebook[torch.randint(600, (2000,))] + 0.05 * torch.randn(
@@ -306,7 +310,10 @@ def test_the_operator_is_registered_as_torch_wants_it() -> None:
 
 def test_searching_does_not_import_torchs_compiler() -> None:
     """It takes seconds and 100 MB, which programs that only encode can do without."""
-    code = "import sys, torch; from smalto.search import nearest_codes; nearest_codes(torch.ones(4, 2), torch.ones(3, 2))"
+    code = (
+        "import sys, torch; from smalto.search import nearest_codes; "
+        "nearest_codes(torch.ones(4, 2), torch.ones(3, 2))"
+    )
     subprocess.run(
         [sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True
     )

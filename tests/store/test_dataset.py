@@ -1,4 +1,6 @@
-"""Reading a store for training: every row once, the same batches whatever reads them, on from where it was."""
+"""Reading a store for training: every row once, the same batches whatever reads them, on from where
+it was.
+"""
 
 from __future__ import annotations
 
@@ -174,22 +176,22 @@ def test_images_that_keep_their_shape_come_as_lists(tmp_path: Path) -> None:
         assert sorted(row.tolist() for row in batch["tokens"]) == sorted(
             list(row.tokens) for row in rows
         )
-    with pytest.raises(InputError, match="keeps the shapes of images"):
+    with pytest.raises(InputError, match="whose images keep their shapes, and a model"):
         TokenDataset(made.path, 4, model=object())
 
 
 def test_wrong_settings_and_positions_are_named(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="expected at least 1"):
         TokenDataset(store, 0)
-    with pytest.raises(ConfigError, match="shuffle must be"):
+    with pytest.raises(ConfigError, match="got shuffle='all'; expected"):
         TokenDataset(store, 1, shuffle="all")  # type: ignore[arg-type]
     state = loader(store).state_dict()
-    with pytest.raises(InputError, match="saved with num_rows 7; it is 203 now"):
+    with pytest.raises(InputError, match="got num_rows 203; expected 7"):
         loader(store).load_state_dict(state | {"num_rows": 7})
     for key, other in (("seed", 5), ("batch_size", 3), ("chunk_rows", 7), ("shuffle", "rows")):
-        with pytest.raises(InputError, match=f"saved with {key} {other}"):
+        with pytest.raises(InputError, match=f"got {key} .*; expected {other}"):
             loader(store).load_state_dict(state | {key: other})
-    with pytest.raises(InputError, match="no position of a TokenLoader"):
+    with pytest.raises(InputError, match="expected the position of a TokenLoader"):
         loader(store).load_state_dict({})
     made = TokenStore.create(tmp_path / "t", store_header())
     assert list(TokenDataset(made.path, 4)) == []

@@ -1,4 +1,6 @@
-"""The table below the token store against a dict: whatever is done in whatever order, every row is there once, and found by its id."""
+"""The table below the token store against a dict: whatever is done in whatever order, every row is
+there once, and found by its id.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def contents(table: LanceTable) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_are_as_in_a_dict(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an index that is missing or old, and files that were joined, replaced and cleaned away."""
+    """With an index that is missing or old, and files that were joined, replaced and cleaned
+    away.
+    """
     monkeypatch.setattr(lance_table, "_FEW_ROWS", 8)
     chance, expected, next_id = random.Random(seed), dict[str, int](), 0
     table = LanceTable.create(tmp_path / "t", SCHEMA)

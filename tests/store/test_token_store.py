@@ -72,13 +72,13 @@ def test_what_is_appended_is_read_back(tmp_path: Path, fixed: bool, codebook_siz
     assert ("uint16" if codebook_size <= 2**16 else "uint32") in width
     with pytest.raises(IndexError):
         store[30]
-    with pytest.raises(InputError, match="rows are numbered 0 to 29"):
+    with pytest.raises(InputError, match="got row indices from 30 to 30; expected 0 to 29"):
         store.batch([30])
     for odd in ("a\nb", "\udcff"):
-        with pytest.raises(InputError, match=r"row_id\(name\) makes one"):
+        with pytest.raises(InputError, match=r"from any name with row_id\(name\)"):
             store.append([rows[0]._replace(id=odd)])
     for no_numbers in ([1.5], [True, False], ["a"]):  # a mask would give rows 0 and 1
-        with pytest.raises(InputError, match="whole numbers"):
+        with pytest.raises(InputError, match="expected integers"):
             store.batch(no_numbers)
     assert store.batch([])["id"] == []
 
@@ -108,16 +108,19 @@ def test_tokens_of_another_kind_are_refused_with_both_values(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (TokenRow("b", [0] * 5), "has 6 tokens, whole numbers; got int64 \\[5\\]"),
-        (TokenRow("b", [0, 1, 2, 3, 4, 512]), r"tokens lie in \[0, 512\); got 0 to 512"),
-        (TokenRow("b", [-1, 1, 2, 3, 4, 5]), r"got -1 to 5"),
-        (TokenRow("b", numpy.zeros(6)), "whole numbers; got float64"),
+        (TokenRow("b", [0] * 5), r"got int64 \[5\]; expected integers \[6\]"),
+        (TokenRow("b", [0, 1, 2, 3, 4, 512]), r"got tokens from 0 to 512; expected \[0, 512\)"),
+        (TokenRow("b", [-1, 1, 2, 3, 4, 5]), r"got tokens from -1 to 5"),
+        (TokenRow("b", numpy.zeros(6)), r"got float64 \[6\]; expected integers"),
         (
             TokenRow("b", [0] * 6, TokenLayout.single(3, 2)),
-            "has the layout 3x2; all rows of this store have 2x3",
+            "got the layout 3x2; expected 2x3, the layout of this store",
         ),
-        (TokenRow("", [0] * 6), "every row needs an id; got"),
-        (TokenRow("image0000.png", [0] * 6), "are in .* already, such as 'image0000.png'"),
+        (TokenRow("", [0] * 6), "expected an id for every row"),
+        (
+            TokenRow("image0000.png", [0] * 6),
+            r"got ids that are in .* already \(1, such as 'image0000\.png'\)",
+        ),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(tmp_path: Path, row: TokenRow, says: str) -> None:
@@ -125,7 +128,7 @@ def test_rows_that_make_no_sense_are_refused(tmp_path: Path, row: TokenRow, says
     store.append(token_rows(3))
     with pytest.raises(InputError, match=says):
         store.append([row])
-    with pytest.raises(InputError, match="an id of its own"):
+    with pytest.raises(InputError, match="got the id 'c' more than once"):
         store.append([TokenRow("c", [0] * 6), TokenRow("c", [0] * 6)])
     assert len(store) == 3
 
@@ -178,12 +181,12 @@ def test_compaction_keeps_rows_in_their_places(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist: token stores are made by"):
+    with pytest.raises(DataError, match="does not exist; expected a token store"):
         TokenStore.open(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="is no token store"):
+    with pytest.raises(DataError, match="is not a token store"):
         TokenStore.open(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="is no token store"):
+    with pytest.raises(DataError, match="is not a token store"):
         TokenStore.open(tmp_path / "file")
     store = TokenStore.create(tmp_path / "t", store_header())
     with pytest.raises(RunError, match="exists already"):

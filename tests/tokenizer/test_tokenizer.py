@@ -1,4 +1,6 @@
-"""ImageTokenizer and SimpleVQVAE: the contract, and every fault of the published sketch as a test that would fail with it."""
+"""ImageTokenizer and SimpleVQVAE: the contract, and every fault of the published sketch as a test
+that would fail with it.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def test_names_and_state_keys_are_the_published_ones(vqvae: smalto.SimpleVQVAE) 
 def test_sketch_fault_losses_compare_each_vector_with_its_own_code(
     vqvae: smalto.SimpleVQVAE,
 ) -> None:
-    # The sketch compared [B,C,H,W] with [B,H,W,C]. Latents that are exactly codes have no loss, on any shape.
+    # The sketch compared [B,C,H,W] with [B,H,W,C]. Latents that are exactly codes have no loss, on
+    # any shape.
     codes = vqvae.quantize.decode(torch.randint(16, (2, 15)), TokenLayout.single(3, 5))
     assert vqvae.quantize(codes).loss.item() == 0
 
@@ -234,7 +237,10 @@ def test_any_number_of_channels() -> None:
         (torch.zeros(3, 16, 16), r"images\[None\]"),
         (torch.zeros(1, 1, 16, 16), r"got torch.float32 \[1, 1, 16, 16\]; .*\[B, 3, H, W\]"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"images.float\(\) / 127.5 - 1"),
-        (torch.zeros(1, 3, 18, 16), "got images of 18 x 16 pixels; .* multiples of 4.* for example to 16 x 16"),
+        (
+            torch.zeros(1, 3, 18, 16),
+            "got images of 18 x 16 pixels; .* multiples of 4.* for example to 16 x 16",
+        ),
         (torch.zeros(1, 3, 16, 0), "got images of 16 x 0 pixels; .* multiples of 4"),
         (
             torch.zeros(1, 3, 16, 16, dtype=torch.float64),
@@ -470,14 +476,14 @@ def test_images_after_each_scale() -> None:
     tokenizer, images = small_cnn(), torch.rand(2, 3, 16, 24) * 2 - 1
     blocks, grids = tokenizer.img_to_idxBl(images), tokenizer.layout(16, 24).grids
     assert [tuple(block.shape) for block in blocks] == [(2, h * w) for h, w in grids]
-    images = tokenizer.idxBl_to_img(blocks, grids, last_one=False)
-    assert len(images) == 4
-    for number, expected in enumerate(images, start=1):
+    stages = tokenizer.idxBl_to_img(blocks, grids, last_one=False)
+    assert len(stages) == 4
+    for number, expected in enumerate(stages, start=1):
         assert torch.equal(tokenizer.idxBl_to_img(blocks[:number], grids), expected)
-    assert torch.equal(images[-1], tokenizer(images).reconstruction.clamp(-1, 1))
+    assert torch.equal(stages[-1], tokenizer(images).reconstruction.clamp(-1, 1))
     assert float(
         tokenizer.idxBl_to_img(blocks, grids, False, clamp=False)[-1].abs().max()
-    ) >= float(images[-1].abs().max())
+    ) >= float(stages[-1].abs().max())
     square = torch.rand(1, 3, 16, 16)
     own = tokenizer.img_to_idxBl(square)  # the configured scales: no patch_hws needed
     assert torch.equal(
@@ -488,7 +494,7 @@ def test_images_after_each_scale() -> None:
     assert tokenizer.idxBl_to_img(chosen, [1, (2, 3), 8]).shape == square.shape
     with pytest.raises(InputError, match=r"the configured scales are .* Pass patch_hws"):
         tokenizer.idxBl_to_img(chosen)
-    with pytest.raises(InputError, match=r"got patch_hws=\[1, 2, 8\] .* expected one \(rows, columns\) per block"):
+    with pytest.raises(InputError, match=r"expected one \(rows, columns\) per block"):
         tokenizer.idxBl_to_img(chosen, [1, 2, 8])
     with pytest.raises(InputError, match="expected integers or pairs"):
         tokenizer.idxBl_to_img(chosen, ["1", 2, 8])  # type: ignore[list-item]

@@ -94,7 +94,9 @@ def all_cases(
 
 @contextmanager
 def margins() -> Iterator[list[float]]:
-    """Of every search: by how much the best two codes differed at least, as a share of the vector's and the codes' length."""
+    """Of every search: by how much the best two codes differed at least, as a share of the vector's
+    and the codes' length.
+    """
     search, found = nearest.nearest_op, []
 
     def watched(queries: Tensor, codes: Tensor, *settings: Any) -> Tensor:
@@ -115,7 +117,9 @@ def margins() -> Iterator[list[float]]:
 
 
 def trained_clearly(kind: str, dtype: torch.dtype) -> tuple[int, dict[str, Tensor]]:
-    """The first seed with which no choice of a code hangs on the last digits, which follow the order of sums; and what is trained."""
+    """The first seed with which no choice of a code hangs on the last digits, which follow the
+    order of sums; and what is trained.
+    """
     for seed in range(100):
         with margins() as found:
             state = trained(kind, dtype, seed)

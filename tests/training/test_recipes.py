@@ -36,7 +36,9 @@ def test_they_are_all_there() -> None:
 
 
 def made_tiny(recipe: TokenizerRecipe, folder: Path) -> TokenizerRecipe:
-    """The recipe with narrow networks, few codes and small crops, so that a step takes a second; all else as it is."""
+    """The recipe with narrow networks, few codes and small crops, so that a step takes a second;
+    all else as it is.
+    """
     settings: dict[str, object] = {"data.batch": 2, "steps": 3}
     if recipe.tokenizer.autoencoder.kind == "cnn":
         settings |= {

@@ -1,4 +1,6 @@
-"""The real trainer with a task that has nothing to do with images: a linear model on random batches."""
+"""The real trainer with a task that has nothing to do with images: a linear model on random
+batches.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class ToyRecipe(Recipe):
 
 
 class RandomBatches:
-    """Inputs [8, 3] and what a fixed linear map makes of them; the position is the number of batches."""
+    """Inputs [8, 3] and what a fixed linear map makes of them; the position is the number of
+    batches.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -131,7 +135,10 @@ def test_a_linear_model_is_trained(tmp_path: Path) -> None:
 
 def test_it_is_killed_and_resumed_bitwise(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", 60)
-    script = f"from tests.training.test_toy_task import *; train(Path({str(tmp_path / 'run')!r}), 60, 0.05)"
+    script = (
+        f"from tests.training.test_toy_task import *; "
+        f"train(Path({str(tmp_path / 'run')!r}), 60, 0.05)"
+    )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 60

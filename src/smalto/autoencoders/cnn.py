@@ -104,8 +104,8 @@ class CheckpointedNetwork(nn.Module, ABC):
     """Sequential network whose modules have the names that published checkpoints use.
 
     Attributes:
-        gradient_checkpointing: whether training keeps only the input of each block and recomputes
-            its activations in the backward pass.
+        gradient_checkpointing: whether training keeps only the input of each residual or attention
+            block and recomputes its activations in the backward pass.
     """
 
     gradient_checkpointing = False

@@ -126,7 +126,7 @@ class Upsample(nn.Module):
     """Twice the height and width: nearest-neighbor upsampling, then a 3x3 convolution.
 
     Several of the nine taps always meet copies of one pixel. ``fold`` adds those taps up in
-    advance. Four 2x2 convolutions of the small map result, one for each position in a 2x2 block of
+    advance. Four 2x2 convolutions of the small map result, one for each position in a 2x2 patch of
     the large map, with less than half of the multiplications.
     """
 

@@ -32,7 +32,7 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to ``path`` at the end.
 
-    The path may become a file or a folder. If the block raises an error, it is removed.
+    The temporary path may be a file or a folder. It is removed if the block raises an error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The prefix is cut, because the name may already be as long as the file system allows.

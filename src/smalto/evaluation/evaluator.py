@@ -158,7 +158,9 @@ class Evaluator:
 
     @property
     def needs_stages(self) -> bool:
-        """Whether images after each grid are still measured: decoding them takes many times as long."""
+        """Whether images after each grid are still measured: decoding them takes many times as
+        long.
+        """
         return len(self._values["psnr"]) < MAX_CODEC_IMAGES
 
     def add(
@@ -317,7 +319,9 @@ class Evaluator:
 def compare(
     reconstructions: Tensor, images: Tensor, networks: FeatureNetworks
 ) -> dict[str, list[float]]:
-    """Return every metric that images of this size allow, per image; both [B, C, H, W] in [-1, 1]."""
+    """Return every metric that images of this size allow, per image; both [B, C, H, W] in [-1,
+    1].
+    """
     values = {"psnr": psnr(reconstructions, images).tolist()}
     side = min(images.shape[2:])
     structural = (("ssim", ssim, MIN_SSIM_SIDE), ("ms_ssim", ms_ssim, MIN_MS_SSIM_SIDE))

@@ -22,8 +22,8 @@ def write_results(
     recipe: TokenizerRecipe,
     inference: InferenceTokenizer,
     evaluation: Evaluation,
-) -> None:
-    """Write metrics.json and report.html of a trained run."""
+) -> TrainingSummary:
+    """Write metrics.json and report.html of a trained run; return the training in numbers."""
     training = _summarize_training(run, recipe, inference)
     run.event("finished", step=recipe.steps)
     is_bundled = recipe.data.source == SOURCE
@@ -41,6 +41,7 @@ def write_results(
     metrics = {**evaluation.metrics.as_json(), **training.as_json()}
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     write_atomic(run.path / METRICS_FILE, text)  # last: it says that the run is complete
+    return training
 
 
 def versions() -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Frozen networks that losses and metrics look at images through. None of them is downloaded."""
+"""Frozen networks for perceptual losses and metrics. None of them is downloaded."""

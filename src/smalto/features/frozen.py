@@ -1,4 +1,4 @@
-"""Networks that do not learn: convolutions by name, out of a file of weights."""
+"""Frozen networks: convolutions by name, with weights from a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from smalto.core.errors import DataError
 
 
 class FrozenNetwork(nn.Module):
-    """Convolutions with fixed weights; gradients go through to the images.
+    """Convolutions with fixed weights; gradients propagate to the images.
 
     Attributes:
-        name: what every output calls it.
-        sha256: of the file that its weights come from.
+        name: name of the network in all output.
+        sha256: SHA-256 of the file of its weights.
     """
 
     name: str
@@ -27,7 +27,7 @@ class FrozenNetwork(nn.Module):
         self.sha256 = sha256
 
     def add(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
-        """Keep a convolution's weights under ``name``."""
+        """Register a convolution's weights under ``name``."""
         self.register_buffer(f"{name}.weight".replace(".", "/"), weight.float(), persistent=False)
         self.register_buffer(
             f"{name}.bias".replace(".", "/"),
@@ -43,22 +43,29 @@ class FrozenNetwork(nn.Module):
         padding: tuple[int, int] | int = 0,
         groups: int = 1,
     ) -> Tensor:
-        weight, bias = (
-            getattr(self, f"{name}.{kind}".replace(".", "/")) for kind in ("weight", "bias")
-        )
+        """Apply the convolution ``name``: [B, C, H, W] -> [B, C', h, w]."""
+        weight = getattr(self, f"{name}.weight".replace(".", "/"))
+        bias = getattr(self, f"{name}.bias".replace(".", "/"))
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
 
 class PerceptualNetwork(FrozenNetwork, ABC):
-    """A network that tells how different two images look."""
+    """Network that measures the perceptual distance of two images."""
 
     @abstractmethod
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of two batches [B, 3, H, W] in [-1, 1]: a distance per pair, [B], 0 for equal ones."""
+        """Return the distance of each pair, [B], 0 for equal images.
+
+        Both arguments are [B, 3, H, W] in [-1, 1].
+        """
 
 
 class PooledNetwork(FrozenNetwork, ABC):
-    """A network whose last maps, averaged over the image, describe it for Fréchet distances."""
+    """Network whose last feature maps, averaged over the image, serve for Fréchet distances.
+
+    Attributes:
+        dim: number of features.
+    """
 
     dim: int
 
@@ -70,7 +77,7 @@ class PooledNetwork(FrozenNetwork, ABC):
 def fold_norm(
     weight: Tensor, state: Mapping[str, Tensor], norm: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """A convolution's weight and the batch norm after it as one convolution: weight, bias."""
+    """Return weight and bias of one convolution that includes the batch norm after it."""
     gain, shift, mean, variance = (
         state[f"{norm}.{name}"].double()
         for name in ("weight", "bias", "running_mean", "running_var")
@@ -82,26 +89,31 @@ def fold_norm(
 def check_state(
     state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str, what: str
 ) -> None:
-    """Compare keys and shapes; keys that are not expected are errors too.
+    """Raise an error if a state dict has missing or unexpected keys, or other shapes.
 
     Raises:
-        DataError: names the first differences.
+        DataError: the message gives the first differences.
     """
     missing = [key for key in expected if key not in state]
     foreign = [key for key in state if key not in expected]
     shapes = [
-        f"{key} is {list(state[key].shape)} and should be {list(shape)}"
+        f"{key} is {list(state[key].shape)}, not {list(shape)}"
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != tuple(shape)
     ]
-    parts = [f"it lacks {', '.join(missing[:3])}"] if missing else []
-    parts += [f"it has {', '.join(map(str, foreign[:3]))} too much"] if foreign else []
+    parts = [f"{', '.join(missing[:3])} missing"] if missing else []
+    parts += [f"{', '.join(map(str, foreign[:3]))} unexpected"] if foreign else []
     parts += shapes[:3]
     if parts:
-        raise DataError(f"{source} holds no {what}: {'; '.join(parts)}.")
+        raise DataError(
+            f"{source}: got {'; '.join(parts)}; expected {what}. Name a file of these weights."
+        )
 
 
 def unit_difference(both: Tensor, eps: float) -> Tensor:
-    """Squared difference of the two halves of maps [2B, C, h, w] whose vectors are scaled to length 1."""
+    """Return the squared difference of normalized maps: [2B, C, h, w] -> [B, C, h, w].
+
+    The first B maps are compared with the last B. Channel vectors are scaled to length 1.
+    """
     a, b = both.chunk(2)
     return (F.normalize(a, dim=1, eps=eps) - F.normalize(b, dim=1, eps=eps)).square()

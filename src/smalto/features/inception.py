@@ -1,7 +1,9 @@
-"""The Inception v3 that the FID is defined by (Szegedy et al. 2015, arXiv 1512.00567; Heusel et al. 2017, arXiv 1706.08500).
+"""Inception v3, the network that defines the FID.
 
-Its weights are a file that the user names: ``pt_inception-2015-12-05-6726825d.pth``, TensorFlow's original network as torch-fidelity and
-pytorch-fid publish it.
+Szegedy et al. 2015, arXiv 1512.00567; Heusel et al. 2017, arXiv 1706.08500.
+
+The user names the file of weights: ``pt_inception-2015-12-05-6726825d.pth``. It holds the original
+network of TensorFlow, as torch-fidelity and pytorch-fid publish it.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ from smalto.features.frozen import PooledNetwork, check_state, fold_norm
 _NORM_EPS = 1e-3
 _SIDE = 299
 
-# (name, width in, width out, rows and columns of the kernel) of every convolution.
+# (name, input channels, output channels, rows and columns of the kernel) of a convolution
 _Convolution = tuple[str, int, int, tuple[int, int]]
 
 
 class Inception(PooledNetwork):
-    """FID's network up to its average pool. Images are resized to 299 x 299 as TensorFlow 1 did it.
+    """Network of the FID up to its average pool.
+
+    Images are resized to 299 x 299 as in TensorFlow 1.
 
     Args:
         path: ``pt_inception-2015-12-05-6726825d.pth``, or its state as safetensors.
 
     Raises:
-        DataError: not there, or something else.
+        DataError: the file cannot be read, or holds other weights.
     """
 
     name = "inception"
@@ -47,14 +51,15 @@ class Inception(PooledNetwork):
             state,
             _expected(),
             str(path),
-            "Inception of the FID (pt_inception-2015-12-05-6726825d.pth)",
+            "weights of the FID's Inception (pt_inception-2015-12-05-6726825d.pth)",
         )
         for name, *_ in _convolutions():
             weight, bias = fold_norm(state[f"{name}.conv.weight"], state, f"{name}.bn", _NORM_EPS)
             self.add(name, weight, bias)
 
     def pooled(self, images: Tensor) -> Tensor:
-        # From [-1, 1] to whole numbers in [0, 255], as an image file would hold them, and then what the network was trained on.
+        """Images [B, 3, H, W] in [-1, 1] -> [B, 2048]."""
+        # Rounded to integers in [0, 255] as in an image file, then scaled as in training.
         x = ((images.float() + 1) * 127.5).round().clamp(0, 255)
         x = (_resize(x, _SIDE) - 128) / 128
         x = self._conv(x, "Conv2d_1a_3x3", 2)
@@ -69,9 +74,8 @@ class Inception(PooledNetwork):
             x = self._block_c(x, name)
         x = self._block_d(x, "Mixed_7a")
         x = self._block_e(x, "Mixed_7b", _average)
-        x = self._block_e(
-            x, "Mixed_7c", lambda maps: F.max_pool2d(maps, 3, 1, 1)
-        )  # a quirk of the original that FID keeps
+        # The maximum in the last residual block is a quirk of the original that the FID keeps.
+        x = self._block_e(x, "Mixed_7c", lambda maps: F.max_pool2d(maps, 3, 1, 1))
         return x.mean(dim=(2, 3))
 
     def _conv(
@@ -80,7 +84,7 @@ class Inception(PooledNetwork):
         return F.relu(self.convolve(x, name, stride, padding))
 
     def _along(self, x: Tensor, *names: str) -> Tensor:
-        """Convolutions one after the other, each padded so that the size stays."""
+        """Apply convolutions in sequence, each padded to keep the size."""
         for name in names:
             rows, columns = getattr(self, f"{name}.weight".replace(".", "/")).shape[2:]
             x = self._conv(x, name, padding=(rows // 2, columns // 2))
@@ -145,7 +149,10 @@ def _average(x: Tensor) -> Tensor:
 
 
 def _resize(x: Tensor, side: int) -> Tensor:
-    """Bilinear as in TensorFlow 1: pixel i of the result lies at i · (size / side), not at the middle of its share."""
+    """Resize bilinearly as in TensorFlow 1.
+
+    Pixel i of the result is sampled at i · (size / side), without the usual offset of half a pixel.
+    """
     rows, columns = (_weights(size, side).to(x) for size in x.shape[2:])
     return torch.einsum("oh,bchw,pw->bcop", rows, x, columns)
 
@@ -153,7 +160,8 @@ def _resize(x: Tensor, side: int) -> Tensor:
 def _weights(size: int, side: int) -> Tensor:
     place = torch.arange(side, dtype=torch.float64) * (size / side)
     low = place.floor().long().clamp(max=size - 1)
-    high, share = (low + 1).clamp(max=size - 1), place - low
+    high = (low + 1).clamp(max=size - 1)
+    share = place - low
     weights = torch.zeros(side, size, dtype=torch.float64)
     numbers = torch.arange(side)
     weights[numbers, low] += 1 - share

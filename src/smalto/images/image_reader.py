@@ -1,4 +1,4 @@
-"""Whole images for a tokenizer: read in the background, cut to what its stride divides, in batches of one shape."""
+"""Whole images for a tokenizer: read in the background, cropped, in batches of equal shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ T = TypeVar("T")
 
 
 def default_workers(workers: int | None = None) -> int:
-    """Decoding processes: as asked for, else all cores of this process but one, between 1 and 8."""
+    """Return the number of reader processes.
+
+    Default: all cores of this process but one, between 1 and 8.
+
+    Raises:
+        ConfigError: ``workers`` is negative.
+    """
     if workers is not None and workers < 0:
         raise ConfigError(f"workers must be 0 or more; got {workers}.")
     own = (os.cpu_count() or 2) // local_world_size()
@@ -31,11 +37,22 @@ def default_workers(workers: int | None = None) -> int:
 
 
 class ImageReader:
-    """Whole images for a tokenizer: decoded in the background, cut to what its stride divides.
+    """Iterable of whole images, cropped to multiples of a tokenizer's stride.
+
+    Worker processes read the images in the background.
 
     Attributes:
-        skipped: files that could not be used, and why; grows while reading.
-        transform: what is done to each image.
+        skipped: files that could not be read so far, and why.
+        transform: how each image is resized and cropped.
+
+    Args:
+        files: to read, in this order.
+        stride: of the tokenizer.
+        progress: advances by 1 per file.
+        longer_side: without ``size``: larger images are reduced to this; None or 0 keeps their
+            size.
+        size: resize the shorter side to this and crop a square; None keeps the aspect ratio.
+        workers: reader processes; 0 reads in this process; None: see ``default_workers``.
     """
 
     def __init__(
@@ -49,15 +66,16 @@ class ImageReader:
         workers: int | None = None,
     ) -> None:
         self.transform = transform_of(stride, size=size, longer_side=longer_side)
-        self._files, self._progress, self._workers = files, progress, default_workers(workers)
+        self._files = files
+        self._progress = progress
+        self._workers = default_workers(workers)
         self.skipped: list[Skipped] = []
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, uint8 [3, H, W]) of every image that can be read."""
-        with ReaderPool(
-            self._workers if len(self._files) > 1 else 0, self.transform.prepare
-        ) as decoder:
-            for file, image in decoder.in_order(self._files):
+        """Yield (name, uint8 [3, H, W]) of every image that can be read."""
+        workers = self._workers if len(self._files) > 1 else 0
+        with ReaderPool(workers, self.transform.prepare) as pool:
+            for file, image in pool.in_order(self._files):
                 self._progress.advance()
                 if isinstance(image, BadImage):
                     self.skipped.append(Skipped(file.name, str(image)))
@@ -75,10 +93,10 @@ def transform_of(
     flip: bool = False,
     deep_gray: DeepGray = "full",
 ) -> Transform:
-    """The transform for a tokenizer of this stride; ``longer_side`` 0 keeps the size.
+    """Return the transform for a tokenizer of this stride; ``longer_side`` 0 keeps the size.
 
     Raises:
-        ConfigError: the parts do not fit.
+        ConfigError: the arguments do not fit together.
     """
     settings = {
         "stride": stride,
@@ -95,7 +113,10 @@ def transform_of(
 def batches_of_one_shape(
     images: Iterable[tuple[T, Tensor]], batch: int
 ) -> Iterator[tuple[list[T], Tensor]]:
-    """Group images of equal shape into (names, [B, C, H, W]) of at most ``batch``; at most 4 batches' worth wait at a time."""
+    """Yield batches (names, [B, C, H, W]) of images of equal shape, B at most ``batch``.
+
+    At most 4 * ``batch`` images wait for their batch to fill; then the fullest one is yielded.
+    """
     waiting: dict[tuple[int, ...], list[tuple[T, Tensor]]] = {}
     for name, image in images:
         group = waiting.setdefault(tuple(image.shape), [])

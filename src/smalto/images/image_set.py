@@ -1,4 +1,4 @@
-"""Where training takes its images from: a folder or a dataset, each as numbered tensors [C, H, W]."""
+"""Training images by index, from image files or a dataset, as tensors [C, H, W]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalto.core.errors import DataError, InputError
+from smalto.core.errors import DataError, InputError, describe
 from smalto.images.image_file import ImageFile, Skipped
 from smalto.images.reading import BadImage
 from smalto.images.tensors import to_tensor
@@ -19,20 +19,28 @@ from smalto.images.worker_pool import ReaderPool, ReadJob
 
 
 class ImageSet(ABC):
-    """Numbered images that can be asked for ahead of need. ``skipped`` grows as bad ones are met."""
+    """Images by index, with prefetching.
+
+    Attributes:
+        names: of the images.
+        skipped: images that could not be read so far, and why.
+        row_groups: int [n], the row group of each image, if images lie in parquet row groups that
+            are read as a whole; else None.
+    """
 
     names: list[str]
     skipped: list[Skipped]
-    row_groups: numpy.ndarray | None = (
-        None  # [n], where images lie in row_groups that are read as a whole: the row_group of each
-    )
+    row_groups: numpy.ndarray | None = None
 
     @abstractmethod
     def get(self, index: int) -> Tensor | None:
-        """Image ``index`` as uint8 in [0, 255] or float in [-1, 1], [C, H, W]; None where it cannot be read."""
+        """Return image ``index`` [C, H, W], uint8 in [0, 255] or float in [-1, 1].
 
-    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 (loading ahead is not for every kind)
-        """Begin to load these in the background; each is to be got once for every time that it is asked for."""
+        Return None if it cannot be read.
+        """
+
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 (optional for a subclass)
+        """Start to load images in the background. Call ``get`` exactly once per ``prefetch``."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,36 +105,39 @@ class ImageFiles(ImageSet):
 
 
 class DatasetImages(ImageSet):
-    """Any map-style dataset whose items are [C, H, W] tensors (or begin with one): uint8 in [0, 255] or float in [-1, 1]."""
+    """Map-style dataset whose items are images, or tuples and lists that start with one.
+
+    An image is a tensor [C, H, W], uint8 in [0, 255] or float in [-1, 1].
+    """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset: Any = dataset
         self.names = [str(i) for i in range(len(dataset))]  # type: ignore[arg-type]
         self.skipped: list[Skipped] = []
         if not self.names:
-            raise DataError("the dataset is empty.")
+            raise DataError("the dataset is empty; expected at least one image.")
 
     def get(self, index: int) -> Tensor | None:
         item = self._dataset[index]
         image = item[0] if isinstance(item, (tuple, list)) else item
-        if (
-            not isinstance(image, Tensor)
-            or image.ndim != 3
-            or not (image.dtype == torch.uint8 or image.is_floating_point())
-        ):
-            got = (
-                f"{image.dtype} {list(image.shape)}"
-                if isinstance(image, Tensor)
-                else type(image).__name__
-            )
+        is_image = (
+            isinstance(image, Tensor)
+            and image.ndim == 3
+            and (image.dtype == torch.uint8 or image.is_floating_point())
+        )
+        if not is_image:
             raise InputError(
-                f"item {index} of the dataset must be a tensor [C, H, W], uint8 or float in [-1, 1]; got {got}."
+                f"item {index} of the dataset must be a tensor [C, H, W], uint8 or float in "
+                f"[-1, 1]; got {describe(image)}."
             )
         return image
 
 
 def _row_groups(files: list[ImageFile]) -> numpy.ndarray | None:
-    """The row group of every file of a source that has such; a file of its own is a row_group of its own."""
+    """Return the row group of every file; None if no file lies in one.
+
+    A file outside row groups counts as a row group with one image.
+    """
     if all(file.row_group < 0 for file in files):
         return None
     numbers: dict[Any, int] = {}

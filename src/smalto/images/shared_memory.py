@@ -1,4 +1,6 @@
-"""Arrays that worker processes send back through shared memory: through a pipe they would be copied seven times."""
+"""Arrays that worker processes send back through shared memory: through a pipe they would be copied
+seven times.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _shared: memoryview | None = None  # in a worker
 
 
 class SharedBuffers:
-    """Memory shared with worker processes, in slots of 2 MiB; it is gone when the last process that has it ends, however it ends."""
+    """Memory shared with worker processes, in slots of 2 MiB; it is gone when the last process that
+    has it ends, however it ends.
+    """
 
     def __init__(self, context: SpawnContext, number: int) -> None:
         try:
@@ -41,7 +45,9 @@ class SharedBuffers:
 
 
 class Packed(NamedTuple):
-    """A result: its pickle, and where in the shared memory its arrays are (those that found no room are in the pickle)."""
+    """A result: its pickle, and where in the shared memory its arrays are (those that found no room
+    are in the pickle).
+    """
 
     pickled: bytes
     places: list[tuple[int, int]]

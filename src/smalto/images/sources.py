@@ -1,4 +1,4 @@
-"""What a user may name as images, and which of them were held out."""
+"""Image sources that a user can name: folders, archives, ``bundled`` and ``emoji``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from smalto.images.image_file import ImageFile, Skipped, printable
 
 @dataclass(frozen=True)
 class Source:
-    """Image files, what was left out, and the names that are always held out (None: the hash of the name decides)."""
+    """Image files of a source.
+
+    Attributes:
+        name: the absolute path, or ``"bundled"`` or ``"emoji"``.
+        files: that may be images.
+        skipped: files that were skipped, and why.
+        held_out: names that are always held out; None: the hash of the name decides.
+    """
 
     name: str
     files: list[ImageFile]
@@ -26,16 +33,19 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Of the names and sizes of all files: by it a run knows its images again where they have moved."""
+        """SHA-256 of the names and sizes of all files.
+
+        A run recognizes its images by it after they have moved.
+        """
         lines = "\n".join(f"{file.name}\t{file.size}" for file in self.files)
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def walk_source(source: str | Path | list[ImageFile]) -> Iterator[ImageFile | Skipped]:
-    """The files of a source one by one, with sizes and times, and why others are no images: for collections of any size.
+    """Yield the files of a source with sizes and times, and skipped files, without a list of all.
 
     Raises:
-        DataError: it does not exist.
+        DataError: the source does not exist.
     """
     if isinstance(source, list):
         files = source
@@ -52,7 +62,10 @@ def walk_source(source: str | Path | list[ImageFile]) -> Iterator[ImageFile | Sk
 
 
 def locate(source: str | Path, names: Collection[str]) -> Iterator[ImageFile]:
-    """Those files of a source that have these names; folders are looked into directly, archives are read through."""
+    """Yield the files of a source that have these names.
+
+    Names are looked up directly in a folder; archives are searched from start to end.
+    """
     wanted = set(names)
     if Path(source).is_dir():
         for name in sorted(wanted):
@@ -70,18 +83,22 @@ def locate(source: str | Path, names: Collection[str]) -> Iterator[ImageFile]:
 
 
 def source_name(source: str | Path | list[ImageFile]) -> str:
-    """A source as a store or run remembers it."""
+    """Return the name of a source as stores and runs record it; empty for a list of files."""
     if isinstance(source, list):
         return ""
     return str(source) if str(source) in (SOURCE, emoji.SOURCE) else str(Path(source).resolve())
 
 
 def open_source(source: str | Path) -> Source:
-    """A folder (with zip, tar and parquet files in it), one image, or a name: ``"bundled"``, the photographs that come with scikit-image
-    and scikit-learn, or ``"emoji"``, Twemoji by group.
+    """List the images of a source.
+
+    Args:
+        source: a folder (with zip, tar and parquet files in it), one image, ``"bundled"`` (the
+            photographs that come with scikit-image and scikit-learn), or ``"emoji"`` (Twemoji by
+            group).
 
     Raises:
-        DataError: nothing there is an image.
+        DataError: the source does not exist, contains no image, or has a name that is not text.
     """
     if str(source) == SOURCE:
         return Source(SOURCE, bundled_photographs(), [], HELD_OUT)
@@ -92,6 +109,7 @@ def open_source(source: str | Path) -> Source:
     name = str(Path(source).resolve())
     if name != printable(name):
         raise DataError(
-            f"the name of the folder {printable(name)} is not plain text, so a run could not remember it. Rename it, or name a link to it."
+            f"the name of the folder {printable(name)} is not plain text, so a run cannot record "
+            "it. Rename the folder, or name a link to it."
         )
     return Source(name, files, skipped)

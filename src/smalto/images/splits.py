@@ -1,4 +1,4 @@
-"""Which images training never sees. No torch here."""
+"""Split into training images and held-out images. No torch here."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ MIN_IMAGES_TO_HOLD_OUT = 4
 
 
 def is_held_out(name: str) -> bool:
-    """Whether an image belongs to the 10 % that training never sees. It depends on the name alone."""
+    """Return whether an image belongs to the held-out 10 %; this depends on its name alone."""
     return name_hash(name, "held out") < HELD_OUT_SHARE * 2**64
 
 
 def held_out_order(names: list[str]) -> list[int]:
-    """Positions of ``names`` in the order in which they are held out: the first are, and the next where none of them is readable."""
+    """Return the positions of ``names`` in the order in which they are held out.
+
+    The first ones are held out; the next follow if none of them can be read.
+    """
     return sorted(range(len(names)), key=lambda i: (name_hash(names[i], "held out"), names[i]))
 
 
 def split(images: ImageSet) -> tuple[list[int], list[int]]:
-    """Numbers of the images to train on and of those held out: 10 % by hash of name, at least one readable one.
+    """Return the indices of the training images and of the held-out images.
 
-    Fewer than 4 images hold nothing out.
+    10 % are held out by the hash of their names, and at least one that can be read. With fewer
+    than 4 images, none is held out.
 
     Raises:
         DataError: no image can be read.
@@ -53,19 +57,20 @@ def split(images: ImageSet) -> tuple[list[int], list[int]]:
             reasons = "; ".join(
                 f"{printable(name)} ({reason})" for name, reason in images.skipped[:8]
             )
-            raise DataError(f"none of the {len(names)} images can be read: {reasons}.")
-        return list(
-            range(len(names))
-        ), []  # the only readable ones are held out: better to train on them than not at all
+            raise DataError(
+                f"none of the {len(names)} images can be read: {reasons}. Name another folder."
+            )
+        # Only held-out images can be read. Training on them is better than not training at all.
+        return list(range(len(names))), []
     return train, sorted(held_out)
 
 
 def split_by_name(images: ImageSet, held_out: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Like ``split``, with the names to hold out given."""
+    """Return the indices of the training images and of the images named in ``held_out``."""
     names = set(held_out)
-    return [i for i, n in enumerate(images.names) if n not in names], [
-        i for i, n in enumerate(images.names) if n in names
-    ]
+    train = [i for i, name in enumerate(images.names) if name not in names]
+    out = [i for i, name in enumerate(images.names) if name in names]
+    return train, out
 
 
 def _readable(images: ImageSet, indices: Sequence[int]) -> Iterator[Tensor]:

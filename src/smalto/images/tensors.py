@@ -1,4 +1,4 @@
-"""Images as tensors: ranges, crops, views."""
+"""Image tensors: value ranges, crops, views."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 
 def to_tensor(array: numpy.ndarray) -> Tensor:
-    """uint8 [H, W, 3] -> uint8 [3, H, W]."""
+    """Convert an image: uint8 [H, W, 3] -> uint8 [3, H, W]."""
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
 def to_unit_range(image: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [-1, 1]; floats stay as they are."""
+    """Convert uint8 in [0, 255] to float32 in [-1, 1]; floats keep their values."""
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8 in [0, 255], clamped and rounded."""
+    """Convert float in [-1, 1] to uint8 in [0, 255], clamped and rounded."""
     return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def enlarge(image: Tensor, size: int) -> Tensor:
-    """Scale [C, H, W] up until its shorter side is ``size``."""
+    """Enlarge an image [C, H, W] so that its shorter side is ``size`` (bicubic)."""
     scale = size / min(image.shape[1:])
     target = [max(size, round(side * scale)) for side in image.shape[1:]]
     bigger = F.interpolate(image[None].float(), target, mode="bicubic", align_corners=False)[0]
@@ -36,15 +36,19 @@ def enlarge(image: Tensor, size: int) -> Tensor:
 
 
 def center_crop(image: Tensor, multiple: int) -> Tensor:
-    """Cut [C, H, W] to multiples of ``multiple``, evenly on both sides; an image that is smaller than one is enlarged to it."""
+    """Crop an image [C, H, W] at the center to multiples of ``multiple``.
+
+    An image with a side below ``multiple`` is enlarged first.
+    """
     if min(image.shape[1:]) < multiple:
         image = enlarge(image, multiple)
     height, width = (side // multiple * multiple for side in image.shape[1:])
-    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    top = (image.shape[-2] - height) // 2
+    left = (image.shape[-1] - width) // 2
     return image[..., top : top + height, left : left + width]
 
 
 def views_of(views: numpy.ndarray, flip: bool) -> Tensor:
-    """Views uint8 [V, H, W, 3] -> [V, 3, H, W]; with ``flip`` the same mirrored after them."""
+    """Convert views uint8 [V, H, W, 3] to [V, 3, H, W]; ``flip`` appends mirrored copies."""
     images = torch.from_numpy(views).permute(0, 3, 1, 2)
     return torch.cat([images, images.flip(-1)]) if flip else images

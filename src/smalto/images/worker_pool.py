@@ -104,7 +104,8 @@ class ReaderPool(Generic[T]):
             self.close()
             raise DataError(
                 "the reading workers cannot start. In a script of your own put the call under "
-                "`if __name__ == '__main__':`, because workers import the script; or pass workers=0."
+                "`if __name__ == '__main__':`, because workers import the "
+                "script; or pass workers=0."
             ) from None
         try:
             return self._submit(read_each, self._read, [file]).result()[0]
@@ -157,7 +158,9 @@ class ReadJob(Generic[T]):
         self._outcomes: list[T | BadImage] | None = None
 
     def result(self) -> list[T | BadImage]:
-        """Return the image of each file, or the reason why it cannot be read; may be called again."""
+        """Return the image of each file, or the reason why it cannot be read; may be called
+        again.
+        """
         if self._outcomes is None:
             self._outcomes = self._finish()
         return self._outcomes

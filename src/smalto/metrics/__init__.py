@@ -1,4 +1,4 @@
-"""What the report's numbers mean, each as one function."""
+"""Metrics of image quality and codebook usage, one function each."""
 
 from smalto.metrics.codebook_usage import CodebookMeter, perplexity, used
 from smalto.metrics.frechet import FeatureMoments, frechet_distance

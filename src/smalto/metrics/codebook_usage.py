@@ -1,4 +1,4 @@
-"""How well a codebook is used."""
+"""Metrics of codebook usage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from smalto.search import USAGE_WINDOW
 
 
 def perplexity(histogram: Tensor) -> float:
-    """exp(entropy) of a histogram [K]: the number of equally used codes that would carry as much. 0 for an empty one."""
+    """Return exp(entropy) of a histogram [K], or 0 if it is empty.
+
+    This is the number of equally used codes that would have the same entropy.
+    """
     total = histogram.sum()
     if not total:
         return 0.0
@@ -21,14 +24,21 @@ def perplexity(histogram: Tensor) -> float:
 
 
 def used(histogram: Tensor) -> tuple[float, float]:
-    """Of a histogram [K]: the share of codes that occur at all, exactly, and the share that so many tokens can hit at most."""
-    return int((histogram > 0).sum()) / len(histogram), min(
-        1.0, int(histogram.sum()) / len(histogram)
-    )
+    """Return the exact share of codes in a histogram [K] that occur, and its upper limit.
+
+    The limit is the share that as many tokens as the histogram counts can use at most.
+    """
+    occurring = int((histogram > 0).sum()) / len(histogram)
+    ceiling = min(1.0, int(histogram.sum()) / len(histogram))
+    return occurring, ceiling
 
 
 class CodebookMeter:
-    """Counts tokens as they come, in O(K) memory.
+    """Streaming meter of codebook usage, in O(K) memory.
+
+    Args:
+        codebook_size: number of codes K.
+        seed: random seed for the sample of ``usage``.
 
     Attributes:
         histogram: int64 [K], how often each code occurred.
@@ -42,25 +52,31 @@ class CodebookMeter:
         self._sample = torch.zeros(0, dtype=torch.int64)
 
     def add(self, tokens: Tensor) -> None:
-        """Take in tokens of any shape."""
+        """Count integer tokens of any shape.
+
+        Raises:
+            InputError: a token is outside the codebook.
+        """
         tokens = tokens.reshape(-1).cpu().long()
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.histogram):
             raise InputError(
-                f"tokens must be in [0, {len(self.histogram)}); got values from {int(tokens.min())} to {int(tokens.max())}."
+                f"got tokens from {int(tokens.min())} to {int(tokens.max())}; expected values in "
+                f"[0, {len(self.histogram)}). Pass the tokens of a codebook of this size."
             )
         self.histogram += torch.bincount(tokens, minlength=len(self.histogram))
-        # The W largest random keys belong to a uniform sample of W tokens, however many come.
+        # The tokens with the W largest random keys are a uniform sample of all tokens.
         keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
         self._keys, order = keys.topk(min(self._window, len(keys)))
         self._sample = torch.cat([self._sample, tokens])[order]
 
     def usage(self) -> tuple[float, int]:
-        """usage@W: the share of codes that occur among W tokens drawn from all, and W = 32·K (fewer where there were fewer).
+        """Return usage@W and W: the share of codes that occur among W tokens drawn from all.
 
-        A share without its W says nothing: every codebook looks used when one looks long enough.
+        W is 32·K, or the number of tokens if there are fewer. The share is meaningless without its
+        W, because every codebook appears used after enough tokens.
         """
         return len(self._sample.unique()) / len(self.histogram), len(self._sample)
 
     def perplexity(self) -> float:
-        """Perplexity of all tokens seen."""
+        """Return the perplexity of all tokens counted so far."""
         return perplexity(self.histogram)

@@ -1,4 +1,7 @@
-"""Fréchet distance between two collections of images, as a frozen network sees them (Heusel et al. 2017, arXiv 1706.08500)."""
+"""Fréchet distance between two collections of images, in the features of a frozen network.
+
+Heusel et al. 2017, arXiv 1706.08500.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,18 @@ from torch import Tensor
 
 from smalto.core.errors import DataError, InputError, describe
 
-ENOUGH = 2048  # images; with fewer the distance is mostly a matter of how many there are
+ENOUGH = 2048  # images; with fewer, the distance depends mostly on their number
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean [D] and covariance [D, D] in float64, and of how many vectors (None: unknown)."""
+    """Mean and covariance of feature vectors.
+
+    Attributes:
+        mean: float64 [D].
+        covariance: float64 [D, D].
+        number: number of vectors; None: unknown.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -26,7 +35,11 @@ class Gaussian:
 
 
 class FeatureMoments:
-    """Adds up vectors [B, D] as they come, in O(D²) memory."""
+    """Streaming sums of vectors [B, D], in O(D²) memory.
+
+    Attributes:
+        number: number of vectors added.
+    """
 
     def __init__(self, dim: int) -> None:
         self.number = 0
@@ -34,19 +47,31 @@ class FeatureMoments:
         self._outer = torch.zeros(dim, dim, dtype=torch.float64)
 
     def add(self, vectors: Tensor) -> None:
-        """Take in vectors [B, D]."""
+        """Add vectors [B, D].
+
+        Raises:
+            InputError: they have another shape.
+        """
         if vectors.ndim != 2 or vectors.shape[1] != len(self._sum):
-            raise InputError(f"vectors must be [B, {len(self._sum)}]; got {describe(vectors)}.")
+            raise InputError(
+                f"got {describe(vectors)}; expected vectors [B, {len(self._sum)}]. Pass the "
+                "features of one network."
+            )
         vectors = vectors.detach().double().cpu()
         self.number += len(vectors)
         self._sum += vectors.sum(dim=0)
         self._outer += vectors.T @ vectors
 
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance. Raises InputError for fewer than two vectors."""
+        """Return the mean and the unbiased covariance.
+
+        Raises:
+            InputError: there are fewer than two vectors.
+        """
         if self.number < 2:
             raise InputError(
-                f"a covariance needs at least 2 vectors; there {'is 1' if self.number else 'is none'}."
+                f"got {'1 vector' if self.number else '0 vectors'}; expected at least 2 for a "
+                "covariance. Add more images."
             )
         mean = self._sum / self.number
         covariance = (self._outer - self.number * torch.outer(mean, mean)) / (self.number - 1)
@@ -54,16 +79,20 @@ class FeatureMoments:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean_a - mean_b|² + trace(C_a + C_b - 2 (C_a C_b)^½), in float64; 0 for equal ones.
+    """Return |mean_a - mean_b|² + trace(C_a + C_b - 2 (C_a C_b)^½), in float64.
+
+    It is 0 for equal arguments.
 
     Raises:
-        InputError: they differ in dimension.
+        InputError: the arguments differ in dimension.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(
-            f"the two have {len(a.mean)} and {len(b.mean)} dimensions: they come from different networks."
+            f"got {len(a.mean)} and {len(b.mean)} dimensions, which come from different networks; "
+            "expected the same number. Compute both with one network."
         )
-    # C_a C_b has the eigenvalues of the symmetric C_a^½ C_b C_a^½, which symmetric solvers give to full precision.
+    # C_a C_b has the same eigenvalues as C_a^½ C_b C_a^½, which is symmetric. Symmetric solvers
+    # compute them to full precision.
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ b.covariance @ root)
@@ -72,10 +101,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def read_statistics(path: str | Path) -> Gaussian:
-    """Reference statistics from an ``.npz`` file with ``mu`` [D] and ``sigma`` [D, D], as pytorch-fid and ADM publish them.
+    """Read reference statistics from an ``.npz`` file with ``mu`` [D] and ``sigma`` [D, D].
+
+    pytorch-fid and ADM publish such files. No code from the file is run.
 
     Raises:
-        DataError: not there, or something else. Nothing in the file is run.
+        DataError: the file cannot be read, or does not hold such statistics.
     """
     try:
         with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as file:
@@ -84,14 +115,19 @@ def read_statistics(path: str | Path) -> Gaussian:
                 for name in ("mu", "sigma")
             )
     except (zipfile.BadZipFile, zlib.error):
-        raise DataError(f"the reference statistics {path} are damaged.") from None
-    except OSError as error:
         raise DataError(
-            f"the reference statistics {path} cannot be read ({error.strerror or 'not an .npz file'})."
+            f"the reference statistics {path} are damaged. Restore the file from a copy."
+        ) from None
+    except OSError as error:
+        reason = error.strerror or "not an .npz file"
+        raise DataError(
+            f"the reference statistics {path} cannot be read: {reason}. Name an .npz file with "
+            "mu [D] and sigma [D, D]."
         ) from None
     except (ValueError, KeyError, EOFError, TypeError):
         raise DataError(
-            f"{path} holds no reference statistics: it should be an .npz file with mu [D] and sigma [D, D]."
+            f"{path} does not hold reference statistics; expected an .npz file with mu [D] and "
+            "sigma [D, D]. Name such a file."
         ) from None
     if (
         mean.ndim != 1
@@ -99,12 +135,13 @@ def read_statistics(path: str | Path) -> Gaussian:
         or not (mean.isfinite().all() and covariance.isfinite().all())
     ):
         raise DataError(
-            f"{path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; they should be finite [D] and [D, D]."
+            f"{path}: got mu {list(mean.shape)} and sigma {list(covariance.shape)}; expected "
+            "finite mu [D] and sigma [D, D]. Name a file of statistics of one network."
         )
     return Gaussian(mean, covariance)
 
 
 def write_statistics(path: str | Path, gaussian: Gaussian) -> None:
-    """Write ``mu`` and ``sigma`` for ``read_statistics``."""
+    """Write ``mu`` and ``sigma`` to an ``.npz`` file that ``read_statistics`` reads."""
     with open(path, "wb") as file:
         numpy.savez(file, mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())

@@ -1,4 +1,4 @@
-"""How near a reconstruction comes to its image."""
+"""Similarity of reconstructions to their images."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from torch import Tensor
 
 from smalto.core.errors import InputError, MissingExtra, describe
 
-MIN_MS_SSIM_SIDE = 176  # halved four times, its sides still hold the window of 11
-BORDER = 5  # half of the 11 pixels of SSIM's window
+MIN_MS_SSIM_SIDE = 176  # halved four times it is 11 pixels, the size of the window
+BORDER = 5  # half of the window of SSIM, 11 pixels
 
 
 def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image, [B]; both [B, C, H, W], the reconstruction is clamped to [-1, 1] first.
+    """Return the peak signal-to-noise ratio of each image in dB, [B].
 
-    10·log10(4 / mse), because the range of [-1, 1] is 2. Higher is better; +3 dB is half the squared error. Identical images give 100 dB
-    and not infinity, so that a mean over many stays a number.
+    Both arguments are [B, C, H, W] in [-1, 1]; the reconstruction is clamped to this range first.
+
+    It is 10·log10(4 / mse), because the range of [-1, 1] is 2. Higher is better; +3 dB is half the
+    squared error. Identical images give 100 dB instead of infinity, so that means stay finite.
+
+    Raises:
+        InputError: the tensors differ in shape, or are not floating point [B, C, H, W].
     """
     _check(reconstruction, images)
     error = (reconstruction.float().clamp(-1, 1) - images.float()).square().mean(dim=(1, 2, 3))
@@ -23,12 +28,14 @@ def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity of each image, [B], at most 1 (Wang et al. 2004; Gaussian window of 11, sigma 1.5), by torchmetrics.
+    """Return the structural similarity of each image, [B], at most 1, computed by torchmetrics.
 
-    Both [B, C, H, W] in [-1, 1] with sides of at least 11; the reconstruction is clamped first.
+    Wang et al. 2004, with a Gaussian window of 11 pixels and sigma 1.5. Both arguments are
+    [B, C, H, W] in [-1, 1] with sides of at least 11; the reconstruction is clamped first.
 
     Raises:
         MissingExtra: torchmetrics is not installed.
+        InputError: the tensors differ in shape, are not floating point, or are too small.
     """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
@@ -37,7 +44,8 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     _check(reconstruction, images)
     if min(images.shape[2:]) <= 2 * BORDER:
         raise InputError(
-            f"SSIM needs sides of at least {2 * BORDER + 1} pixels; got {list(images.shape[2:])}."
+            f"got images of {list(images.shape[2:])} pixels; expected sides of at least "
+            f"{2 * BORDER + 1} for SSIM. Use larger images."
         )
     if not len(images):
         return images.new_zeros(0)
@@ -45,16 +53,21 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     _, similarity = structural_similarity_index_measure(
         *unit, data_range=1.0, reduction="none", return_full_image=True
     )
-    # The border, where the window hangs over the edge, is left out, as in scikit-image and in the original.
+    # At the border the window exceeds the image. It is left out, as in scikit-image and in the
+    # original implementation.
     inside = similarity[..., BORDER:-BORDER, BORDER:-BORDER]
     return inside.mean(dim=(1, 2, 3))
 
 
 def ms_ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity over five scales, [B], at most 1 (Wang et al. 2003), by torchmetrics. As ``ssim``, with sides of at least 176.
+    """Return the structural similarity over five scales of each image, [B], at most 1.
+
+    Wang et al. 2003, computed by torchmetrics. The arguments are those of ``ssim``, with sides of
+    at least 176.
 
     Raises:
         MissingExtra: torchmetrics is not installed.
+        InputError: the tensors differ in shape, are not floating point, or are too small.
     """
     try:
         from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
@@ -63,7 +76,8 @@ def ms_ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     _check(reconstruction, images)
     if min(images.shape[2:]) < MIN_MS_SSIM_SIDE:
         raise InputError(
-            f"MS-SSIM needs sides of at least {MIN_MS_SSIM_SIDE} pixels; got {list(images.shape[2:])}."
+            f"got images of {list(images.shape[2:])} pixels; expected sides of at least "
+            f"{MIN_MS_SSIM_SIDE} for MS-SSIM. Use larger images."
         )
     if not len(images):
         return images.new_zeros(0)
@@ -78,6 +92,7 @@ def _check(reconstruction: Tensor, images: Tensor) -> None:
         or not (images.is_floating_point() and reconstruction.is_floating_point())
     ):
         raise InputError(
-            f"reconstruction and images must be floating point in [-1, 1] and of one shape [B, C, H, W]; got {describe(reconstruction)} "
-            f"and {describe(images)}."
+            f"got reconstruction {describe(reconstruction)} and images {describe(images)}; "
+            "expected floating point of one shape [B, C, H, W] in [-1, 1]. Scale uint8 images with "
+            "images.float() / 127.5 - 1."
         )

@@ -134,7 +134,9 @@ class Metrics(ImageMetrics):
     changed_indices: ChangedIndices | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values; next to each mean ``NAME_num_images``, to a distance ``NAME_reference``."""
+        """Return plain values; next to each mean ``NAME_num_images``, to a distance
+        ``NAME_reference``.
+        """
         data = _flat(self)
         data["codecs"] = [_flat(codec) for codec in self.codecs]
         data["grids"] = [_flat(grid) for grid in self.grids]

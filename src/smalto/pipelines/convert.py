@@ -1,11 +1,11 @@
-"""Tokenizers to the files of other projects, and back."""
+"""Conversion of tokenizers to the files of other projects, and back."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -22,7 +22,12 @@ Target = Literal["var", "smalto"]
 
 @dataclass(frozen=True)
 class Converted:
-    """What ``convert`` wrote, and what a reader of it must know."""
+    """Result of ``convert``.
+
+    Attributes:
+        path: the file or folder that was written.
+        notes: what the result holds, or what must be edited in the other project's code to load it.
+    """
 
     path: Path
     notes: list[str]
@@ -41,14 +46,19 @@ def convert(
     """Write a tokenizer as a file of another project, or such a file as a tokenizer.
 
     Args:
-        source: with ``to="var"`` the folder of a tokenizer or run; with ``to="smalto"`` a ``.pth`` or ``.safetensors`` file of VAR.
-        out: the file (``.pth``, plain tensors) or folder to make.
-        to: ``"var"``: what VAR's ``VQVAE`` loads; ``"smalto"``: a tokenizer folder.
-        patch_nums, using_znorm, quant_resi: with ``to="smalto"``: what the file's tokenizer was built with.
+        source: with ``to="var"`` the folder of a tokenizer or run; with ``to="smalto"`` a ``.pth``
+            or ``.safetensors`` file of VAR.
+        out: the file (``.pth``, plain tensors) or folder to write.
+        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads; ``"smalto"`` for a tokenizer
+            folder.
+        overwrite: whether to replace an existing ``out``.
+        patch_nums, using_znorm, quant_resi: with ``to="smalto"``, the arguments with which the
+            tokenizer of the file was built.
 
     Raises:
-        ConfigError: VAR cannot hold the tokenizer, or the file is of another one than the settings say.
-        RunError: ``out`` exists and ``overwrite`` is off.
+        ConfigError: VAR cannot hold the tokenizer, or the file does not fit the arguments.
+        DataError: the file of VAR cannot be read.
+        RunError: ``source`` is not a tokenizer, or ``out`` exists and ``overwrite`` is off.
     """
     path = Path(out)
     if to == "var":
@@ -57,36 +67,49 @@ def convert(
         return _to_smalto(
             var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path, overwrite
         )
-    raise ConfigError(f'to must be "var" or "smalto"; got {to!r}.')
+    raise ConfigError(f'got to={to!r}; to must be "var" or "smalto".')
 
 
 def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
     state = var.tokenizer_state_dict(tokenizer)
     if path.suffix != ".pth":
-        raise RunError(f"{path} must be a file that ends with .pth, such as vae_ch160v4096z32.pth.")
+        raise RunError(f"got {path}; expected a file name that ends with .pth, such as vae.pth.")
     _check_free(path, overwrite)
     if path.is_dir():
-        raise RunError(f"{path} is a folder. Name a file that ends with .pth for --out.")
+        raise RunError(f"{path} is a folder; expected a file that ends with .pth. Change --out.")
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
-    arguments, fixed = var.constructor_values(tokenizer)
-    if arguments == {"ch": 160} and not fixed:
-        return Converted(
-            path,
-            [
-                "VAR loads this file as it is: build_vae_var(...) with its own values, load_state_dict(..., strict=True)."
-            ],
+    return Converted(path, _edits_of_var(var.var_settings(tokenizer), path.resolve()))
+
+
+def _edits_of_var(settings: var.VARSettings, checkpoint: Path) -> list[str]:
+    """Return what to edit in VAR's code; its lines are those of commit 78b9539."""
+    name = f"train.py, line 93: set vae_ckpt = {str(checkpoint)!r}."
+    if settings.are_published:
+        return [f"VAR builds this tokenizer by default. {name}"]
+    shared = f"share_quant_resi={settings.share_quant_resi}"
+    sizes = f"V={settings.vocab_size}, Cvae={settings.z_channels}, ch={settings.ch}"
+    flags = "--pn=" + "_".join(map(str, settings.patch_nums))
+    if settings.patch_size != 16:
+        flags += f" --patch_size={settings.patch_size}"
+    edits = [
+        "VAR builds this tokenizer with "
+        f"build_vae_var({sizes}, patch_nums={settings.patch_nums}, {shared}, ...).",
+        f"train.py, line 86: set {sizes}, {shared}. Keep patch_nums=args.patch_nums.",
+        name,
+        f"Run train.py with {flags}.",
+    ]
+    if settings.vqvae:
+        edits.append(
+            f"models/__init__.py, line 28: add {_arguments(settings.vqvae)} to VQVAE(...), "
+            "because build_vae_var has no such arguments."
         )
-    notes = []
-    if arguments:
-        notes.append(
-            f"VAR must build its tokenizer with VQVAE({_arguments(arguments)}); build_vae_var has other values."
+    if settings.ddconfig:
+        edits.append(
+            f"models/vqvae.py, lines 32-36: set {_arguments(settings.ddconfig)} "
+            "in ddconfig = dict(...)."
         )
-    if fixed:
-        notes.append(
-            f"VAR writes these into its code: in models/vqvae.py set ddconfig = dict(..., {_arguments(fixed)})."
-        )
-    return Converted(path, notes)
+    return edits
 
 
 def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
@@ -94,16 +117,16 @@ def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Conver
     if path.is_file() or (
         path.is_dir() and {p.name for p in path.iterdir()} - {"config.json", "model.safetensors"}
     ):
+        found = "a file" if path.is_file() else "a folder with other files in it"
         raise RunError(
-            f"{path} is {'a file' if path.is_file() else 'a folder with other things in it'}. Name another folder for --out."
+            f"{path} is {found}; expected a tokenizer folder or a new one. Change --out."
         )
     with atomic_path(path) as new:
         tokenizer.save(new)
         sync_tree(new)
         if path.is_dir():
-            os.replace(
-                path, new.parent / "old"
-            )  # goes with the temporary folder, once the new one is in its place
+            # The old folder is deleted with the temporary one, after the new one replaced it.
+            os.replace(path, new.parent / "old")
     assert isinstance(tokenizer.quantize, MultiScaleVQ)
     scales = TokenLayout(tokenizer.quantize.scales)
     return Converted(path, [f"{tokenizer.quantize.codebook_size:,} codes, scales {scales}"])
@@ -113,9 +136,9 @@ def _check_free(path: Path, overwrite: bool) -> None:
     check_writable(path)
     if path.exists() and not overwrite:
         raise RunError(
-            f"{path} exists already. Replace it with --overwrite, or name another --out."
+            f"{path} exists already. Replace it with --overwrite, or choose another --out."
         )
 
 
-def _arguments(values: dict[str, Any]) -> str:
+def _arguments(values: dict[str, var.VARValue]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())

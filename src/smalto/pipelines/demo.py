@@ -45,8 +45,8 @@ def demo(
 ) -> Trained:
     """Train on the bundled photographs, tokenize the held-out ones, decode them, and report.
 
-    An unfinished demo in ``folder`` is resumed; otherwise a new one is created: ``demo``, ``demo-2``,
-    and so on.
+    An unfinished demo in ``folder`` is resumed; otherwise a new one is created: ``demo``,
+    ``demo-2``, and so on.
 
     Args:
         folder: where runs lie.
@@ -70,8 +70,8 @@ def demo(
     tokens, decoded = _tokenize_and_decode(trained, held_out, device, progress)
     evaluation = _evaluate_files(trained, held_out, tokens, decoded, images.skipped)
     inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
-    write_results(trained.folder, trained.recipe, inference, evaluation)
-    return Trained(trained.folder, trained.tokenizer, evaluation.metrics)
+    training = write_results(trained.folder, trained.recipe, inference, evaluation)
+    return Trained(trained.folder, trained.tokenizer, evaluation.metrics, training)
 
 
 def _tokenize_and_decode(

@@ -49,8 +49,8 @@ def evaluate(
         size: resize the shorter side to this and crop a square from the center; None keeps the
             aspect ratio.
         batch, device, precision, workers: as for ``tokenize``.
-        reference_stats: an ``.npz`` file of ``mu`` and ``sigma`` that Fréchet distances are measured
-            from; None: the images themselves.
+        reference_stats: an ``.npz`` file of ``mu`` and ``sigma`` for Fréchet distances; None: those
+            of the images themselves.
         inception_weights: ``pt_inception-2015-12-05-6726825d.pth``, for rFID.
         lpips_vgg: the state of ``lpips.LPIPS(net="vgg")``, for LPIPS.
         progress: receives images and messages.

@@ -81,7 +81,8 @@ def tokenize(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenized:
-    """Write the tokens of a collection to a store, or resume: stored images are not tokenized again.
+    """Write the tokens of a collection to a store, or resume: stored images are not tokenized
+    again.
 
     Args:
         source: a folder (with zip, tar and parquet files in it), one image, ``"bundled"``,
@@ -93,7 +94,7 @@ def tokenize(
             every row has its own layout.
         resize: with ``size``: resize the shorter side to this instead, before the crop. VAR uses
             1.125 times ``size``.
-        longer_side: without ``size``: larger images are reduced to this; None or 0 keeps their size.
+        longer_side: without ``size``: larger images are reduced to this; None or 0: not.
         crops: with ``size``: 1, or 5 to add the corner crops, each as a row.
         flip: add a mirrored view of each crop as a row.
         deep_gray: how 16-bit gray becomes 8-bit gray: ``"full"`` or ``"range"``.
@@ -115,12 +116,11 @@ def tokenize(
         raise ConfigError(f"max_errors must be 0 or more; got {max_errors}.")
     inference = InferenceTokenizer.of(tokenizer, device, precision, batch, progress)
     if not isinstance(source, list) and (Path(source) / "head.json").is_file():
-        if (size, resize, longer_side, crops, flip, shuffle) != (
-            *(None, None, LONGER_SIDE, 1, False, False),
-        ):
+        given = (size, resize, longer_side, crops, flip, deep_gray, shuffle)
+        if given != (None, None, LONGER_SIDE, 1, False, "full", False):
             raise ConfigError(
                 f"the rows of {source} are copied unchanged: leave out size, resize, longer_side, "
-                "crops, flip and shuffle."
+                "crops, flip, deep_gray and shuffle."
             )
         return _copy(TokenStore.open(source), inference, out, overwrite, update, progress)
     transform = transform_of(
@@ -140,6 +140,7 @@ def tokenize(
         path=tokenizer,
         source=source_name(source),
     )
+    num_workers = default_workers(workers)
     name = source_name(source) or "the list of files"
     files = walk_source(source)
     if not (first := list(itertools.islice(files, 1))):  # before a store is made, or replaced
@@ -159,7 +160,7 @@ def tokenize(
                 plan,
                 transform,
                 inference,
-                default_workers(workers),
+                num_workers,
                 max_errors,
                 update,
                 progress,

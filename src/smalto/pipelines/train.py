@@ -21,7 +21,7 @@ from smalto.images.image_reader import transform_of
 from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.interop.var import load_tokenizer as load_var
-from smalto.metrics.record import ChangedIndices, Metrics
+from smalto.metrics.record import ChangedIndices, Metrics, TrainingSummary
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe import change_recipe
 from smalto.training.recipe_file import load_recipe
@@ -44,11 +44,13 @@ class Trained:
         run: the folder.
         tokenizer: in evaluation mode.
         metrics: measured on whole held-out images; None on ranks other than 0.
+        training: the training in numbers; None on ranks other than 0.
     """
 
     run: RunFolder
     tokenizer: ImageTokenizer
     metrics: Metrics | None
+    training: TrainingSummary | None
 
 
 @retain_freed_memory()
@@ -65,7 +67,8 @@ def train(
 ) -> Trained:
     """Train a tokenizer and write a run folder with checkpoints, metrics and a report.
 
-    Under torchrun the processes share every batch; rank 0 writes, and it alone evaluates at the end.
+    Under torchrun the processes share every batch; rank 0 writes, and it alone evaluates at the
+    end.
 
     Args:
         data: a folder of images, ``"bundled"``, ``"emoji"``, or a map-style dataset of [C, H, W]
@@ -190,11 +193,11 @@ def _finish(trained: TrainedRun, images: TrainingImages, progress: Progress) -> 
     is_first = distributed.rank() == 0
     distributed.leave_process_group()
     if not is_first:
-        return Trained(trained.folder, trained.tokenizer, None)
+        return Trained(trained.folder, trained.tokenizer, None, None)
     evaluation = evaluate_run(trained, images, progress)
     inference = InferenceTokenizer.on(trained.tokenizer, trained.recipe.precision)
-    write_results(trained.folder, trained.recipe, inference, evaluation)
-    return Trained(trained.folder, trained.tokenizer, evaluation.metrics)
+    training = write_results(trained.folder, trained.recipe, inference, evaluation)
+    return Trained(trained.folder, trained.tokenizer, evaluation.metrics, training)
 
 
 def _rank_zero_progress(progress: Progress | None) -> Progress:

@@ -155,13 +155,16 @@ class Quantizer(nn.Module, ABC):
         return None
 
     @torch.no_grad()
-    def generator_input(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens [B, L] -> the input of the autoregressive model that follows, [B, L, D].
+    def generator_input(self, blocks: Sequence[Tensor], layout: TokenLayout | None) -> Tensor:
+        """Token blocks [B, L_i] -> the input of the autoregressive model that follows, [B, L, D].
 
         The codes of the tokens in order; multi-scale quantizers return what VAR's model takes.
+
+        Args:
+            blocks: one per grid of the layout.
+            layout: of the tokens; None if ``configured_layout`` is None.
         """
-        lengths = layout.lengths
-        return self.lookup(list(tokens.split(lengths, dim=1)))
+        return self.lookup(blocks)
 
     @torch.no_grad()
     def token_colors(self, tokens: Tensor, grid: int = 0) -> Tensor:

@@ -236,13 +236,14 @@ class MultiScaleVQ(Quantizer):
         return self.scale.embed(indices).to(self.scale.weight_dtype)
 
     @torch.no_grad()
-    def generator_input(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens [B, L] -> the input of a next-scale model [B, L - L_1, code_dim or C].
+    def generator_input(self, blocks: Sequence[Tensor], layout: TokenLayout | None) -> Tensor:
+        """Return the input of a next-scale model: token blocks [B, L_k] -> [B, L - L_1, code_dim].
 
-        It is the input for the prediction of every scale but the first. For each scale but the last
-        it holds the result so far, averaged down to the grid of the next scale. Tokens of the first
-        scales alone give the input up to the scale after them.
+        For each scale but the last, the result so far, averaged down to the next scale's grid. The
+        tokens of the first scales alone give the input up to the scale after them.
         """
+        layout = layout or self.configured_layout
+        tokens = torch.cat(list(blocks), dim=1)
         results = self._results(tokens, layout)
         batch, dim = results[0].shape[:2]
         inputs = [

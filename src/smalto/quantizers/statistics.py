@@ -59,7 +59,7 @@ class Statistics:
         self.seed = salt
         self.by_error = by_error
 
-    def anew(self, like: Tensor) -> Statistics:
+    def empty_like(self, like: Tensor) -> Statistics:
         """Return empty statistics with the same settings, dtype and device of ``like``."""
         statistics = Statistics(self.sums.shape[0], self.sums.shape[1], like)
         statistics.clear(len(self.keys), self.seed, self.by_error)

@@ -99,7 +99,7 @@ class CodebookTracker:
             self.statistics.sums.device != tensor.device
             or self.statistics.sums.dtype != self.space.dtype
         ):
-            self.statistics = self.statistics.anew(tensor.to(self.space.dtype))
+            self.statistics = self.statistics.empty_like(tensor.to(self.space.dtype))
             self._learned_use = self._learned_use.to(self.statistics.sums)
             self.idle = self.idle.to(tensor.device)
         return self.statistics

@@ -1,6 +1,6 @@
-"""The token store: tokens on disk, written safely, read for training, exported.
+"""Token store: tokens on disk, with atomic commits, a training data set and exports.
 
-Raises MissingExtra if Lance is not installed; nothing else in smalto needs this folder.
+Importing it raises MissingExtra if Lance is not installed. Nothing else in smalto needs Lance.
 """
 
 from importlib.util import find_spec

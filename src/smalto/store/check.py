@@ -1,4 +1,4 @@
-"""Checking every row of a token store for damage."""
+"""Check of every row of a token store for damage."""
 
 from __future__ import annotations
 
@@ -43,8 +43,14 @@ class StoreCheck:
 
 
 def check_store(store: TokenStore, progress: Progress | None = None) -> StoreCheck:
-    """Check every row's checksum, range and length, and that ids are unique and found."""
-    found, progress = StoreCheck(len(store)), progress or Progress()
+    """Check the checksum, range and length of every row, that ids are unique, and the id index.
+
+    Args:
+        store: the token store.
+        progress: receives the number of rows checked.
+    """
+    found = StoreCheck(len(store))
+    progress = progress or Progress()
     progress.start("checking", len(store), "rows")
     hashes: list[numpy.ndarray] = []
     lost: list[str] = []
@@ -58,9 +64,9 @@ def check_store(store: TokenStore, progress: Progress | None = None) -> StoreChe
         progress.advance(table.num_rows)
     progress.finish()
     if lost:
-        again = f"remove {store.path / '_indices'} and run `smalto store compact {store.path}`"
         found.add(
-            f"the index of ids is damaged: it does not find {lost[0]!r}. No row is lost; {again}"
+            f"the index of ids is damaged: it does not find {lost[0]!r}. No row is lost; "
+            f"remove {store.path / '_indices'} and run `smalto store compact {store.path}`"
         )
     try:
         store.errors()
@@ -68,7 +74,7 @@ def check_store(store: TokenStore, progress: Progress | None = None) -> StoreChe
         found.add(f"the table of bad images: {error}")
     every = numpy.concatenate(hashes) if hashes else numpy.zeros(0, numpy.uint64)
     if repeated := len(every) - len(numpy.unique(every)):
-        found.add(f"{repeated} rows have an id that another row has too")
+        found.add(f"{repeated} rows have the id of another row")
     return found
 
 
@@ -80,29 +86,29 @@ def _lost_by_the_index(store: TokenStore, ids: list[str]) -> list[str]:
 
 
 def _check_table(store: TokenStore, table: pyarrow.Table, found: StoreCheck) -> numpy.ndarray:
-    """Note what is wrong with these rows; returns a hash of each id."""
+    """Record the problems of these rows, and return a 64-bit hash of each id."""
     ids = table["id"].to_pylist()
     try:
-        layouts, tokens, sums = (
-            row_layouts(table, store.header),
-            token_arrays(table),
-            checksums(table),
-        )
+        layouts = row_layouts(table, store.header)
+        tokens = token_arrays(table)
+        sums = checksums(table)
     except (InputError, ValueError) as error:
-        found.add(f"rows {ids[0]!r} to {ids[-1]!r} make no sense: {error}")
+        found.add(f"rows {ids[0]!r} to {ids[-1]!r} are invalid: {error}")
         return numpy.zeros(0, numpy.uint64)
     for id, layout, row, expected, stored in zip(
         ids, layouts, tokens, sums, table["crc"].to_pylist(), strict=True
     ):
         if expected != stored:
-            found.add(f"row {id!r} is damaged: its checksum does not fit")
+            found.add(f"row {id!r} is damaged: its content does not match its checksum")
         if len(row) != layout.num_tokens:
             found.add(
-                f"row {id!r} has {len(row)} tokens; its layout {layout} has {layout.num_tokens}"
+                f"row {id!r}: got {len(row)} tokens; expected {layout.num_tokens} for its layout "
+                f"{layout}"
             )
         elif int(row.max()) >= store.header.codebook_size:
             found.add(
-                f"row {id!r} has the token {int(row.max())}; there are {store.header.codebook_size} codes"
+                f"row {id!r}: got the token {int(row.max())}; expected values in "
+                f"[0, {store.header.codebook_size})"
             )
     digests = b"".join(hashlib.blake2b(id.encode(), digest_size=8).digest() for id in ids)
     return numpy.frombuffer(digests, numpy.uint64)

@@ -1,4 +1,7 @@
-"""Reading a token store for training: shuffled, shared by processes and workers, and exactly where it was after an interruption."""
+"""Training data set over a token store.
+
+It is shuffled, sharded over processes and workers, and resumes exactly after an interruption.
+"""
 
 from __future__ import annotations
 
@@ -30,26 +33,48 @@ _DECIDE_THE_ORDER = (
 
 
 class TokenDataset(IterableDataset[dict[str, Any]]):
-    """One epoch of batches out of a token store, from a position on.
+    """Iterable data set of the batches of one epoch of a token store.
 
-    A batch is a dict: ``tokens`` int64 [B, L] (a list of [L_i] where images keep their shape) and ``label`` int64 [B], the number of the
-    label in ``classes``, -1 for none. With ``model`` also ``idx_Bl``, its chunks, and ``var_input``, what ``model.idxBl_to_var_input``
-    makes of them: the input of a next-scale model.
+    A batch is a dict:
 
-    The batches of an epoch follow from seed, epoch, batch size and number of processes alone. Workers of a DataLoader
-    (``batch_size=None``, spawned: Lance does not survive a fork) take turns, so any number of them gives the same batches in the same
-    order. Every process gets equally many rows; of n rows on p processes n % p are left out: with ``"rows"`` others in each epoch, else
-    rows at the end of a chunk.
+    - ``tokens``: int64 [B, L], or a list of [L_i] if images keep their shape;
+    - ``label``: int64 [B], the index of the label in ``classes``, -1 for none;
+    - ``idx_Bl``, only with ``model``: list of the token blocks, int64 [B, l] per scale;
+    - ``var_input``, only with ``model``: the result of ``model.idxBl_to_var_input``, which is the
+      input of a next-scale model.
+
+    The batches of an epoch depend only on the store, the arguments below, the epoch and the number
+    of processes. DataLoader workers yield batches in turn, so any number of them gives the same
+    batches in the same order. They need ``batch_size=None`` and must be spawned, because Lance does
+    not support forks.
+
+    Every process gets the same number of rows. With n rows on p processes, n % p rows are left out.
+    With ``"rows"`` these are different rows in every epoch, otherwise rows at the end of a chunk.
 
     Args:
-        path: the store.
+        path: the token store.
         batch_size: rows per batch of one process.
-        shuffle: ``"chunks"``: chunks of ``chunk_rows`` rows in random order, ``chunks_mixed`` of them mixed at a time; reads whole chunks,
-            and is fast. ``"rows"``: any row anywhere; several times slower, and 8 bytes of memory per row. ``"none"``: as stored.
-        seed: decides the order, together with ``epoch``.
+        shuffle: ``"chunks"``: chunks of ``chunk_rows`` rows in random order, with the rows of
+            ``chunks_mixed`` chunks mixed at a time. It reads whole chunks, which is fast.
+            ``"rows"``: all rows in random order. It is several times slower, and needs 8 bytes of
+            memory per row. ``"none"``: as stored.
+        seed: random seed of the order, together with ``epoch``.
+        chunk_rows: rows per chunk.
+        chunks_mixed: chunks that are shuffled together.
         drop_last: leave out a last batch that is not full.
-        model: any object with ``idxBl_to_var_input``; it must be picklable where there are workers.
-        rank, world_size: which share of how many; default: those of torch.distributed.
+        model: any object with ``idxBl_to_var_input``; it must be picklable if there are workers.
+        rank, world_size: index of this process and number of processes. Default: those of
+            torch.distributed.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        first_batch: index of the first batch to yield.
+        num_rows: rows of the store when the data set was created.
+        classes: names of the labels, sorted.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        InputError: there is a ``model``, and images keep their shape.
     """
 
     def __init__(
@@ -68,61 +93,73 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
     ) -> None:
         if batch_size < 1 or chunk_rows < 1 or chunks_mixed < 1:
             raise ConfigError(
-                f"batch_size, chunk_rows and chunks_mixed are at least 1; got {batch_size}, {chunk_rows}, {chunks_mixed}."
+                f"got batch_size {batch_size}, chunk_rows {chunk_rows} and chunks_mixed "
+                f"{chunks_mixed}; expected at least 1. Set each of them to 1 or more."
             )
         if shuffle not in ("chunks", "rows", "none"):
-            raise ConfigError(f'shuffle must be "chunks", "rows" or "none"; got {shuffle!r}.')
+            raise ConfigError(
+                f'got shuffle={shuffle!r}; expected "chunks", "rows" or "none". Use "chunks".'
+            )
         store = TokenStore.open(path)
         if model is not None and store.header.layout is None:
             raise InputError(
-                f"{path} keeps the shapes of images: their chunks do not stack. Tokenize with --size."
+                f"got {path}, whose images keep their shapes, and a model; expected images of one "
+                "shape, whose token blocks can be stacked. Tokenize with --size."
             )
-        self.path, self.batch_size, self.shuffle, self.seed = Path(path), batch_size, shuffle, seed
-        self.chunk_rows, self.chunks_mixed, self.drop_last, self.model = (
-            chunk_rows,
-            chunks_mixed,
-            drop_last,
-            model,
-        )
+        self.path = Path(path)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.chunk_rows = chunk_rows
+        self.chunks_mixed = chunks_mixed
+        self.drop_last = drop_last
+        self.model = model
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
-        self.epoch = self.first_batch = 0
-        self.num_rows, self.classes = len(store), store.classes()
+        self.epoch = 0
+        self.first_batch = 0
+        self.num_rows = len(store)
+        self.classes = store.classes()
         self._store: TokenStore | None = store
         self._process = os.getpid()
 
     def __len__(self) -> int:
-        """Batches per epoch of one process."""
+        """Return the number of batches per epoch of one process."""
         own = self.num_rows // self.world_size
         return own // self.batch_size if self.drop_last else -(-own // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        number, of = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        mine = range(self.first_batch + number, len(self), of)
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        mine = range(self.first_batch + worker_id, len(self), num_workers)
         read = self._by_rows if self.shuffle == "rows" else self._by_chunks
         for rows in read(mine):
             yield self._batch(rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_store": None}  # opened anew in the worker
+        return self.__dict__ | {"_store": None}  # each worker opens the store itself
 
     def _opened(self) -> TokenStore:
         if self._store is None:
-            self._store, self._process = TokenStore.open(self.path), os.getpid()
+            self._store = TokenStore.open(self.path)
+            self._process = os.getpid()
         if self._process != os.getpid():
             raise InputError(
-                "this process was forked from the one that opened the store, and Lance would hang in it. Use smalto.TokenLoader(dataset, "
-                'workers=N), or DataLoader(dataset, batch_size=None, num_workers=N, multiprocessing_context="spawn").'
+                "got a process that was forked from the one that opened the store, in which Lance "
+                "would hang; expected a spawned one. Use smalto.TokenLoader(dataset, workers=2) "
+                "or DataLoader(dataset, batch_size=None, num_workers=2, "
+                'multiprocessing_context="spawn").'
             )
         if len(self._store) < self.num_rows:
             raise InputError(
-                f"{self.path} had {self.num_rows:,} rows when this began, and has {len(self._store):,} now."
+                f"{self.path}: got {len(self._store):,} rows; expected at least "
+                f"{self.num_rows:,}, the number when the data set was created. Create the "
+                "TokenDataset again."
             )
         return self._store
 
     def _share(self) -> tuple[int, int]:
-        """The part of the epoch's sequence that is this process's."""
+        """Return start and stop of this process's share of the epoch's rows."""
         own = self.num_rows // self.world_size
         return self.rank * own, (self.rank + 1) * own
 
@@ -130,20 +167,21 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         return numpy.random.default_rng((self.seed, self.epoch, *what))
 
     def _by_rows(self, mine: range) -> Iterator[Rows]:
-        store, (start, stop) = self._opened(), self._share()
+        store = self._opened()
+        start, stop = self._share()
         order = self._random(2).permutation(self.num_rows)[start:stop]
         for batch in mine:
-            yield Rows(
-                [
-                    store.tokens_at(
-                        order[batch * self.batch_size : (batch + 1) * self.batch_size], self.classes
-                    )
-                ]
-            )
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield Rows([store.tokens_at(indices, self.classes)])
 
     def _by_chunks(self, mine: range) -> Iterator[Rows]:
-        """Groups of chunks are read whole and mixed; a batch may begin in one and end in the next."""
-        first, (start, stop), begun = 0, self._share(), Rows([])
+        """Yield batches from groups of chunks, which are read whole and shuffled.
+
+        A batch may begin in one group and end in the next.
+        """
+        first = 0
+        start, stop = self._share()
+        begun = Rows([])
         for number, spans in enumerate(self._groups()):
             last = first + sum(high - low for low, high in spans)
             wanted = [
@@ -169,7 +207,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             first = last
 
     def _groups(self) -> Iterator[list[tuple[int, int]]]:
-        """The spans of rows that are read and mixed together, in order, cut to this process's share."""
+        """Yield the spans of this process's rows that are read and shuffled together."""
         start, stop = self._share()
         number = -(-self.num_rows // self.chunk_rows)
         order = (
@@ -177,11 +215,13 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             if self.shuffle == "chunks"
             else numpy.arange(number)
         )
-        spans, position = [], 0
+        spans = []
+        position = 0
         for chunk in order.tolist():
             low = chunk * self.chunk_rows
             length = min(self.chunk_rows, self.num_rows - low)
-            begin, end = max(start - position, 0), min(stop - position, length)
+            begin = max(start - position, 0)
+            end = min(stop - position, length)
             if begin < end:
                 spans.append((low + begin, low + end))
             position += length
@@ -208,7 +248,12 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
 
 
 class Rows:
-    """Tokens ([n, L], or n arrays [L_i] as an array of objects) and label numbers [n] of some rows."""
+    """Tokens and labels of some rows.
+
+    Attributes:
+        tokens: [n, L], or an array of n objects, which are arrays [L_i].
+        labels: int64 [n], indices of the labels; -1: none.
+    """
 
     def __init__(self, parts: list[tuple[numpy.ndarray, numpy.ndarray]]) -> None:
         tokens, labels = zip(*parts, strict=True) if parts else ((), ())
@@ -218,32 +263,37 @@ class Rows:
         )
 
     def and_of(self, others: Rows, chosen: numpy.ndarray) -> Rows:
-        """These rows, and the chosen ones of others."""
+        """Return these rows followed by the chosen rows of ``others``."""
         more = (others.tokens[chosen], others.labels[chosen])
         return Rows([(self.tokens, self.labels), more] if len(self.labels) else [more])
 
 
 class TokenLoader:
-    """Epochs of a TokenDataset, one after the other, with a position that can be saved.
+    """Data loader over the epochs of a TokenDataset, with a position that can be saved.
 
-    Each ``for batch in loader`` runs to the end of an epoch, from the position on; the next one begins the next epoch. Put
-    ``state_dict()`` into the checkpoint of what is trained: after ``load_state_dict`` the batches go on with the one that would have come,
-    also with another number of workers.
+    Each ``for batch in loader`` starts at the position and runs to the end of the epoch. The next
+    loop starts the next epoch. Save ``state_dict()`` in the checkpoint of the model: after
+    ``load_state_dict`` the loader resumes with the next batch, even with another number of workers.
 
     Args:
-        dataset: what to read.
-        workers: processes that read ahead; 0 reads in this one, which is fast enough for most models.
+        dataset: the data set.
+        workers: processes that prefetch batches. 0 reads in this process, which is fast enough for
+            most models.
     """
 
     def __init__(self, dataset: TokenDataset, workers: int = 0) -> None:
-        self.dataset, self.workers = dataset, workers
-        self._epoch = self._batches = 0
+        self.dataset = dataset
+        self.workers = workers
+        self._epoch = 0
+        self._batches = 0
 
     def __len__(self) -> int:
+        """Return the number of batches per epoch of one process."""
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.dataset.epoch, self.dataset.first_batch = self._epoch, self._batches
+        self.dataset.epoch = self._epoch
+        self.dataset.first_batch = self._batches
         context = multiprocessing.get_context("spawn") if self.workers else None
         loader: DataLoader[dict[str, Any]] = DataLoader(
             self.dataset, batch_size=None, num_workers=self.workers, multiprocessing_context=context
@@ -251,10 +301,11 @@ class TokenLoader:
         for batch in loader:
             self._batches += 1
             yield batch
-        self._epoch, self._batches = self._epoch + 1, 0
+        self._epoch += 1
+        self._batches = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, and what decided the order so far: plain numbers and a word."""
+        """Return the position and the settings that determine the order, as plain values."""
         return {
             "epoch": self._epoch,
             "batches": self._batches,
@@ -262,18 +313,23 @@ class TokenLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Resume from a position.
 
         Raises:
-            InputError: the number of rows or of processes, or a setting of the dataset, has changed since, so that the order is another.
+            InputError: the number of rows or processes, or a setting of the data set, differs from
+                the saved one, so the order would differ; or ``state`` is not a position.
         """
         if missing := {"epoch", "batches", *_DECIDE_THE_ORDER} - set(state):
             raise InputError(
-                f"this is no position of a TokenLoader: {', '.join(sorted(missing))} missing."
+                f"got a dict without {', '.join(sorted(missing))}; expected the position of a "
+                "TokenLoader. Pass the result of loader.state_dict()."
             )
         for key in _DECIDE_THE_ORDER:
             if state[key] != (now := getattr(self.dataset, key)):
                 raise InputError(
-                    f"the position was saved with {key} {state[key]}; it is {now} now, and the order of rows with it."
+                    f"got {key} {now}; expected {state[key]}, with which the position was saved, "
+                    f"because {key} determines the order of rows. Use the saved {key}, or start "
+                    "without the position."
                 )
-        self._epoch, self._batches = state["epoch"], state["batches"]
+        self._epoch = state["epoch"]
+        self._batches = state["batches"]

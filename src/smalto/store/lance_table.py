@@ -1,9 +1,12 @@
-"""A Lance dataset that says so when a part of it is lost. The only file that imports lance.
+"""Lance dataset that detects lost or damaged parts. The only file that imports lance.
 
-Lance commits versions: a manifest lists the data files that count, and comes last. What it does not notice is a manifest that is gone
-or damaged: it then takes an older one, and rows would be missing in silence. ``head.json`` beside it names the newest version and its
-manifest's SHA-256. It is written after every commit. So a version that is newer than it is as good, and where the newer one cannot be
-read, a power failure cut its commit off before anybody was told.
+Lance commits versions: a manifest lists the data files of a version and is written last. Lance does
+not detect a manifest that is missing or damaged. It then reads an older one, and rows would be
+missing without an error. Therefore ``head.json`` holds the newest version and the SHA-256 of its
+manifest.
+
+``head.json`` is written after every commit. So a newer version than that in ``head.json`` is valid
+too. If it cannot be read, a power failure interrupted its commit before the commit was reported.
 """
 
 from __future__ import annotations
@@ -28,32 +31,33 @@ from smalto.core.allocator import release_freed_memory
 from smalto.core.errors import DataError, SmaltoError
 from smalto.core.files import file_sha256, sync_folder, write_atomic
 
-STORAGE_VERSION: Literal["2.1"] = (
-    "2.1"  # of Lance's files, said explicitly: the default changes with its releases
-)
+STORAGE_VERSION: Literal["2.1"] = "2.1"  # explicit, because Lance's default changes with releases
 ROWS_PER_FILE = 2**20
 _CACHE_BYTES = 2**26
-_FEW_ROWS = 2**17  # so many are read through without an index
+_FEW_ROWS = 2**17  # scanning this many rows without an index is acceptable
 _PIECE_BYTES = 2**21
 _HEAD = "head.json"
-_FOOTER = struct.Struct(
-    "<QQQIIHH4s"
-)  # of Lance's files: three offsets, numbers of buffers and columns, version, magic
+# Footer of Lance's files: three offsets, numbers of buffers and columns, version, magic.
+_FOOTER = struct.Struct("<QQQIIHH4s")
 
 
 class LanceTable:
-    """Rows under a key ``id``; one process at a time may write (the caller sees to that), any number may read.
+    """Lance table with the key ``id``.
+
+    Any number of processes may read. Only one process at a time may write; the caller ensures this
+    with a lock.
 
     Attributes:
         path: the folder.
     """
 
     def __init__(self, path: Path, dataset: Any) -> None:
-        self.path, self._dataset = path, dataset
+        self.path = path
+        self._dataset = dataset
 
     @classmethod
     def create(cls, path: Path, schema: pyarrow.Schema) -> LanceTable:
-        """An empty table in a folder that does not exist yet."""
+        """Create an empty table in a folder that does not exist yet."""
         with _errors_named(path):
             dataset = lance.write_dataset(
                 schema.empty_table(), str(path), schema=schema, data_storage_version=STORAGE_VERSION
@@ -69,27 +73,31 @@ class LanceTable:
         Raises:
             DataError: a manifest is missing or damaged.
         """
-        head = _read_head(path)  # first: whoever writes now makes the table newer, not older
+        head = _read_head(path)  # first, because a concurrent commit only makes the table newer
         manifest = _manifest(path, head["version"])
         dataset = _newest(path)
         if dataset is None or dataset.version <= head["version"]:
             if not manifest.is_file() or file_sha256(manifest) != head["manifest"]:
-                if _read_head(path) != head:  # another process has just replaced it
+                if _read_head(path) != head:  # another process has just committed
                     return cls.open(path)
                 raise DataError(
-                    f"{manifest} is missing or damaged, so {path} is not whole: version {head['version']} with {head['rows']:,} rows was "
-                    "committed. Restore that file from a copy; the data files are untouched."
+                    f"{manifest} is missing or damaged, so {path} is incomplete; expected version "
+                    f"{head['version']} with {head['rows']:,} rows. Restore that file from a copy. "
+                    "The data files are unchanged."
                 )
             if dataset is None or dataset.version < head["version"]:
                 dataset = _opened(path, head["version"])
         return cls(path, dataset)
 
     def refresh(self) -> None:
-        """See what others have committed."""
+        """Load the newest version, with the commits of other processes."""
         self._dataset = LanceTable.open(self.path)._dataset
 
     def begin_writing(self) -> None:
-        """See what others have committed, and remove what is left of a commit that was cut off: the next one takes its number."""
+        """Load the newest version, and remove the manifest of an interrupted commit.
+
+        The next commit reuses the version number of that manifest.
+        """
         self.refresh()
         for manifest in (self.path / "_versions").glob("*.manifest"):
             if _version_of(manifest) > self.version:
@@ -97,25 +105,28 @@ class LanceTable:
 
     @property
     def version(self) -> int:
+        """Return the version number, which increases with every commit."""
         return int(self._dataset.version)
 
     @property
     def schema(self) -> pyarrow.Schema:
+        """Return the Arrow schema of the rows."""
         return self._dataset.schema
 
     @property
     def num_fragments(self) -> int:
+        """Return the number of Lance fragments."""
         return len(self._dataset.get_fragments())
 
     def __len__(self) -> int:
         return int(self._dataset.count_rows())
 
     def append(self, rows: pyarrow.Table) -> None:
-        """Add rows in one commit: all of them or none."""
+        """Add rows in one commit: either all of them or none."""
         self.commit(self.write(rows))
 
     def write(self, rows: pyarrow.Table) -> list[Any]:
-        """Write rows to files that do not count until ``commit``."""
+        """Write rows to new data files, which are not part of the table until ``commit``."""
         with _errors_named(self.path):
             fragments: list[Any] = write_fragments(
                 rows,
@@ -127,7 +138,7 @@ class LanceTable:
         return fragments
 
     def commit(self, fragments: list[Any]) -> None:
-        """Let written rows count, all at once."""
+        """Add the rows of written fragments to the table in one commit."""
         with _errors_named(self.path):
             operation = lance.LanceOperation.Append(fragments)
             self._dataset = lance.LanceDataset.commit(
@@ -136,7 +147,7 @@ class LanceTable:
         self._write_head()
 
     def upsert(self, rows: pyarrow.Table) -> None:
-        """Replace the rows of these ids and add new ones, in one commit."""
+        """Replace rows with the same ids and add new rows, in one commit."""
         with _errors_named(self.path):
             merge = (
                 self._dataset.merge_insert("id")
@@ -156,12 +167,12 @@ class LanceTable:
         self._write_head()
 
     def take(self, indices: Sequence[int], columns: list[str] | None = None) -> pyarrow.Table:
-        """Rows by number, in rising order."""
+        """Return rows by index, for increasing indices."""
         with _errors_named(self.path):
             return self._dataset.take(indices, columns=columns)
 
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> pyarrow.Table:
-        """Rows [start, stop)."""
+        """Return the rows [start, stop)."""
         with _errors_named(self.path):
             found = self._dataset.scanner(
                 columns=columns, offset=start, limit=stop - start
@@ -172,13 +183,20 @@ class LanceTable:
         return found
 
     def find(self, ids: Sequence[str], columns: list[str]) -> pyarrow.Table:
-        """The rows of these ids, as many as there are, in no order. With an index this takes the time of those rows, not of all."""
+        """Return the existing rows of these ids, in any order.
+
+        With an index of ids this reads only those rows, otherwise all.
+        """
         with _errors_named(self.path):
             return self._dataset.scanner(columns=columns, filter=_is_one_of(ids)).to_table()
 
     @property
     def is_indexed(self) -> bool:
-        """Whether ids are found without reading through many rows. Raises DataError where the index is seen to be damaged."""
+        """Return whether ids are found without scanning many rows.
+
+        Raises:
+            DataError: a file of the index is damaged.
+        """
         indices = self._dataset.describe_indices()
         for file in self._index_files(indices[0]) if indices else ():
             _check_footer(file)
@@ -187,7 +205,10 @@ class LanceTable:
         )
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pyarrow.Table | DataError]:
-        """All rows a few thousand at a time; for a data file that cannot be read the error instead of its remaining rows."""
+        """Yield all rows in tables of at most 4,096.
+
+        If a data file cannot be read, the error is yielded instead of its remaining rows.
+        """
         for fragment in self._dataset.get_fragments():
             try:
                 with _errors_named(self.path):
@@ -204,9 +225,14 @@ class LanceTable:
                 yield error
 
     def compact(self, keep: timedelta = timedelta(0), lazily: bool = False) -> None:
-        """Join small data files, bring the index of ids up to date, and remove what no version of the last ``keep`` needs.
+        """Compact small data files, update the index of ids, and remove old versions.
 
-        Files that were written and never committed go too. Rows keep their order. Does nothing where nothing is to be done.
+        Files that were written and never committed are removed too. Rows keep their order. If there
+        is nothing to do, the version does not change.
+
+        Args:
+            keep: keep the files of versions that are younger than this.
+            lazily: update the index only if many rows are missing in it.
         """
         version = self.version
         with _errors_named(self.path), release_freed_memory():
@@ -225,7 +251,10 @@ class LanceTable:
             self._dataset.cleanup_old_versions(older_than=keep, delete_unverified=True)
 
     def _join_options(self) -> Any:
-        """In small pieces: of its own accord Lance takes 1,024 rows at a time, however long, and reads up to 2 GiB ahead."""
+        """Return options for compaction in small batches.
+
+        By default Lance reads 1,024 rows at a time, however long they are, and prefetches 2 GiB.
+        """
         size = sum(
             file.file_size_bytes or 0
             for fragment in self._dataset.get_fragments()
@@ -240,7 +269,11 @@ class LanceTable:
         }
 
     def _index(self, lazily: bool) -> None:
-        """Index the ids. A whole index is merged anew each time, so for growing tables ``lazily``; rows outside it are read through."""
+        """Create or update the index of ids.
+
+        Every update rewrites the whole index, so growing tables use ``lazily``. Rows outside the
+        index are scanned.
+        """
         indices = self._dataset.describe_indices()
         if indices and not self._is_whole(indices[0]):
             self._dataset.drop_index(indices[0].name)
@@ -255,7 +288,7 @@ class LanceTable:
         self._dataset.checkout_latest()
         (index,) = self._dataset.describe_indices()
         if not self._is_whole(index):
-            self._dataset.drop_index(index.name)  # rows are found without it too
+            self._dataset.drop_index(index.name)  # rows are also found without it
             raise _cut_short(self.path / "_indices")
         for file in self._index_files(index):
             _sync_file(file)
@@ -273,8 +306,13 @@ class LanceTable:
         ]
 
     def _check_whole(self, fragments: list[Any]) -> None:
-        """Flush new data files to disk, and see that they are as long as they should be: where a disk is full, Lance may cut the last
-        write short without a word."""
+        """Flush new data files to disk, and check their sizes.
+
+        On a full disk Lance may truncate the last write without an error.
+
+        Raises:
+            OSError: a file is truncated.
+        """
         for fragment in fragments:
             for file in fragment.files:
                 path = self.path / "data" / file.path
@@ -283,7 +321,11 @@ class LanceTable:
                 _sync_file(path)
 
     def _write_head(self) -> None:
-        """Say that the version just committed is the newest, after a look whether it can be read."""
+        """Record the version just committed as the newest in ``head.json``.
+
+        Raises:
+            OSError: the version cannot be read; its manifest is removed.
+        """
         manifest = _manifest(self.path, self.version)
         try:
             with _errors_named(self.path):
@@ -291,7 +333,7 @@ class LanceTable:
         except DataError:
             whole = False
         if not whole:
-            manifest.unlink(missing_ok=True)  # the version before is what counts
+            manifest.unlink(missing_ok=True)  # the previous version remains the newest
             raise _cut_short(manifest)
         _sync_file(manifest)
         sync_folder(manifest.parent)
@@ -300,22 +342,33 @@ class LanceTable:
 
 
 def _check_footer(path: Path) -> None:
-    """See that the tables at the end of a Lance file fit into it: Lance asks for the memory that they claim, and aborts the process."""
+    """Check that the tables in the footer of a Lance file fit into the file.
+
+    Lance allocates the memory that a footer claims, and aborts the process if it is too much.
+
+    Raises:
+        DataError: the file is truncated, or its footer is damaged.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             file.seek(max(0, size - _FOOTER.size))
             _, columns_at, buffers_at, buffers, columns, *_ = _FOOTER.unpack(file.read())
     except FileNotFoundError:
-        return  # Lance says so
+        return  # Lance raises an error that names the file
     except struct.error:
-        raise DataError(f"{path} is damaged: it is cut short.") from None
+        raise DataError(
+            f"{path} is damaged: it is truncated. Restore the file from a copy."
+        ) from None
     if columns_at + 16 * columns > size or buffers_at + 16 * buffers > size:
-        raise DataError(f"{path} is damaged: its end claims tables that do not fit into it.")
+        raise DataError(
+            f"{path} is damaged: its footer has tables that exceed the file. "
+            "Restore the file from a copy."
+        )
 
 
 def _may_lag(indexed: int) -> int:
-    """So many rows may be outside an index of this size."""
+    """Return how many rows may be outside an index of this many rows."""
     return max(_FEW_ROWS, indexed // 8)
 
 
@@ -333,8 +386,8 @@ def _read_head(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path / _HEAD} is missing or damaged ({type(error).__name__}), so nobody can say whether {path} is whole. "
-            "Restore the file from a copy. Nothing was changed."
+            f"{path / _HEAD} is missing or damaged ({type(error).__name__}), so it is unknown "
+            f"whether {path} is complete. Restore the file from a copy. Nothing was changed."
         ) from None
 
 
@@ -349,7 +402,7 @@ def _opened(path: Path, version: int | None = None) -> Any:
 
 
 def _newest(path: Path) -> Any:
-    """The newest version, if it can be read."""
+    """Return the newest version, or None if it cannot be read."""
     try:
         return _opened(path)
     except DataError:
@@ -357,7 +410,10 @@ def _newest(path: Path) -> Any:
 
 
 def _manifest(path: Path, version: int) -> Path:
-    """Lance numbers manifests downwards, so that the newest comes first in a listing."""
+    """Return the path of a manifest.
+
+    Lance numbers manifests downwards, so that the newest is the first in a listing.
+    """
     return path / "_versions" / f"{2**64 - 1 - version:020d}.manifest"
 
 
@@ -377,7 +433,7 @@ def _is_one_of(ids: Sequence[str]) -> str:
 
 @contextmanager
 def _errors_named(path: Path) -> Iterator[None]:
-    """What Lance raises, in the words of this project."""
+    """Replace errors of Lance by smalto's errors for the duration of the block."""
     try:
         yield
     except SmaltoError:
@@ -385,9 +441,8 @@ def _errors_named(path: Path) -> Iterator[None]:
     except Exception as error:
         raise _explained(path, str(error)) from None
     except BaseException as error:
-        if (
-            type(error).__name__ != "PanicException"
-        ):  # how a panic in Rust arrives; it is no Exception
+        # A panic in Rust arrives as PanicException, which does not derive from Exception.
+        if type(error).__name__ != "PanicException":
             raise
         raise _explained(path, str(error)) from None
 
@@ -402,13 +457,15 @@ def _explained(path: Path, text: str) -> Exception:
     )
     if missing and missing[2] == "_indices":
         return DataError(
-            f"{path / missing[1]} is missing. No row is lost: `smalto store compact {path}` makes that index anew."
+            f"{path / missing[1]} is missing. No row is lost: `smalto store compact {path}` "
+            "creates that index again."
         )
     if missing:
         return DataError(
-            f"{path / missing[1]} is missing, so {path} is not whole. Rows in other files can be read; restore that one from a copy, or "
-            "tokenize the images anew with --overwrite."
+            f"{path / missing[1]} is missing, so {path} is incomplete. Rows in other files can be "
+            "read; restore that one from a copy, or tokenize the images again with --overwrite."
         )
     return DataError(
-        f"{path} cannot be read: it is damaged, or no Lance table ({' '.join(text.split())[:300]})."
+        f"{path} cannot be read: it is damaged, or not a Lance table "
+        f"({' '.join(text.split())[:300]}). Restore the folder from a copy."
     )

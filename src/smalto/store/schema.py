@@ -1,4 +1,4 @@
-"""Rows of a token store and the header that they share: what they mean, and how they lie in Arrow tables."""
+"""Rows of a token store, their shared header, and their representation in Arrow tables."""
 
 from __future__ import annotations
 
@@ -23,17 +23,23 @@ from smalto.core.layout import TokenLayout
 from smalto.images.transforms import Transform
 
 NUMBERS = ("height", "width", "size", "modified")
+_NO_ID = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_NO_UTF8 = re.compile("[\ud800-\udfff]")
+_NEEDS_ENCODING = re.compile("[%?\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class StoreHeader(Config):
-    """What all tokens of a store share.
+    """Header of a token store: properties that all its tokens share.
 
     Attributes:
-        fingerprint: of the tokenizer; ``kind``: of its quantizer; ``tokenizer``: where it was.
-        grids: the layout of every image; None where images keep their shape.
-        transform: what was done to images first.
-        precision: what the encoder computed in.
-        source: where the images were.
+        fingerprint: fingerprint of the tokenizer.
+        kind: kind of its quantizer, or the name of a preset.
+        codebook_size: every token is in [0, codebook_size).
+        grids: layout of every image; None if images keep their shape.
+        transform: transform of the images before they were encoded.
+        precision: precision of the encoder.
+        tokenizer: path of the tokenizer when the store was created, or empty.
+        source: path of the images when the store was created, or empty.
     """
 
     format_version: Literal[1] = 1
@@ -60,14 +66,15 @@ class StoreHeader(Config):
         """Return the header for tokens of one tokenizer.
 
         Args:
-            identity: of the tokenizer: ``tokenizer.identity()``.
-            layout: of every image; None: images keep their shape, and every row has its own.
-            transform, precision: how images become tokens.
-            path: the folder of the tokenizer, for later jobs to find it.
-            source: the folder of the images.
+            identity: identity of the tokenizer: ``tokenizer.identity()``.
+            layout: layout of every image; None: images keep their shape, and every row has its own.
+            transform: transform of the images before they are encoded.
+            precision: precision of the encoder, ``"float32"`` or ``"bf16"``.
+            path: folder of the tokenizer, from which later jobs load it.
+            source: folder of the images.
 
         Raises:
-            ConfigError: a value out of range.
+            ConfigError: a value is out of range.
         """
         metadata = {
             "fingerprint": identity.fingerprint,
@@ -83,42 +90,48 @@ class StoreHeader(Config):
 
     @property
     def layout(self) -> TokenLayout | None:
+        """Return the layout of every image; None if images keep their shape."""
         return TokenLayout(self.grids) if self.grids is not None else None
 
     @property
     def dtype(self) -> numpy.dtype[Any]:
-        """Of tokens on disk: the smaller of two that holds every index."""
+        """Return the dtype of tokens on disk: uint16 if it holds every index, otherwise uint32."""
         return token_dtype(self.codebook_size)
 
     def check_same(self, other: StoreHeader, path: Path) -> None:
-        """Refuse tokens that may not be mixed with those of the store in ``path``.
+        """Raise an error if tokens under ``other`` must not be added to the store in ``path``.
 
         Raises:
-            RunError: names what differs, with both values.
+            RunError: the message gives the differences with both values.
         """
         names = {"fingerprint": "tokenizer", "grids": "layout"}
-        different = [
-            f"{names.get(key, key)}: {_shown(getattr(self, key))} in the store, {_shown(getattr(other, key))} now"
-            for key in ("fingerprint", "kind", "codebook_size", "grids", "transform", "precision")
-            if getattr(self, key) != getattr(other, key)
-        ]
+        different = []
+        for key in ("fingerprint", "kind", "codebook_size", "grids", "transform", "precision"):
+            stored = getattr(self, key)
+            now = getattr(other, key)
+            if stored != now:
+                name = names.get(key, key)
+                different.append(f"{name}: {_shown(stored)} in the store, {_shown(now)} now")
         if different:
             raise RunError(
-                f"{path} holds other tokens ({'; '.join(different)}). Tokens of two kinds do not mix: name another --out."
+                f"{path} holds other tokens ({'; '.join(different)}). A store holds tokens of one "
+                "kind. Name another --out."
             )
 
 
 class TokenRow(NamedTuple):
-    """The tokens of one view of one image.
+    """Tokens of one view of one image.
 
     Attributes:
         id: unique in the store; see ``row_id``.
-        tokens: whole numbers [L].
-        layout: of the tokens; None takes the store's.
-        label: the class, or empty.
-        height, width: of the original image in pixels.
+        tokens: integers [L] in [0, codebook_size).
+        layout: layout of the tokens; None: the store's.
+        label: name of the class, or empty.
+        height, width: size of the original image in pixels.
         crop: (top, left, height, width) of the part that was tokenized, in pixels of the original.
-        size, modified, digest: of the image's file: bytes, time in ns, 16 bytes of its contents' hash.
+        size: size of the image's file in bytes.
+        modified: when the image's file was last written, in ns.
+        digest: 16 bytes of the hash of the image's file, or empty.
     """
 
     id: str
@@ -134,29 +147,37 @@ class TokenRow(NamedTuple):
 
 
 def row_id(name: str, view: str = "") -> str:
-    """The id of an image's row: its name, with ``%``, ``?``, control characters and bytes that are no UTF-8 percent-encoded, and the
-    view (such as ``flip``) after a ``?``."""
+    """Return the id of an image's row: its name, and the view (such as ``flip``) after a ``?``.
+
+    In the name, ``%``, ``?``, control characters and bytes that are not UTF-8 are percent-encoded.
+    """
     return _NEEDS_ENCODING.sub(_percent, name) + (f"?{view}" if view else "")
 
 
 def split_id(id: str) -> tuple[str, str]:
-    """(name, view) of an id: what ``row_id`` was given."""
+    """Return (name, view) of an id, the arguments of ``row_id``."""
     name, _, view = id.partition("?")
     return unquote(name, errors="surrogateescape"), view
 
 
 def rows_to_table(rows: Sequence[TokenRow], header: StoreHeader) -> pyarrow.Table:
-    """Rows as an Arrow table, checked.
+    """Validate rows and return them as an Arrow table.
 
     Raises:
-        InputError: an id that is empty, a token outside the codebook, or another number of tokens than the layout's.
+        InputError: an id is empty or has control characters, a token is outside the codebook, or
+            the layout or the number of tokens does not match.
     """
-    schema, fixed = store_schema(header), header.layout
+    schema = store_schema(header)
+    fixed = header.layout
     if not all(row.id for row in rows):
-        raise InputError(f"every row needs an id; got {[row.id for row in rows][:5]} ...")
+        raise InputError(
+            f"got the ids {[row.id for row in rows][:5]}, ...; expected an id for every row. "
+            "Make one with row_id(name)."
+        )
     if odd := [row.id for row in rows if _NO_ID.search(row.id)]:
         raise InputError(
-            f"ids are texts without control characters; got {odd[0]!r}. row_id(name) makes one of any name."
+            f"got the id {odd[0]!r}; expected text without control characters. Make a valid id "
+            "from any name with row_id(name)."
         )
     arrays = [_as_array(row, fixed, header.codebook_size) for row in rows]
     flat = pyarrow.array(numpy.concatenate(arrays).astype(header.dtype, copy=False))
@@ -193,7 +214,7 @@ def rows_to_table(rows: Sequence[TokenRow], header: StoreHeader) -> pyarrow.Tabl
 
 
 def checksums(table: pyarrow.Table) -> list[int]:
-    """CRC-32 of each row, over all of its columns but ``crc``."""
+    """Return the CRC-32 of each row, over all columns except ``crc``."""
     grids = (
         [_bytes_of(row) for row in _lists(table["grids"])]
         if "grids" in table.column_names
@@ -221,11 +242,6 @@ def checksums(table: pyarrow.Table) -> list[int]:
     return found
 
 
-_NO_ID = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
-_NO_UTF8 = re.compile("[\ud800-\udfff]")
-_NEEDS_ENCODING = re.compile("[%?\x00-\x1f\x7f\ud800-\udfff]")
-
-
 def _percent(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogateescape"))
 
@@ -234,24 +250,32 @@ def _as_array(row: TokenRow, fixed: TokenLayout | None, codebook_size: int) -> n
     tokens = numpy.asarray(row.tokens).reshape(-1)
     layout = row.layout or fixed
     if layout is None:
-        raise InputError(f"row {row.id!r} needs a layout: in this store images keep their shape.")
+        raise InputError(
+            f"row {row.id!r}: got layout=None; expected a layout, because images in this store "
+            "keep their shape. Pass TokenRow(..., layout=...)."
+        )
     if fixed is not None and layout != fixed:
         raise InputError(
-            f"row {row.id!r} has the layout {layout}; all rows of this store have {fixed}."
+            f"row {row.id!r}: got the layout {layout}; expected {fixed}, the layout of this store. "
+            "Use a store whose header has layout=None for images that keep their shape."
         )
     if tokens.dtype.kind not in "iu" or len(tokens) != layout.num_tokens:
         raise InputError(
-            f"row {row.id!r}: the layout {layout} has {layout.num_tokens} tokens, whole numbers; got {tokens.dtype} [{len(tokens)}]."
+            f"row {row.id!r}: got {tokens.dtype} [{len(tokens)}]; expected integers "
+            f"[{layout.num_tokens}] for the layout {layout}. Pass all tokens of one image."
         )
     if int(tokens.min()) < 0 or int(tokens.max()) >= codebook_size:
         raise InputError(
-            f"row {row.id!r}: tokens lie in [0, {codebook_size}); got {int(tokens.min())} to {int(tokens.max())}."
+            f"row {row.id!r}: got tokens from {int(tokens.min())} to {int(tokens.max())}; expected "
+            f"[0, {codebook_size}). Pass the tokens of the store's tokenizer."
         )
     return tokens
 
 
 def store_schema(header: StoreHeader) -> pyarrow.Schema:
-    kind, fixed = pyarrow.from_numpy_dtype(header.dtype), header.layout
+    """Return the Arrow schema of a token store, with its header as metadata."""
+    kind = pyarrow.from_numpy_dtype(header.dtype)
+    fixed = header.layout
     tokens = pyarrow.list_(kind, fixed.num_tokens) if fixed is not None else pyarrow.list_(kind)
     fields = [
         pyarrow.field("id", pyarrow.string(), nullable=False),
@@ -275,7 +299,7 @@ def store_schema(header: StoreHeader) -> pyarrow.Schema:
 
 
 def token_arrays(table: pyarrow.Table) -> numpy.ndarray | list[numpy.ndarray]:
-    """The tokens of every row, as they are stored: [n, L], or a list of [L_i]."""
+    """Return the tokens of every row in the stored dtype: [n, L], or a list of [L_i]."""
     column = table["tokens"]
     if pyarrow.types.is_fixed_size_list(column.type):
         return flat_values(column).reshape(-1, column.type.list_size)
@@ -283,7 +307,7 @@ def token_arrays(table: pyarrow.Table) -> numpy.ndarray | list[numpy.ndarray]:
 
 
 def flat_values(column: pyarrow.ChunkedArray) -> numpy.ndarray:
-    """All values of a column of lists, one after the other."""
+    """Return all values of a column of lists as one flat array."""
     flat = column.combine_chunks().flatten()
     return (flat.combine_chunks() if isinstance(flat, pyarrow.ChunkedArray) else flat).to_numpy(
         zero_copy_only=False
@@ -300,7 +324,11 @@ def _lists(column: pyarrow.ChunkedArray) -> list[numpy.ndarray]:
 
 
 def row_layouts(table: pyarrow.Table, header: StoreHeader) -> list[TokenLayout]:
-    """The layout of every row of a table. Raises InputError where a grid makes no sense."""
+    """Return the layout of every row of a table.
+
+    Raises:
+        InputError: a grid is invalid.
+    """
     if header.layout is not None:
         return [header.layout] * table.num_rows
     return [

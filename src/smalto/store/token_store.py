@@ -1,4 +1,4 @@
-"""TokenStore: the tokens of a whole collection in one place, with what is needed to trust and decode them."""
+"""Token store: tokens of a collection of images, with the metadata to verify and decode them."""
 
 from __future__ import annotations
 
@@ -38,21 +38,33 @@ from smalto.store.schema import (
 
 _ERRORS = "_errors"
 _LOCK = ".lock"
+_ERROR_SCHEMA = pyarrow.schema(
+    [
+        pyarrow.field("id", pyarrow.string(), nullable=False),
+        pyarrow.field("reason", pyarrow.string(), nullable=False),
+        pyarrow.field("size", pyarrow.int64()),
+        pyarrow.field("modified", pyarrow.int64()),
+    ]
+)
 
 
 class TokenStore:
-    """Tokens on disk: one row per image (or view of one), committed in batches, never half-written.
+    """Token store on Lance: one row per image, or per view of an image, with atomic commits.
 
-    ``len(store)`` rows; ``store[i]`` is one, ``store.batch(indices)`` several. Opening reads no rows and writes nothing. Use ``create`` and
-    ``open``.
+    The store has ``len(store)`` rows. ``store[i]`` returns one, ``store.batch(indices)`` several.
+    Use ``create`` and ``open`` instead of the constructor. Opening reads no rows and writes no
+    files.
 
     Attributes:
-        path: the folder, a Lance dataset (https://lancedb.github.io/lance) that other programs can read too.
-        header: what all rows share.
+        path: the folder, a Lance dataset (https://lancedb.github.io/lance) that other programs can
+            read too.
+        header: properties that all rows share.
     """
 
     def __init__(self, path: Path, table: LanceTable, header: StoreHeader) -> None:
-        self.path, self.header, self._table = path, header, table
+        self.path = path
+        self.header = header
+        self._table = table
         self._lock = filelock.FileLock(path / _LOCK, thread_local=False)
 
     @classmethod
@@ -61,7 +73,7 @@ class TokenStore:
 
         Args:
             path: a folder that does not exist yet, such as ``tokens.lance``.
-            header: what all rows share: ``StoreHeader.of(tokenizer.identity(), layout=...)``.
+            header: properties of all rows: ``StoreHeader.of(tokenizer.identity(), layout=...)``.
 
         Raises:
             RunError: ``path`` exists.
@@ -69,33 +81,40 @@ class TokenStore:
         path = Path(path)
         if path.exists():
             raise RunError(
-                f"{path} exists already. Open it with TokenStore.open, or name another path."
+                f"{path} exists already. Open it with TokenStore.open({str(path)!r}), or name "
+                "another path."
             )
         try:
-            with atomic_path(path) as folder:  # appears whole
+            with atomic_path(path) as folder:  # the store appears complete
                 LanceTable.create(folder, store_schema(header))
                 LanceTable.create(folder / _ERRORS, _ERROR_SCHEMA)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            raise RunError(f"{path} exists already: another process has just made it.") from None
+            raise RunError(
+                f"{path} exists already: another process has just created it. Open it with "
+                f"TokenStore.open({str(path)!r}), or name another path."
+            ) from None
         return cls.open(path)
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
-        """Open a store as it is now; ``refresh`` looks again.
+        """Open the newest version of a store; ``refresh`` loads later versions.
 
         Raises:
-            DataError: there is none, it is of another format, or a part of it is missing or damaged.
+            DataError: the store does not exist, has another format, or is missing parts or damaged.
         """
         path = Path(path)
         if not path.exists():
-            raise DataError(f"{path} does not exist: token stores are made by `smalto tokenize`.")
+            raise DataError(
+                f"{path} does not exist; expected a token store. Create one with `smalto tokenize`."
+            )
         if not path.is_dir() or not any(
             (path / name).exists() for name in ("head.json", "_versions", "data")
         ):
             raise DataError(
-                f"{path} is no token store: that is a folder made by `smalto tokenize`."
+                f"{path} is not a token store; expected a folder created by `smalto tokenize`. "
+                "Name such a folder."
             )
         table = LanceTable.open(path)
         try:
@@ -104,72 +123,90 @@ class TokenStore:
             )
         except (KeyError, ValueError) as error:
             raise DataError(
-                f"{path} is a Lance table, but no token store of this smalto ({error})."
+                f"{path} is a Lance table, but not a token store of this version of smalto: "
+                f"{error}. Name a folder created by `smalto tokenize`."
             ) from None
         return cls(path, table, header)
 
     def refresh(self) -> None:
-        """See what other processes have committed since."""
+        """Load the newest version, with the commits of other processes."""
         self._table.refresh()
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row ``index`` (negative counts from the end): as ``batch`` gives it, without the first dimension."""
+        """Return row ``index`` like ``batch``, without the first dimension.
+
+        A negative index counts from the end.
+        """
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.path} has {len(self):,} rows; there is no row {index}.")
+            raise IndexError(
+                f"got row index {index}; expected {-len(self)} to {len(self) - 1} in {self.path}."
+            )
         return {key: value[0] for key, value in self.batch([index % len(self)]).items()}
 
     @property
     def version(self) -> int:
-        """Counts commits; the same number means the same contents."""
+        """Return the version number, which increases with every commit.
+
+        The same number means the same contents.
+        """
         return self._table.version
 
     @property
     def num_small_files(self) -> int:
-        """About how many data files ``compact`` would join."""
+        """Return the approximate number of data files that ``compact`` would join."""
         return self._table.num_fragments - len(self) // ROWS_PER_FILE
 
     def batch(self, indices: Sequence[int] | numpy.ndarray | Tensor) -> dict[str, Any]:
-        """Rows by number, in the order asked for.
+        """Return rows by index, in the order of the indices.
 
         Returns:
-            ``id``, ``label``: lists of texts. ``tokens``: int64 [B, L], or a list of [L_i] where images keep their shape. ``layout``: a
-            list of TokenLayout. ``height``, ``width``: int64 [B]; ``crop``: int64 [B, 4].
+            A dict with ``id`` and ``label``: lists of strings; ``tokens``: int64 [B, L], or a list
+            of [L_i] if images keep their shape; ``layout``: list of TokenLayout; ``height`` and
+            ``width``: int64 [B]; ``crop``: int64 [B, 4].
 
         Raises:
-            InputError: a number out of range, or no whole number.
+            InputError: an index is out of range, or not an integer.
             DataError: a data file is missing or damaged.
         """
         asked = numpy.asarray(indices).reshape(-1)
         if asked.size and asked.dtype.kind not in "iu":
-            raise InputError(f"rows are asked for by whole numbers; got {asked.dtype}.")
+            raise InputError(
+                f"got row indices of {asked.dtype}; expected integers. Convert a mask with "
+                "mask.nonzero()."
+            )
         asked = asked.astype(numpy.int64)
         if asked.size and (asked.min() < 0 or asked.max() >= len(self)):
             raise InputError(
-                f"rows are numbered 0 to {len(self) - 1}; got {int(asked.min())} to {int(asked.max())}."
+                f"got row indices from {int(asked.min())} to {int(asked.max())}; expected 0 to "
+                f"{len(self) - 1}. Call store.refresh() to see rows that were added later."
             )
         rising, places = numpy.unique(asked, return_inverse=True)
         return self._columns(self._table.take(rising.tolist(), self._read), places)
 
     def rows(self, start: int = 0, stop: int | None = None) -> dict[str, Any]:
-        """Rows [start, stop), as ``batch`` gives them, faster."""
-        return self._columns(
-            self._table.read(start, len(self) if stop is None else min(stop, len(self)), self._read)
-        )
+        """Return the rows [start, stop) like ``batch``, but faster."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        return self._columns(self._table.read(start, stop, self._read))
 
     def tokens(
         self, start: int, stop: int, classes: Sequence[str]
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Rows [start, stop) for training: tokens as they are stored, [n, L] or an array of [L_i], and the numbers of their labels in
-        ``classes``, int64 [n], -1 for none."""
+        """Return the rows [start, stop) for training.
+
+        Returns:
+            The tokens in the stored dtype, [n, L] or an array of n arrays [L_i], and the indices of
+            their labels in ``classes``, int64 [n], -1 for none.
+        """
         return _tokens_and_labels(self._table.read(start, stop, ["tokens", "label"]), classes)
 
     def tokens_at(
         self, indices: numpy.ndarray, classes: Sequence[str]
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Like ``tokens``, of rows by number in any order."""
+        """Return rows by index in any order, like ``tokens``."""
         rising, places = numpy.unique(indices, return_inverse=True)
         tokens, labels = _tokens_and_labels(
             self._table.take(rising.tolist(), ["tokens", "label"]), classes
@@ -177,11 +214,11 @@ class TokenStore:
         return tokens[places], labels[places]
 
     def token_rows(self, start: int, stop: int) -> list[TokenRow]:
-        """Rows [start, stop) as ``append`` takes them."""
+        """Return the rows [start, stop) in the form that ``append`` accepts."""
         return self._token_rows(self._table.read(start, min(stop, len(self))))
 
     def token_rows_at(self, indices: numpy.ndarray) -> list[TokenRow]:
-        """Like ``token_rows``, of rows by rising number."""
+        """Return rows by increasing index, like ``token_rows``."""
         return self._token_rows(self._table.take(indices.tolist()))
 
     def _token_rows(self, table: pyarrow.Table) -> list[TokenRow]:
@@ -208,41 +245,38 @@ class TokenStore:
         ]
 
     def ids(self) -> list[str]:
-        """The ids of all rows, in order."""
+        """Return the ids of all rows, in order."""
         return [
             id for table in self._table.batches(["id"]) for id in _or_raise(table)["id"].to_pylist()
         ]
 
     def labels(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """The label of every row in [start, stop)."""
-        return [
-            label or ""
-            for label in self._table.read(start, len(self) if stop is None else stop, ["label"])[
-                "label"
-            ].to_pylist()
-        ]
+        """Return the label of every row in [start, stop), empty for none."""
+        table = self._table.read(start, len(self) if stop is None else stop, ["label"])
+        return [label or "" for label in table["label"].to_pylist()]
 
     def classes(self) -> list[str]:
-        """All labels that occur, sorted."""
+        """Return all labels that occur, sorted."""
         found: set[str | None] = set()
         for table in self._table.batches(["label"]):
             found |= set(compute.unique(_or_raise(table)["label"]).to_pylist())
         return sorted(label for label in found if label)
 
     def known(self, ids: Sequence[str]) -> dict[str, tuple[int, int, bytes]]:
-        """(size, modified, digest) of the files of those ids that are in the store."""
-        found = self._table.find(ids, ["id", "size", "modified", "digest"]) if ids else None
-        return (
-            {
-                row["id"]: (row["size"], row["modified"], row["digest"] or b"")
-                for row in found.to_pylist()
-            }
-            if found is not None
-            else {}
-        )
+        """Return (size, modified, digest) of the image's file for those ids that exist."""
+        if not ids:
+            return {}
+        found = self._table.find(ids, ["id", "size", "modified", "digest"])
+        return {
+            row["id"]: (row["size"], row["modified"], row["digest"] or b"")
+            for row in found.to_pylist()
+        }
 
     def lost_by_the_index(self, ids: Sequence[str]) -> list[str]:
-        """Of ids that are in the store those that ``known`` does not find: the index of ids is damaged. Empty where there is none."""
+        """Return those of the existing ids that ``known`` does not find.
+
+        If there are any, the index of ids is damaged. Returns an empty list without an index.
+        """
         if not self._table.is_indexed:
             return []
         found = set(self._table.find(ids, ["id"])["id"].to_pylist())
@@ -250,17 +284,20 @@ class TokenStore:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the one that writes; no other process can meanwhile. ``append`` does this itself where it is not done around it.
+        """Hold the writer lock for the duration of the block.
+
+        The lock is reentrant. ``append`` acquires it automatically.
 
         Raises:
-            RunError: another process writes to this store.
+            RunError: another process holds the writer lock.
         """
         first = not self._lock.is_locked
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RunError(
-                f"another process is writing to {self.path}. Wait for it, or name another --out."
+                f"another process is writing to {self.path}. Wait until it has finished, or name "
+                "another --out."
             ) from None
         try:
             if first:
@@ -283,7 +320,7 @@ class TokenStore:
         Args:
             rows: with ids that are new.
             replace: replace the rows whose ids exist.
-            header: of the tokens, if the caller knows it; it must agree with the store's.
+            header: header of the tokens; if given, it must match the store's.
 
         Raises:
             RunError: the tokens are of another kind than the store's, or another process holds the
@@ -297,21 +334,23 @@ class TokenStore:
             self.append_table(rows_to_table(rows, self.header), replace=replace)
 
     def append_table(self, table: pyarrow.Table, *, replace: bool = False) -> None:
-        """Like ``append``, of rows that ``rows_to_table`` has checked and laid out."""
+        """Add the rows of a table from ``rows_to_table``, like ``append``."""
         ids = table["id"].to_pylist()
         if len(set(ids)) < len(ids):
             raise InputError(
-                f"every row needs an id of its own; {Counter(ids).most_common(1)[0][0]!r} is there more than once."
+                f"got the id {Counter(ids).most_common(1)[0][0]!r} more than once; expected a "
+                "unique id for every row. Add a view to the ids with row_id(name, view)."
             )
         with self.writing():
             if not replace and (there := self.known(ids)):
                 raise InputError(
-                    f"{len(there)} of these ids are in {self.path} already, such as {min(there)!r}. replace=True redoes them."
+                    f"got ids that are in {self.path} already ({len(there)}, such as "
+                    f"{min(there)!r}); expected new ids. Replace the rows with replace=True."
                 )
             (self._table.upsert if replace else self._table.append)(table)
 
     def add_errors(self, errors: Sequence[tuple[Skipped, int, int]]) -> None:
-        """Note images that could not be used: each with the size and time of its file."""
+        """Record images that could not be used, with size and modification time of their files."""
         if not errors:
             return
         ids = [row_id(skipped.name) for skipped, _, _ in errors]
@@ -329,30 +368,31 @@ class TokenStore:
             self._errors().upsert(pyarrow.table(arrays, schema=_ERROR_SCHEMA))
 
     def forget_errors(self, names: Sequence[str]) -> None:
-        """Remove images from the errors: they are good now."""
+        """Remove images, which can be used now, from the recorded errors."""
         with self.writing():
             self._errors().delete([row_id(name) for name in names])
 
     def errors(self) -> dict[str, tuple[str, int, int]]:
-        """Images that could not be used, by name: (reason, size, modified)."""
+        """Return the images that could not be used, by name: (reason, size, modified)."""
         rows = [row for batch in self._errors().batches() for row in _or_raise(batch).to_pylist()]
         return {
             split_id(row["id"])[0]: (row["reason"], row["size"], row["modified"]) for row in rows
         }
 
     def compact(self, keep: timedelta = timedelta(0), *, lazily: bool = False) -> None:
-        """Join small files, index the ids, remove what no version needs. Rows keep their numbers.
+        """Join small files, index the ids, and remove old versions. Rows keep their order.
 
         Args:
-            keep: leave what was replaced less than this ago, for those who have the store open.
-            lazily: bring the index up to date only where much is missing in it.
+            keep: keep files that were replaced less than this ago, for processes that have the
+                store open.
+            lazily: update the index only if many rows are missing in it.
         """
         with self.writing():
             self._table.compact(keep, lazily)
             self._errors().compact(keep, lazily)
 
     def tables(self) -> Iterator[pyarrow.Table | DataError]:
-        """All rows as Arrow tables in order, or why some cannot be read."""
+        """Yield all rows as Arrow tables in order; an error instead of rows that cannot be read."""
         return self._table.batches()
 
     def _errors(self) -> LanceTable:
@@ -394,16 +434,6 @@ class TokenStore:
                 flat_values(table["crop"]).reshape(-1, 4).astype(numpy.int64)[order]
             ),
         }
-
-
-_ERROR_SCHEMA = pyarrow.schema(
-    [
-        pyarrow.field("id", pyarrow.string(), nullable=False),
-        pyarrow.field("reason", pyarrow.string(), nullable=False),
-        pyarrow.field("size", pyarrow.int64()),
-        pyarrow.field("modified", pyarrow.int64()),
-    ]
-)
 
 
 def _or_raise(batch: pyarrow.Table | DataError) -> pyarrow.Table:

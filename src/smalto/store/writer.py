@@ -1,4 +1,4 @@
-"""Writing to a token store beside the work that makes the tokens."""
+"""Writer that commits rows to a token store in a background thread."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ ROWS_PER_COMMIT = 4096
 SECONDS_PER_COMMIT = 10.0
 MANY_SMALL_FILES = 64
 SOME_SMALL_FILES = 16
-KEEP_REPLACED = timedelta(
-    hours=1
-)  # so long jobs leave the files that they replace to whoever reads them
-_WAITING = 8
+KEEP_REPLACED = timedelta(hours=1)  # replaced files stay this long for concurrent readers
+_WAITING = 8  # items in the queue
 
 
 class _Item(NamedTuple):
@@ -33,25 +31,33 @@ class _Item(NamedTuple):
 
 
 class StoreWriter:
-    """Commits rows in a thread, at least every 4,096 of them or 10 seconds, and joins small files now and then.
+    """Background writer that commits rows at least every 4,096 rows or 10 seconds.
 
-    Rows that are put together are committed together. Use as a context manager: what was put is committed at its end, also after an
-    error elsewhere. An error of the writing itself is raised by the next ``put``, or at the end.
+    Rows of one ``put`` are committed together. Small files are compacted when there are more than
+    64.
+
+    Use it as a context manager. Queued rows are committed at its end, even after an error in the
+    block. An error of the writer thread is raised by the next ``put``, or at the end.
     """
 
     def __init__(self, store: TokenStore) -> None:
         self._store = store
         self._queue: queue.Queue[_Item | None] = queue.Queue(_WAITING)
         self._failure: BaseException | None = None
-        self._ended = False  # the last item has come
+        self._ended = False  # the end of the queue was received
         self._thread = threading.Thread(target=self._run, name="store writer", daemon=True)
 
     def put(self, rows: Sequence[TokenRow], *, replace: bool = False) -> None:
-        """Rows to commit; waits where the writing is behind. ``replace``: their ids may be there."""
+        """Queue rows for a commit; blocks while the queue is full.
+
+        Args:
+            rows: the rows.
+            replace: replace the rows whose ids exist. Otherwise an existing id is an error.
+        """
         self._put(_Item(rows, replace, None))
 
     def put_error(self, skipped: Skipped, size: int, modified: int) -> None:
-        """An image to note as bad."""
+        """Queue an image that could not be used, with size and modification time of its file."""
         self._put(_Item((), False, (skipped, size, modified)))
 
     def __enter__(self) -> StoreWriter:
@@ -79,15 +85,15 @@ class StoreWriter:
             self._write_until_the_end()
         except BaseException as error:
             self._failure = error
-            while not self._ended:  # whoever puts must not wait for ever
+            while not self._ended:  # keep emptying the queue, so that `put` does not block
                 self._ended = self._queue.get() is None
 
     def _write_until_the_end(self) -> None:
-        tables: list[
-            pyarrow.Table
-        ] = []  # in Arrow's memory, apart from that of tensors, where they would leave holes
+        # Tables are in Arrow's own memory pool. Rows among tensors would fragment the heap.
+        tables: list[pyarrow.Table] = []
         errors: list[tuple[Skipped, int, int]] = []
-        replace, due = False, 0.0
+        replace = False
+        due = 0.0
         while True:
             waiting = bool(tables or errors)
             try:
@@ -108,7 +114,9 @@ class StoreWriter:
                 or (waiting and time.monotonic() >= due)
             ):
                 self._commit(tables, errors, replace)
-                tables, errors, replace = [], [], False
+                tables = []
+                errors = []
+                replace = False
             if self._ended:
                 return
 

@@ -280,8 +280,10 @@ class ImageTokenizer(nn.Module):
             patch_hws: (rows, columns) of each scale, for a multi-scale tokenizer. None: its
                 configured scales.
         """
-        tokens = join_blocks(idx_Bl)
-        return self.quantize.generator_input(tokens, self._layout_of(idx_Bl, patch_hws))
+        join_blocks(idx_Bl)  # checks them
+        needs_layout = self.quantize.configured_layout is not None
+        layout = self._layout_of(idx_Bl, patch_hws) if needs_layout else None
+        return self.quantize.generator_input(idx_Bl, layout)
 
     @overload
     def idxBl_to_img(

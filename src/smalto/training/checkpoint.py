@@ -89,7 +89,9 @@ def _check_sums(folder: Path) -> None:
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace every tensor inside dicts and lists by its name, and collect them; the rest is JSON."""
+    """Replace every tensor inside dicts and lists by its name, and collect them; the rest is
+    JSON.
+    """
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}

@@ -1,4 +1,4 @@
-"""Names that settings and checkpoints had in earlier versions, so that old recipes and runs can still be read."""
+"""Earlier names of settings and checkpoint entries, so that old recipes and runs can be read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _SETTINGS = {
 
 
 def rename_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return dotted settings under today's names; one RenamedSettingWarning lists those that had an earlier name."""
+    """Return dotted settings under their present names.
+
+    Warns once with a RenamedSettingWarning that lists the settings with an earlier name.
+    """
     renamed = [f"{key} is now {_SETTINGS[key]}" for key in settings if key in _SETTINGS]
     if renamed:
         warnings.warn(f"{source}: {', '.join(renamed)}.", RenamedSettingWarning, stacklevel=2)
@@ -28,7 +31,7 @@ def rename_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def rename_tables(data: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return the tables of a recipe file with today's names; warns as ``rename_settings`` does."""
+    """Return the tables of a recipe file with present names; warn like ``rename_settings``."""
     earlier = {key: value for key, value in _flat(data).items() if key in _SETTINGS}
     if not earlier:
         return data
@@ -44,27 +47,22 @@ def rename_tables(data: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def upgrade_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the training state of a checkpoint with today's names."""
-    state = {
-        {"guard": "monitor", "stream": "batches"}.get(key, key): value
-        for key, value in state.items()
-    }
-    task = dict(state["task"])
-    if "caution" in task:
-        task["lr_scale"] = task.pop("caution")
+    """Return the training state of a checkpoint with present names."""
+    upgraded = {("monitor" if key == "guard" else key): value for key, value in state.items()}
+    if "stream" in upgraded:  # one flat list of positions, of all ranks
+        upgraded["batches"] = [upgraded.pop("stream")]
+    monitor = upgraded["monitor"]
+    if "told" in monitor:
+        upgraded["monitor"] = _renamed(monitor, "told", "reported")
+    task = _renamed(state["task"], "caution", "lr_scale")
     if "books" in task.get("updater", {}):
-        task["updater"] = {
-            ("trackers" if key == "books" else key): value for key, value in task["updater"].items()
-        }
-    if "told" in state["monitor"]:
-        state["monitor"] = {
-            ("reported" if key == "told" else key): value for key, value in state["monitor"].items()
-        }
-    return {**state, "task": task}
+        task["updater"] = _renamed(task["updater"], "books", "trackers")
+    upgraded["task"] = task
+    return upgraded
 
 
 def upgrade_split(split: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a split.json with today's names."""
+    """Return the contents of a split.json with present names."""
     return {("num_images" if key == "num_pictures" else key): value for key, value in split.items()}
 
 
@@ -75,3 +73,7 @@ def _flat(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values, dict)
         for key, value in values.items()
     }
+
+
+def _renamed(data: dict[str, Any], earlier: str, today: str) -> dict[str, Any]:
+    return {(today if key == earlier else key): value for key, value in data.items()}

@@ -16,7 +16,8 @@ from smalto.training.recipe import OptimizerConfig
 def parameter_groups(
     model: nn.Module, weight_decay: float, no_decay: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Return the trained parameters in two groups: weights of layers decay; norms and biases do not.
+    """Return the trained parameters in two groups: weights of layers decay; norms and biases do
+    not.
 
     Args:
         model: its parameters that require gradients are trained.

@@ -1,4 +1,4 @@
-"""The random generators of a process: seeded for a run, saved with it, and given back afterwards."""
+"""Random generators of a process: seed, save and restore."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, Python's, NumPy's and torch's generators go on from ``seed``; afterwards they are as before."""
+    """Seed the generators of Python, NumPy and torch inside the block; restore them afterwards."""
     before = random_state(device)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -25,7 +25,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of all generators of this process, as plain numbers and texts."""
+    """Return the state of all generators of this process, as plain numbers and strings."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state()
     state = {
@@ -39,7 +39,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on from what ``random_state`` gave."""
+    """Restore a state that ``random_state`` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -1,4 +1,6 @@
-"""Recipes: everything that decides what a training run does. This is the part that every kind of recipe shares."""
+"""Recipes: everything that decides what a training run does. This is the part that every kind of
+recipe shares.
+"""
 
 from __future__ import annotations
 

@@ -183,7 +183,9 @@ class RunFolder:
         state: dict[str, Any],
         keep: int = 2,
     ) -> None:
-        """Write checkpoint ``step``, make its model the latest, remove all but the newest ``keep``."""
+        """Write checkpoint ``step``, make its model the latest, remove all but the newest
+        ``keep``.
+        """
         target = self.checkpoint(step)
         if not target.exists():  # saved already by a run that was stopped right here
             write_checkpoint(target, step, save_model, state)
@@ -268,7 +270,9 @@ class RunFolder:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log up to one that is cut short or damaged; empty if there is no log."""
+    """Return the lines of a log up to one that is cut short or damaged; empty if there is no
+    log.
+    """
     rows: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

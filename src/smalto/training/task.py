@@ -1,4 +1,6 @@
-"""What the trainer trains: the protocols of a task and of its batches. Any model and any data can stand behind them."""
+"""What the trainer trains: the protocols of a task and of its batches. Any model and any data can
+stand behind them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log as TensorBoard shows it, where the package tensorboard is installed; imported only here."""
+"""Metrics for TensorBoard, if the package tensorboard is installed. It is imported only here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """Writes metrics into ``folder/tensorboard``, or nothing at all where tensorboard is not installed."""
+    """Writer of metrics into ``folder/tensorboard``; a no-op if tensorboard is not installed.
+
+    Args:
+        folder: of the run.
+        step: where the run starts or resumes; values of later steps are discarded.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self._writer: Any = None
@@ -17,15 +22,16 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._writer = SummaryWriter(
-            str(folder / FOLDER), purge_step=step
-        )  # a resumed run repeats what was not saved
+        # A resumed run repeats the steps since its checkpoint: purge their values.
+        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=step)
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of one step."""
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flush and close the file."""
         if self._writer is not None:
             self._writer.close()

@@ -199,7 +199,9 @@ def _report_changes(before: Split, images: TrainingImages, progress: Progress) -
 
 @contextmanager
 def _threads(number: int, device: torch.device, progress: Progress) -> Iterator[None]:
-    """Compute with as many threads as the run started with: sums on a CPU depend on their number."""
+    """Compute with as many threads as the run started with: sums on a CPU depend on their
+    number.
+    """
     before = torch.get_num_threads()
     if device.type == "cpu" and number != before:
         progress.message(

@@ -1,4 +1,4 @@
-"""What one step of tokenizer training does."""
+"""Training task of a tokenizer: losses, optimizers, codebook updates, averaged weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # the first optimizer imports it anyway: here, where Ctrl-C still may leave at once
+import torch._dynamo  # the first optimizer imports it anyway; here Ctrl-C can exit at once
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,22 +28,28 @@ from smalto.training.optimization import WeightAverage, learning_rate_factor, pa
 from smalto.training.task import MonitoredMetric
 from smalto.training.tokenizer_recipe import TokenizerMonitorConfig, TokenizerRecipe
 
-LR_BACK_OFF = (
-    0.5  # after each step back, learning rates and the adversarial weight are multiplied by this
-)
+LR_BACK_OFF = 0.5  # each rollback multiplies learning rates and the adversarial weight by this
+SATURATED = 0.05  # of the discriminator's hinge loss, which is 2 for a discriminator that guesses
 
 
 class TokenizerTask:
-    """A tokenizer and everything that teaches it: losses, discriminator, optimizers, codebook upkeep, averaged weights.
+    """Training of a tokenizer, step by step.
+
+    Contains the losses, the discriminator, the optimizers, the codebook updater and the averaged
+    weights.
 
     Args:
-        tokenizer: already on its device.
-        recipe: how.
-        held_out: fixed crops [N, C, size, size] in [-1, 1] to look at now and then.
-        keep_codes: the tokenizer has learned before: its codes stay where they are.
+        tokenizer: to train, on its device.
+        recipe: all settings.
+        held_out: fixed crops [N, C, size, size] in [-1, 1], for ``evaluate``.
+        keep_codes: whether the tokenizer is trained already, so that k-means must not move its
+            codes.
 
     Attributes:
-        tokenizer: the one that learns.
+        tokenizer: the one that is trained.
+        device: of the tokenizer.
+        batch_size: crops per step, over all processes.
+        monitored: metrics that the trainer watches.
     """
 
     def __init__(
@@ -53,13 +59,16 @@ class TokenizerTask:
         held_out: Tensor,
         keep_codes: bool = False,
     ) -> None:
-        self.tokenizer, self._recipe, self._held_out = tokenizer, recipe, held_out
+        self.tokenizer = tokenizer
+        self._recipe = recipe
+        self._held_out = held_out
         self.device = next(tokenizer.parameters()).device
         self.batch_size = recipe.data.batch
         self.monitored: Sequence[MonitoredMetric] = monitored_metrics(recipe.monitor)
         self._frozen = _freeze(tokenizer, recipe.finetune.learn)
         self._set_up_networks()
-        settings, adversarial = recipe.optimizer, recipe.losses.adversarial
+        settings = recipe.optimizer
+        adversarial = recipe.losses.adversarial
         self._discriminator: PatchDiscriminator | None = None
         if adversarial.weight:
             self._discriminator = adversarial.build(tokenizer.in_channels).to(
@@ -100,7 +109,7 @@ class TokenizerTask:
 
     @property
     def result(self) -> ImageTokenizer:
-        """The tokenizer that is saved: with averaged weights if the recipe asks for them."""
+        """Tokenizer to save: with averaged weights if ``optimizer.ema_decay`` is set."""
         if self._average is None:
             return self.tokenizer
         average = self._average.model
@@ -109,14 +118,14 @@ class TokenizerTask:
 
     @property
     def num_start_images(self) -> int:
-        """Crops that the k-means start needs: 8 vectors per code; 0 without explicit codes."""
+        """Crops for the k-means initialization: 8 latents per code; 0 without a codebook."""
         if self._updater is None:
             return 0
         layout = self.tokenizer.layout(self._recipe.data.size, self._recipe.data.size)
         return math.ceil(8 * self.tokenizer.quantize.codebook_size / max(layout.lengths))
 
     def start(self, batches: list[Tensor]) -> None:
-        """The codebook's k-means start."""
+        """Initialize the codebook, by k-means on crops [B, C, size, size], and the averages."""
         if self._updater is not None:
             self._updater.start(batch.to(self.device) for batch in batches)
         self._average = (
@@ -126,7 +135,7 @@ class TokenizerTask:
         )
 
     def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
-        """Learn from this process's part of a batch [B, C, size, size] in [-1, 1]."""
+        """Train on this rank's part of a batch [B, C, size, size] in [-1, 1]; return metrics."""
         self.tokenizer.train()
         for part in self._frozen:
             part.eval()
@@ -161,10 +170,13 @@ class TokenizerTask:
         return self._to_log(metrics)
 
     def _update(self) -> Tensor:
-        """One step of optimizer, codebook and averages; none of them where the gradient is not finite. Returns the gradient's length."""
+        """Step the optimizer, the codebook and the averages; return the gradient norm.
+
+        If the gradient is not finite, nothing is changed.
+        """
         learning = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(learning, self._recipe.optimizer.clip or math.inf)
-        # The gradient is the same in all processes, so they agree.
+        # The gradient is the same in all processes, so all take the same branch.
         if math.isfinite(float(norm)):
             self._optimizer.step()
             if self._updater is not None:
@@ -176,20 +188,19 @@ class TokenizerTask:
         return norm
 
     def _teach_discriminator(self, parts: tuple[Tensor, ...], fakes: list[Tensor]) -> Tensor:
-        """One step of the discriminator on images and their reconstructions; returns its loss."""
+        """Train the discriminator one step on images and reconstructions; return its loss."""
         assert self._discriminator is not None
         self._discriminator_optimizer.zero_grad(set_to_none=True)
-        num_images, total = sum(map(len, parts)), torch.zeros((), device=self.device)
+        num_images = sum(map(len, parts))
+        total = torch.zeros((), device=self.device)
         for number, (images, fake) in enumerate(zip(parts, fakes, strict=True)):
             with (
                 computing(self.device, self._recipe.precision, len(images)),
                 _no_gradient_sync(self._discriminator_network, number < len(parts) - 1),
             ):
-                loss = hinge(
-                    *self._discriminator_network(
-                        self._as_laid_out(torch.cat([images, fake]))
-                    ).chunk(2)
-                ) * (len(images) / num_images)
+                both = self._as_laid_out(torch.cat([images, fake]))
+                logits = self._discriminator_network(both).chunk(2)
+                loss = hinge(*logits) * (len(images) / num_images)
                 loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(
@@ -200,14 +211,10 @@ class TokenizerTask:
         return total
 
     def _to_log(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """The metrics as numbers, means over all processes."""
+        """Return the metrics as floats: means over all processes; not finite ones are left out."""
         dtype = metrics["loss"].dtype
-        means = (
-            distributed.all_reduce(
-                torch.stack([value.detach().to(dtype) for value in metrics.values()])
-            )
-            / distributed.world_size()
-        )
+        values = torch.stack([value.detach().to(dtype) for value in metrics.values()])
+        means = distributed.all_reduce(values) / distributed.world_size()
         log = {name: round(value, 7) for name, value in zip(metrics, means.tolist(), strict=True)}
         if self._updater is not None:
             log["usage"] = round(min(self._updater.usage().values()), 5)
@@ -219,7 +226,7 @@ class TokenizerTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out crops: PSNR, and the distance in the perceptual loss's network where there is one."""
+        """Return PSNR in dB and, if there is one, the perceptual loss of the held-out crops."""
         model = self.result.eval()
         perceptual = self._objective.terms.get("perceptual")
         own = distributed.rank_range(len(self._held_out))
@@ -240,26 +247,29 @@ class TokenizerTask:
         return metrics
 
     def back_off(self) -> None:
-        """Go on more carefully: half the learning rates, half the adversarial weight."""
+        """Halve the learning rates and the adversarial weight."""
         self._lr_scale *= LR_BACK_OFF
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into a folder."""
+        """Write ``result`` into a folder."""
         self.result.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Read the tokenizer that ``save`` wrote.
+        """Load the weights of ``result`` that ``save`` wrote.
 
         Raises:
-            RunError: it cannot be read, or it is of another configuration.
+            RunError: the folder cannot be read, or its tokenizer has another configuration.
         """
         saved = load(folder)
         if saved.config != self.tokenizer.config:
-            raise RunError(f"{folder} holds a tokenizer of another configuration than the run's.")
+            raise RunError(
+                f"{folder}: got a tokenizer of another configuration; expected that of the run. "
+                "Delete this checkpoint and resume from an earlier one."
+            )
         self.result.load_state_dict(saved.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """Return what resuming needs besides ``result``."""
+        """Return the state that resuming needs besides ``result``."""
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
             "lr_scale": self._lr_scale,
@@ -275,12 +285,12 @@ class TokenizerTask:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what ``state`` returned; settings stay those of the recipe."""
+        """Restore a state that ``state`` returned; the settings remain those of the recipe."""
         if self._average is not None:
             self._average.num_steps = state.get("averaged_steps", 0)
             weights = state.get("weights", self._average.model.state_dict())
             self.tokenizer.load_state_dict(weights)
-        elif "weights" in state:  # the run saved averages before
+        elif "weights" in state:  # ema_decay was set when the state was saved
             self.tokenizer.load_state_dict(state["weights"])
         _load_moments(self._optimizer, state["optimizer"])
         if self._updater is not None:
@@ -291,7 +301,7 @@ class TokenizerTask:
         self._lr_scale = state["lr_scale"]
 
     def _set_up_networks(self) -> None:
-        """The form in which the tokenizer runs: laid out, checkpointed, compiled, in step with other processes."""
+        """Set memory layout, gradient checkpointing, compilation and data parallelism."""
         for part in (self.tokenizer.encoder, self.tokenizer.decoder):
             if isinstance(part, CheckpointedNetwork):
                 part.gradient_checkpointing = self._recipe.gradient_checkpointing
@@ -300,7 +310,7 @@ class TokenizerTask:
         network: nn.Module = self.tokenizer
         if self._recipe.compile:
             network = torch.compile(network)  # type: ignore[assignment]
-        # Of a multi-scale quantizer some phi may serve no scale.
+        # A multi-scale quantizer may have a phi that is used by none of its scales.
         self._network = _data_parallel(
             network, some_unused=self.tokenizer.quantize.may_leave_parameters_unused
         )
@@ -324,7 +334,7 @@ class TokenizerTask:
 
 
 def _freeze(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
-    """Switch off the gradients of what a fine-tuning leaves as it is; returns the parts that stay in evaluation mode."""
+    """Freeze the modules that fine-tuning does not train; return those to keep in eval mode."""
     if learn == "decoder":
         for part in (tokenizer.encoder, tokenizer.quantize):
             part.requires_grad_(False)
@@ -336,7 +346,7 @@ def _freeze(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over an optimizer's state; its settings stay those of the recipe, which a resumed run may change."""
+    """Load the state of an optimizer but keep its settings, which a resumed run may change."""
     settings = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
@@ -347,24 +357,23 @@ def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
 
 
 def _last_layer(decoder: nn.Module) -> Tensor:
-    """The weights of the decoder's last layer."""
+    """Return the weight of the decoder's last layer."""
     return [p for p in decoder.parameters() if p.ndim > 1][-1]
 
 
 def _data_parallel(network: nn.Module, some_unused: bool = False) -> nn.Module:
-    """Where several processes work together: the network with gradients averaged over all of them."""
+    """Return the network with gradients averaged over processes, if there are several."""
     if distributed.world_size() == 1:
         return network
-    # After the start, buffers are kept in step by the codebook updater, or are the same by themselves.
-    new = (
-        "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    )  # its name since torch 2.13
-    buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    # The codebook updater synchronizes the codebook buffers; all others are equal from the start.
+    # ``broadcast_buffers`` is ``forward_sync_buffers`` since torch 2.13.
+    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
     return DistributedDataParallel(network, find_unused_parameters=some_unused, **buffers)
 
 
 def _no_gradient_sync(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
-    """Inside, gradients add up in this process only: of all but the last part of a batch."""
+    """Accumulate gradients in this process only if ``stay``: all but the last part of a batch."""
     return (
         network.no_sync()
         if stay and isinstance(network, DistributedDataParallel)
@@ -372,11 +381,8 @@ def _no_gradient_sync(network: nn.Module, stay: bool) -> contextlib.AbstractCont
     )
 
 
-SATURATED = 0.05  # of the discriminator's hinge loss, which is 2 when it cannot tell
-
-
 def monitored_metrics(config: TokenizerMonitorConfig) -> list[MonitoredMetric]:
-    """Return the metrics that tell whether the training of a tokenizer goes wrong."""
+    """Return the metrics that show whether the training of a tokenizer fails."""
 
     def psnr_fault(average: float, best: float) -> str | None:
         if average >= best - config.psnr_drop:
@@ -392,8 +398,8 @@ def monitored_metrics(config: TokenizerMonitorConfig) -> list[MonitoredMetric]:
         if average >= SATURATED:
             return None
         return (
-            "the discriminator tells all reconstructions from images: its gradient says little. "
-            "Lower losses.adversarial.lr or raise losses.perceptual.weight"
+            "the discriminator tells all reconstructions from images, so that its gradient is "
+            "hardly useful. Lower losses.adversarial.lr or raise losses.perceptual.weight"
         )
 
     return [

@@ -1,4 +1,6 @@
-"""The only training loop: steps, logs, checkpoints, faults, interruptions. What a step does is the task's."""
+"""The only training loop: steps, logs, checkpoints, faults, interruptions. What a step does is the
+task's.
+"""
 
 from __future__ import annotations
 

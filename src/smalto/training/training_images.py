@@ -1,4 +1,6 @@
-"""The images of a tokenizer's run: which are trained on, which are held out, and batches of their crops."""
+"""The images of a tokenizer's run: which are trained on, which are held out, and batches of their
+crops.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ class TrainingImages:
         seed: int,
         shared: bool = False,
     ) -> Tensor:
-        """Return at least ``number`` fixed crops, several of each image; ``shared``: this rank's."""
+        """Return at least ``number`` fixed crops, several of each image; ``shared``: this
+        rank's.
+        """
         several, size = recipe.data.crops_per_image, recipe.data.size
         batch = -(-number // several)
         rows = distributed.rank_range(batch) if shared else range(batch)
@@ -133,7 +137,9 @@ class TrainingImages:
         return torch.cat([next(stream) for _ in range(several)])
 
     def to_evaluate(self, limit: int) -> list[int]:
-        """Return the images to evaluate at the end: at most ``limit``, drawn by the hash of the name."""
+        """Return the images to evaluate at the end: at most ``limit``, drawn by the hash of the
+        name.
+        """
         indices = self.held_out or self.training
         if len(indices) <= limit:
             return indices

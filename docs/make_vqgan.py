@@ -13,7 +13,7 @@ from torch import Tensor
 
 import smalto
 from smalto.core.progress import Progress
-from smalto.evaluation.codecs import CODECS, code
+from smalto.evaluation.codecs import CODECS, compress_to_size
 from smalto.images.bundled import HELD_OUT, bundled_photographs
 from smalto.images.image_reader import ImageReader
 from smalto.images.tensors import to_uint8, to_unit_range

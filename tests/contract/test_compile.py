@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smalto.quantizers import CodebookUpdater, Quantizer
+from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from tests.contract.kinds import KINDS, C, build, latents
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -244,3 +245,52 @@ def test_bf16_autocast_around_training_changes_nothing_in_the_quantizer() -> Non
 
     for ours, reference in zip(run(build("ema"), True), run(build("ema"), False), strict=True):
         assert torch.equal(ours, reference)
+
+
+TOKENIZERS = {
+    "vector": {"kind": "vector", "codebook_size": 16, "latent_dim": 8},
+    "cosine": {"codebook_size": 16, "latent_dim": 8, "code_dim": 4, "metric": "cosine"},
+    "residual": {"kind": "residual", "num_stages": 2, "stage": {"latent_dim": 8, "code_dim": 4}},
+    "product": {"kind": "product", "num_heads": 2, "head": {"latent_dim": 4}},
+}
+
+
+class Encoding(nn.Module):
+    """Images -> token maps [B, G, h, w]."""
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows, columns = images.shape[2] // 4, images.shape[3] // 4
+        return self.tokenizer.encode(images).view(images.shape[0], -1, rows, columns)
+
+
+class Decoding(nn.Module):
+    """Token maps [B, G, h, w] -> images."""
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, maps: Tensor) -> Tensor:
+        layout = self.tokenizer.quantize.layout(maps.shape[2], maps.shape[3])
+        return self.tokenizer.decode(maps.flatten(1), layout)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_encode_and_decode_export_with_dynamic_batch_height_and_width(kind: str) -> None:
+    torch.manual_seed(0)
+    config = {"autoencoder": {"latent_dim": 8, "hidden_dim": 8}, "quantizer": TOKENIZERS[kind]}
+    tokenizer = TokenizerConfig.model_validate(config).build().eval()
+    batch, rows, columns = (torch.export.Dim(name, max=64) for name in ("batch", "rows", "columns"))
+    images, others = torch.rand(3, 3, 16, 24) * 2 - 1, torch.rand(2, 3, 20, 32) * 2 - 1
+    shapes = {"images": {0: batch, 2: 4 * rows, 3: 4 * columns}}
+    encoding = torch.export.export(Encoding(tokenizer), (images,), dynamic_shapes=shapes)
+    maps = encoding.module()(others)
+    assert torch.equal(maps, Encoding(tokenizer)(others))
+    example = Encoding(tokenizer)(images)
+    shapes = {"maps": {0: batch, 2: rows, 3: columns}}
+    decoding = torch.export.export(Decoding(tokenizer), (example,), dynamic_shapes=shapes)
+    torch.testing.assert_close(decoding.module()(maps), Decoding(tokenizer)(maps))

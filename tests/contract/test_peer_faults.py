@@ -1,6 +1,7 @@
 """Faults of other libraries, each as a test that ours passes.
 
-Those of vector-quantize-pytorch 1.32; what concerns FoundationVision/VAR is with the multi-scale tokenizer.
+Those of vector-quantize-pytorch 1.32; what concerns FoundationVision/VAR is with the multi-scale
+tokenizer.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import smalto
 from smalto.core.errors import ConfigError, DataError
 from smalto.pipelines.train import Trained
 from smalto.training.recipe import change_recipe
+from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import START_FOLDER, RunFolder
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import smalto_command

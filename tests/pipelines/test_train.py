@@ -429,7 +429,7 @@ def test_a_resumed_run_follows_changed_settings_and_keeps_its_discriminator(
         smalto.resume(tmp_path / name, settings={"steps": 12, **settings}, device="cpu", workers=0)
         models.append((tmp_path / name / "model.safetensors").read_bytes())
     assert models[0] != models[1]
-    with pytest.raises(ConfigError, match="keeps its losses.adversarial.width"):
+    with pytest.raises(ConfigError, match=r"keeps its losses\.adversarial\.width"):
         smalto.resume(tmp_path / "same", settings={"losses.adversarial.width": 8})
 
 

@@ -468,9 +468,9 @@ def test_arguments_in_the_wrong_place_are_named() -> None:
         CodebookUpdater(quantizer, Revive())  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"got \['x'\]; expected a state of a CodebookUpdater"):
         CodebookUpdater(quantizer).load_state_dict({"x": 1})
-    with pytest.raises(ConfigError, match="got dict; ResidualVQ .* a ResidualVQConfig"):
+    with pytest.raises(ConfigError, match=r"got dict; ResidualVQ .* a ResidualVQConfig"):
         ResidualVQ({})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="got int; ProductVQ .* a ProductVQConfig"):
+    with pytest.raises(ConfigError, match=r"got int; ProductVQ .* a ProductVQConfig"):
         ProductVQ(4)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no tokens to look up"):
         quantizer.lookup([])

@@ -27,9 +27,10 @@ def check_layer_initialization() -> None:
     for layer in _INITIALIZED_LAYERS:
         reset = layer.reset_parameters
         if getattr(reset, "__module__", None) != layer.__module__:
+            found = getattr(reset, "__qualname__", repr(reset))
             raise RunError(
                 f"torch.nn.{layer.__name__}.reset_parameters was replaced in this process: got "
-                f"{reset!r}; expected torch's own function, because a new tokenizer would have "
+                f"{found}; expected torch's own function, because a new tokenizer would have "
                 "uninitialized weights. VAR's build_vae_var replaces it. Build the tokenizer "
                 "before VAR's models, or in a separate process."
             )

@@ -45,6 +45,11 @@ class TokenLayout:
         return tuple(h * w for h, w in self.grids)
 
     @property
+    def has_equal_grids(self) -> bool:
+        """Whether all grids are of one size."""
+        return all(grid == self.grids[0] for grid in self.grids)
+
+    @property
     def num_tokens(self) -> int:
         """Return the number of tokens per image (L)."""
         return sum(self.lengths)

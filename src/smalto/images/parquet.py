@@ -1,6 +1,6 @@
 """Images in a column of a parquet file, as Hugging Face datasets store them.
 
-No torch here. Of the code that reads images, only this file imports pyarrow.
+No torch here. Only this file imports pyarrow to read images.
 """
 
 from __future__ import annotations

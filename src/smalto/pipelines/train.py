@@ -91,7 +91,7 @@ def train(
     recipe = recipe or TokenizerRecipe()
     if start is None and recipe.finetune.learn != "everything":
         raise ConfigError(
-            f"finetune.learn is {recipe.finetune.learn!r}, but there is no tokenizer to start "
+            f"finetune.learn is {recipe.finetune.learn!r}, but no tokenizer was named to start "
             "from. Name one: --from FOLDER."
         )
     with distributed.process_group(target):

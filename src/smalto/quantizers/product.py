@@ -101,7 +101,7 @@ class ProductVQ(Quantizer):
         if (
             not isinstance(layout, TokenLayout)
             or len(layout.grids) != self.num_heads
-            or len(set(layout.grids)) != 1
+            or not layout.has_equal_grids
         ):
             raise InputError(
                 f"got {layout}; this quantizer decodes a TokenLayout of {self.num_heads} equal "

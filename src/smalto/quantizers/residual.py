@@ -128,7 +128,7 @@ class ResidualVQ(Quantizer):
 
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens int64 [B, k*h*w] -> quantized latents [B, C, h, w] from the first k stages."""
-        if not isinstance(layout, TokenLayout) or len(set(layout.grids)) != 1:
+        if not isinstance(layout, TokenLayout) or not layout.has_equal_grids:
             raise InputError(
                 f"got {layout}; a residual quantizer decodes a TokenLayout of equal grids, one per "
                 "stage, such as quantizer.layout(4, 4)."

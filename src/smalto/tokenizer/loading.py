@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, RunError
@@ -51,7 +52,8 @@ def load(folder: str | Path) -> ImageTokenizer:
             f"{folder / 'config.json'} cannot be read ({error}); expected JSON in UTF-8. Restore "
             "it from a checkpoint of the run."
         ) from None
-    tokenizer = config.build()
+    with torch.device("meta"):  # weights come from the file: nothing to initialize
+        tokenizer = config.build()
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
         with safetensors.safe_open(folder / "model.safetensors", "pt") as file:

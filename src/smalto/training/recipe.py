@@ -124,7 +124,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """Parse ``a.b=value`` from a command line: the value as TOML, otherwise as plain text.
 
     Raises:
-        ConfigError: there is no ``=``.
+        ConfigError: the text lacks ``=``.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():

@@ -237,7 +237,7 @@ def test_a_process_that_dies_ends_the_job_and_it_goes_on_with_another_number(
     done = smalto_command(
         "train", "--resume", "run", "--steps", steps[-1] + 5, "--workers", 0, cwd=tmp_path
     )
-    assert f"going on after step {steps[-1]}" in done.stderr
+    assert f"resuming after step {steps[-1]}" in done.stderr
     log = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert [row["step"] for row in log] == list(range(1, steps[-1] + 6))
 

@@ -46,7 +46,7 @@ def test_a_recipe_may_say_only_what_differs(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("stepz = 7", "unknown key 'stepz': did you mean 'steps'"),
-        ("[optimizer]\nlr = 1", "unknown key 'optimizer'"),
+        ("[optimzer]\nlr = 1", "unknown key 'optimzer'"),
         ("lr = 1", "unknown key 'lr': did you mean 'optimizer.lr'"),
         ("[data]\nsizee = 64", "unknown key 'data.sizee': did you mean 'data.size'"),
         (
@@ -108,7 +108,7 @@ def test_settings_that_are_wrong(tmp_path: Path) -> None:
 def test_every_setting_is_written_out() -> None:
     written = tomllib.loads(recipe_toml(TokenizerRecipe()))
     assert written["tokenizer"]["quantizer"]["code_dim"] == 16
-    assert written["codebook"] == {"memory": 160.0, "revive_below": 0.1}
+    assert written["codebook"] == {"decay_tokens": 160.0, "revive_below": 0.1}
 
 
 def test_another_kind_of_quantizer_begins_with_its_own_defaults(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def run_commands(code: str, folder: Path) -> None:
             )  # of two, the last one counts
             smalto_command(*arguments, *shorter, cwd=folder)
         else:
-            assert program in ("make", "pip", "git"), (
+            assert program in (".", "make", "pip", "git"), (
                 line
             )  # what these do is tried in a fresh clone, not here
 

@@ -171,14 +171,14 @@ def test_evaluate_takes_the_held_out_part_of_the_training_folder(
         smalto.evaluate(trained_on, tmp_path / "run", device="cpu", workers=0)
     image_folder.rename(tmp_path / "moved")
     assert (
-        smalto.evaluate(tmp_path / "moved", tmp_path / "run", device="cpu", workers=0).metrics[
-            "num_images"
-        ]
+        smalto.evaluate(
+            tmp_path / "moved", tmp_path / "run", device="cpu", workers=0
+        ).metrics.num_images
         == 1
     )
     other = write_images(tmp_path / "other", 3, 50, 30)
     metrics = smalto.evaluate(other, tmp_path / "run", device="cpu", workers=0).metrics
-    assert (metrics["num_images"], metrics["measured_on"]) == (
+    assert (metrics.num_images, metrics.measured_on) == (
         3,
         "images of another source than the training's",
     )

@@ -193,7 +193,7 @@ def test_what_is_there_is_not_overwritten_unasked(
         )
     shutil.rmtree(run / "decoded")
     monkeypatch.chdir(run)
-    with pytest.raises(RunError, match="folder you are in"):
+    with pytest.raises(RunError, match="is the current folder"):
         smalto.train(image_folder, tiny_recipe, out=".", overwrite=True)
     monkeypatch.chdir(tmp_path)
     smalto.train(

@@ -80,7 +80,7 @@ def test_a_full_disk_ends_with_advice_and_the_run_goes_on_when_there_is_room(
         "--workers",
         0,
     )
-    saved = RunFolder(small_disk / "run").restore()
+    saved = RunFolder(small_disk / "run").restore(smalto.load)
     with open(small_disk / "filler", "wb") as filler:
         filler.write(bytes(shutil.disk_usage(small_disk).free - 20_000))
     done = smalto_command(
@@ -90,7 +90,7 @@ def test_a_full_disk_ends_with_advice_and_the_run_goes_on_when_there_is_room(
     assert "No space left on device" in done.stderr
     assert "free some space and resume" in done.stderr
     assert "Traceback" not in done.stderr
-    assert RunFolder(small_disk / "run").restore().step >= saved.step
+    assert RunFolder(small_disk / "run").restore(smalto.load).step >= saved.step
     (small_disk / "filler").unlink()
     smalto_command("train", "--resume", small_disk / "run", "--steps", 8, "--workers", 0)
     smalto_command(

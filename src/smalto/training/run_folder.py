@@ -270,9 +270,7 @@ class RunFolder:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log up to one that is cut short or damaged; empty if there is no
-    log.
-    """
+    """Return the lines of a log up to one that is cut short or damaged; empty without a log."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -30,6 +30,7 @@ bench: .venv ## measure; results go to benchmarks/results (four hours; let nothi
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/readers.py
 	$(BIN)/python benchmarks/tokenization.py
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench]" && $(BIN)/python benchmarks/train.py && $(BIN)/python benchmarks/store.py
 	rm -rf runs/bench-vqgan && $(BIN)/python benchmarks/vqgan.py runs/bench-vqgan && $(BIN)/python docs/make_vqgan.py runs/bench-vqgan/photos-vqgan-small

@@ -317,7 +317,7 @@ def test_other_warnings_are_shown_as_before(
 ) -> None:
     shown = []
     monkeypatch.setattr(warnings, "showwarning", lambda *arguments: shown.append(arguments))
-    smalto.cli._show_renamed_settings_in_one_line()
+    smalto.cli.show_renamed_settings_in_one_line()
     warnings.showwarning(RenamedSettingWarning("old"), RenamedSettingWarning, "file.py", 1)
     other = FutureWarning("other")
     warnings.showwarning(other, FutureWarning, "file.py", 2)

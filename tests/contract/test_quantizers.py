@@ -487,7 +487,7 @@ def reference_loss(quantizer: Quantizer, z: Tensor, fixed: Quantizer, fixed_z: T
     if isinstance(quantizer, ProductVQ):
         assert isinstance(fixed, ProductVQ)
         parts, fixed_parts = z.chunk(quantizer.num_heads, 1), fixed_z.chunk(quantizer.num_heads, 1)
-        heads = zip(quantizer._all_heads(), parts, fixed._all_heads(), fixed_parts, strict=True)
+        heads = zip(quantizer.all_heads(), parts, fixed.all_heads(), fixed_parts, strict=True)
         return torch.stack([reference_loss(*head) for head in heads]).mean()
     if isinstance(quantizer, MultiScaleVQ):
         assert isinstance(fixed, MultiScaleVQ)

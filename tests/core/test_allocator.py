@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from smalto.core import allocator as memory
+from smalto.core.process_wide import ProcessWideSetting
 from tests.conftest import ENVIRONMENT
 
 _PAGES = """
@@ -34,7 +35,7 @@ print(inside - resident())
 """
 
 
-@pytest.mark.skipif(memory._glibc() is None, reason="no glibc, or somebody tuned it")
+@pytest.mark.skipif(memory.glibc() is None, reason="no glibc, or somebody tuned it")
 def test_pages_are_asked_for_once_and_given_back() -> None:
     def run(mode: str) -> list[int]:
         done = subprocess.run(
@@ -78,7 +79,7 @@ print(returned, kept)
 """
 
 
-@pytest.mark.skipif(memory._glibc() is None, reason="no glibc, or somebody tuned it")
+@pytest.mark.skipif(memory.glibc() is None, reason="no glibc, or somebody tuned it")
 def test_memory_is_returned_at_once_where_it_is_asked_for() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _RETURNED],
@@ -92,15 +93,20 @@ def test_memory_is_returned_at_once_where_it_is_asked_for() -> None:
     assert kept > 40
 
 
-def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_ARENA_MAX_", "1")
-    assert memory._glibc() is None
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_settings_of_the_user_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert memory.glibc() is None
     with memory.retain_freed_memory():
         pass
 
 
 def test_it_nests_and_survives_exceptions() -> None:
-    with pytest.raises(RuntimeError), memory.retain_freed_memory(), memory.retain_freed_memory():
-        assert memory._reused.inside == 2
+    calls: list[str] = []
+    setting = ProcessWideSetting(lambda: calls.append("begin"), lambda: calls.append("end"))
+    with pytest.raises(RuntimeError), setting.hold():
+        with setting.hold():
+            pass
+        assert calls == ["begin"]
         raise RuntimeError
-    assert memory._reused.inside == 0
+    assert calls == ["begin", "end"]

@@ -107,7 +107,7 @@ def test_gradients_reach_images_and_not_weights(lite0: Lite0) -> None:
 def lpips_state(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for key, shape in lpips._expected().items():
+    for key, shape in lpips.expected_shapes().items():
         value = torch.randn(shape, generator=generator)
         fan_in = value[0].numel() if value.ndim == 4 else 1
         state[key] = (
@@ -168,7 +168,7 @@ def layers_width(layers: list[nn.Module]) -> int:
 def inception_state() -> tuple[dict[str, Tensor], numpy.random.Generator]:
     random = numpy.random.default_rng(0)
     state = {}
-    for key, shape in inception._expected().items():
+    for key, shape in inception.expected_shapes().items():
         value = torch.from_numpy(random.standard_normal(shape, dtype=numpy.float32))
         if key.endswith("conv.weight"):
             value *= (2 / (shape[1] * shape[2] * shape[3])) ** 0.5

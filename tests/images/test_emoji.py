@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from smalto.images.emoji import _base, emoji
+from smalto.images.emoji import base_emoji, emoji
 from smalto.images.reading import read_image
 from smalto.images.sources import open_source
 
@@ -25,10 +25,10 @@ def test_an_emoji_and_its_skin_tones_are_on_one_side() -> None:
     assert source.name == "emoji"
     assert source.held_out is not None
     names = {file.name for file in source.files}
-    out = {_base(name.split("/")[1].removesuffix(".png")) for name in source.held_out}
+    out = {base_emoji(name.split("/")[1].removesuffix(".png")) for name in source.held_out}
     training = {
-        _base(name.split("/")[1].removesuffix(".png")) for name in names - set(source.held_out)
+        base_emoji(name.split("/")[1].removesuffix(".png")) for name in names - set(source.held_out)
     }
     assert not out & training
-    assert _base("1f44d-1f3fe") == _base("1f44d") == "1f44d"
-    assert _base("0023-fe0f-20e3") == "23-20e3"
+    assert base_emoji("1f44d-1f3fe") == base_emoji("1f44d") == "1f44d"
+    assert base_emoji("0023-fe0f-20e3") == "23-20e3"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from smalto.core.allocator import _glibc
+from smalto.core.allocator import glibc
 from smalto.images.image_file import ImageFile
 from smalto.images.shared_memory import BYTES
 from smalto.images.worker_pool import ReaderPool
@@ -69,7 +69,7 @@ def pages_cleared(file: ImageFile) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(_glibc() is None, reason="no glibc, or somebody tuned it")
+@pytest.mark.skipif(glibc() is None, reason="no glibc, or somebody tuned it")
 def test_workers_keep_the_memory_of_a_image_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     with ReaderPool(1, pages_cleared) as decoder:

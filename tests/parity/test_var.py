@@ -147,9 +147,9 @@ def test_the_published_keys_and_shapes() -> None:
 
 
 def _meta_state(tokenizer: ImageTokenizer) -> dict[str, torch.Tensor]:
-    from smalto.interop.var import _var_names
+    from smalto.interop.var import var_names
 
-    own, names = tokenizer.state_dict(), _var_names(tokenizer)
+    own, names = tokenizer.state_dict(), var_names(tokenizer)
     quantizer = tokenizer.quantize
     return {name: own[key] for key, name in names.items()} | {
         HITS: torch.zeros(len(quantizer.scales), quantizer.codebook_size)

@@ -12,7 +12,7 @@ import smalto.tokenizer.saving as tokenizer_module
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.errors import ConfigError, RunError
 from smalto.interop.var import load_tokenizer, var_settings
-from smalto.pipelines.convert import _edits_of_var
+from smalto.pipelines.convert import edits_of_var
 from smalto.quantizers import MultiScaleVQConfig, VectorQuantizerConfig
 from smalto.tokenizer import TokenizerConfig
 from tests.conftest import smalto_command
@@ -84,7 +84,7 @@ def test_only_the_file_name_is_to_edit_for_the_published_settings(tmp_path: Path
         tokenizer = TokenizerConfig(autoencoder=autoencoder, quantizer=MultiScaleVQConfig()).build()
     settings = var_settings(tokenizer)
     assert settings.are_published
-    assert _edits_of_var(settings, tmp_path / "vae.pth") == [
+    assert edits_of_var(settings, tmp_path / "vae.pth") == [
         "VAR builds this tokenizer by default. "
         f"train.py, line 93: set vae_ckpt = {str(tmp_path / 'vae.pth')!r}."
     ]

@@ -146,10 +146,10 @@ def test_an_ema_codebook_teaches_phi_all_the_same() -> None:
 
 
 def test_the_residual_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, pooled = multiscale._pool, []
+    pool, pooled = multiscale.area_pool, []
     monkeypatch.setattr(
         multiscale,
-        "_pool",
+        "area_pool",
         lambda latent_map, grid: (pooled.append(latent_map), pool(latent_map, grid))[1],
     )
     quantizer, z = build(tuple(range(1, 9))), latents(1, 8, 8).requires_grad_()
@@ -197,7 +197,7 @@ def test_updater_counts_all_scales_as_one_codebook() -> None:
     updater = CodebookUpdater(quantizer, keep_codes=True)
     quantizer.train()
     quantizer(z)
-    (tracker,) = updater._trackers.values()
+    (tracker,) = updater.trackers.values()
     assert int(tracker.statistics.counts.sum()) == 8 * (1 + 4 + 16)
 
 

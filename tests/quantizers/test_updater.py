@@ -116,10 +116,10 @@ def test_the_first_step_starts_by_k_means_on_what_it_saw() -> None:
     updater = CodebookUpdater(quantizer)
     quantizer(z)
     updater.step()
-    assert (
-        quantizer(z).loss.item() < 1000
-    )  # k-means may put two codes into one cluster, but none stays at its random place
-    assert len(quantizer.encode(z).unique()) == 8
+    codes, tokens = quantizer.embedding.weight.detach(), quantizer.encode(z).flatten()
+    vectors = z[0, :, :, 0].T
+    means = torch.stack([vectors[tokens == code].mean(dim=0) for code in range(8)])
+    torch.testing.assert_close(codes, means, rtol=1e-4, atol=1e-3)  # none is unused: no NaN
 
 
 def test_start_takes_batches_and_leaves_the_mode_alone() -> None:

@@ -23,6 +23,7 @@ import smalto
 from smalto.core.errors import DataError, RunError
 from smalto.images.image_file import Skipped
 from smalto.store.check import check_store
+from smalto.store.lance_table import LanceTable
 from smalto.store.schema import rows_to_table
 from smalto.store.token_store import TokenStore
 from tests.conftest import ENVIRONMENT, store_header, token_rows, write_images
@@ -73,10 +74,10 @@ def test_1_opening_again_and_again_adds_nothing(tmp_path: Path) -> None:
 
 def bloat(path: Path, commits: int) -> None:
     store = TokenStore.create(path, store_header())
+    table = LanceTable.open(path)
     for row in token_rows(commits):
-        store._table.append(
-            rows_to_table([row], store.header)
-        )  # as append does, which looks for its id in all files too
+        # As TokenStore.append does, which looks for the id in all files too.
+        table.append(rows_to_table([row], store.header))
     assert len(manifests(path)) >= commits
     store.compact()
     assert len(manifests(path)) <= 2
@@ -268,8 +269,9 @@ def test_5_a_write_killed_in_the_middle_leaves_the_committed_batches(
 def test_6_orphaned_files_are_ignored_and_then_cleaned(tmp_path: Path) -> None:
     store = make(tmp_path / "t", 2)
     stale = token_rows(6, first=900)
+    table = LanceTable.open(tmp_path / "t")
     for _ in range(40):
-        store._table.write(rows_to_table(stale, store.header))  # never committed
+        table.write(rows_to_table(stale, store.header))  # never committed
     (tmp_path / "t" / ".head.json.abcd1234").mkdir()  # what a writer that was killed left aside
     assert len(data_files(tmp_path / "t")) == 42
     again = TokenStore.open(tmp_path / "t")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smalto.core.errors import InputError
 from smalto.search import code_sums, faiss_search, nearest_codes, tiled
-from smalto.search.code_sums import _add_by_segment, code_sums_op
+from smalto.search.code_sums import add_by_segment, code_sums_op
 from smalto.search.nearest import nearest_op
 from tests.contract.test_memory import LargestTensor
 
@@ -350,9 +350,9 @@ def test_code_sums_are_the_same_every_time_and_in_both_ways() -> None:
     vectors, indices = torch.randn(20_000, 5), torch.randint(50, (20_000,))
     counts, sums = code_sums(vectors, indices, 60)
     assert torch.equal(sums, code_sums(vectors, indices, 60)[1])
-    by_segment = _add_by_segment(vectors, indices, counts.long())
+    by_segment = add_by_segment(vectors, indices, counts.long())
     torch.testing.assert_close(by_segment, sums, rtol=1e-4, atol=1e-3)
-    assert torch.equal(by_segment, _add_by_segment(vectors, indices, counts.long()))
+    assert torch.equal(by_segment, add_by_segment(vectors, indices, counts.long()))
     assert torch.equal(by_segment[50:], torch.zeros(10, 5))
 
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
@@ -68,7 +69,9 @@ def test_what_is_appended_is_read_back(tmp_path: Path, fixed: bool, codebook_siz
     ]
     assert store.classes() == sorted({row.label for row in rows if row.label})
     assert check_store(store).ok
-    width = str(store._table.schema.field("tokens").type)
+    (rows_table,) = store.tables()
+    assert isinstance(rows_table, pyarrow.Table)
+    width = str(rows_table.schema.field("tokens").type)
     assert ("uint16" if codebook_size <= 2**16 else "uint32") in width
     with pytest.raises(IndexError):
         store[30]

@@ -95,7 +95,7 @@ def test_a_batch_in_parts_is_the_batch() -> None:
 
 def test_long_gradients_are_shortened() -> None:
     task = begin(tiny(optimizer__clip=1e-3))
-    task._optimizer = torch.optim.SGD(task._optimizer.param_groups, lr=1.0)
+    task.optimizer = torch.optim.SGD(task.optimizer.param_groups, lr=1.0)
     before = weights(task)
     metrics = task.train_step(batches()[0], 1)
     assert metrics["gradient_norm"] > 1e-3  # before it was shortened
@@ -153,11 +153,11 @@ def test_a_broken_batch_changes_nothing() -> None:
         **weights(task),
         **{
             f"judge.{k}": v.clone()
-            for k, v in task._discriminator.state_dict().items()
+            for k, v in task.state()["discriminator"].items()
             if "_u" not in k
         },
     }  # type: ignore[union-attr]
-    moments = [state["exp_avg"].clone() for state in task._optimizer.state.values()]
+    moments = [state["exp_avg"].clone() for state in task.optimizer.state.values()]
     broken = torch.full((4, 3, 16, 16), torch.nan)
     metrics = task.train_step(broken, 7)
     assert metrics["skipped"] == 1
@@ -166,14 +166,14 @@ def test_a_broken_batch_changes_nothing() -> None:
     )  # no NaN in the log: it would be no JSON
     after = {
         **weights(task),
-        **{f"judge.{k}": v for k, v in task._discriminator.state_dict().items() if "_u" not in k},
+        **{f"judge.{k}": v for k, v in task.state()["discriminator"].items() if "_u" not in k},
     }  # type: ignore[union-attr]
     for name, tensor in before.items():
         if "._v" not in name and ".0._" not in name:
             assert torch.equal(tensor, after[name]), name
     assert all(
         torch.equal(a, state["exp_avg"])
-        for a, state in zip(moments, task._optimizer.state.values(), strict=True)
+        for a, state in zip(moments, task.optimizer.state.values(), strict=True)
     )
     assert "skipped" not in task.train_step(batches()[0], 8)
 

@@ -23,7 +23,7 @@ def main() -> None:
     # Python may swallow a KeyboardInterrupt while torch is being imported. No work can be lost yet,
     # so the process exits immediately.
     signal.signal(signal.SIGINT, _leave_at_once)
-    _show_renamed_settings_in_one_line()
+    show_renamed_settings_in_one_line()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
@@ -51,7 +51,7 @@ def _leave_at_once(number: int, frame: Any) -> None:
     os._exit(130)
 
 
-def _show_renamed_settings_in_one_line() -> None:
+def show_renamed_settings_in_one_line() -> None:
     """Print each RenamedSettingWarning as ``smalto: TEXT``, without a file name and source line."""
     show_other = warnings.showwarning
 

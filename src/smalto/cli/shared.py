@@ -121,26 +121,15 @@ def given(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def checked_precision(name: str) -> Any:
-    """Return the value of ``--precision``.
+def checked_choice(option: str, value: str, choices: tuple[str, ...]) -> Any:
+    """Return the value of an option that takes one of a few words.
 
     Raises:
-        SmaltoError: it is neither float32 nor bf16.
+        SmaltoError: it is none of them.
     """
-    if name not in ("float32", "bf16"):
-        raise SmaltoError(f"--precision must be float32 or bf16; got {name!r}.")
-    return name
-
-
-def checked_deep_gray(name: str) -> Any:
-    """Return the value of ``--deep-gray``.
-
-    Raises:
-        SmaltoError: it is neither full nor range.
-    """
-    if name not in ("full", "range"):
-        raise SmaltoError(f"--deep-gray must be full or range; got {name!r}.")
-    return name
+    if value not in choices:
+        raise SmaltoError(f"{option} must be {' or '.join(choices)}; got {value!r}.")
+    return value
 
 
 def fail(message: str, code: int) -> None:

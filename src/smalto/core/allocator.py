@@ -58,19 +58,16 @@ def keep_middle_sized_blocks() -> None:
     _set(_PLAIN)
 
 
-def _glibc() -> Any:
+def glibc() -> Any:
     """Return the C library, or None if it is not glibc or the user has tuned its memory."""
-    tuned = (
-        any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
-        or "GLIBC_TUNABLES" in os.environ
-    )
+    tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if tuned or platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return None
     return ctypes.CDLL(None)
 
 
 def _set(settings: tuple[tuple[int, int], ...]) -> None:
-    if (libc := _glibc()) is not None:
+    if (libc := glibc()) is not None:
         for setting, value in settings:
             libc.mallopt(setting, value)
 
@@ -96,7 +93,7 @@ def _end_of_return() -> None:
 
 
 def _give_back() -> None:
-    if (libc := _glibc()) is not None:
+    if (libc := glibc()) is not None:
         libc.malloc_trim(0)
 
 

@@ -49,7 +49,7 @@ class Inception(PooledNetwork):
         }
         check_state(
             state,
-            _expected(),
+            expected_shapes(),
             str(path),
             "weights of the FID's Inception (pt_inception-2015-12-05-6726825d.pth)",
         )
@@ -231,7 +231,7 @@ def _convolutions() -> list[_Convolution]:
     return found
 
 
-def _expected() -> dict[str, tuple[int, ...]]:
+def expected_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for name, width, out, kernel in _convolutions():
         shapes[f"{name}.conv.weight"] = (out, width, *kernel)

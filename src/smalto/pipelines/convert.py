@@ -79,10 +79,10 @@ def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted
         raise RunError(f"{path} is a folder; expected a file that ends with .pth. Change --out.")
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
-    return Converted(path, _edits_of_var(var.var_settings(tokenizer), path.resolve()))
+    return Converted(path, edits_of_var(var.var_settings(tokenizer), path.resolve()))
 
 
-def _edits_of_var(settings: var.VARSettings, checkpoint: Path) -> list[str]:
+def edits_of_var(settings: var.VARSettings, checkpoint: Path) -> list[str]:
     """Return what to edit in VAR's code; its lines are those of commit 78b9539."""
     name = f"train.py, line 93: set vae_ckpt = {str(checkpoint)!r}."
     if settings.are_published:

@@ -247,7 +247,7 @@ class MultiScaleVQ(Quantizer):
         results = self._results(tokens, layout)
         batch, dim = results[0].shape[:2]
         inputs = [
-            _pool(result, grid).flatten(2).transpose(1, 2)
+            area_pool(result, grid).flatten(2).transpose(1, 2)
             for result, grid in zip(results, layout.grids[1:], strict=False)
         ]
         return torch.cat([results[0].new_zeros(batch, 0, dim), *inputs], dim=1)
@@ -316,8 +316,8 @@ class MultiScaleVQ(Quantizer):
         if number == len(layout.grids) - 1:
             return rest, valid.flatten()
         # The mean over valid vectors alone; if all are, this divides by exactly 1.
-        pooled = _pool(valid.unsqueeze(1).to(target.dtype), layout.grids[number])
-        rest = _pool(rest, layout.grids[number]) / pooled.clamp(min=1e-9)
+        pooled = area_pool(valid.unsqueeze(1).to(target.dtype), layout.grids[number])
+        rest = area_pool(rest, layout.grids[number]) / pooled.clamp(min=1e-9)
         return rest, (pooled > 0).flatten()
 
     def _results(self, indices: Tensor, layout: TokenLayout) -> list[Tensor]:
@@ -377,7 +377,7 @@ def phi_of_scale(num_scales: int, num_phis: int) -> tuple[int, ...]:
     return tuple(int(numpy.argmin(numpy.abs(ticks - position))) for position in positions)
 
 
-def _pool(latent_map: Tensor, grid: tuple[int, int]) -> Tensor:
+def area_pool(latent_map: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(latent_map, size=grid, mode="area")
 
 

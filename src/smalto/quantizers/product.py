@@ -81,7 +81,7 @@ class ProductVQ(Quantizer):
             noises = list(noise.chunk(self.num_heads, dim=1))
         outputs = [
             head(part, num_stages=num_stages, noise=part_noise)
-            for head, part, part_noise in zip(self._all_heads(), parts, noises, strict=True)
+            for head, part, part_noise in zip(self.all_heads(), parts, noises, strict=True)
         ]
         quantized = torch.cat([out.quantized for out in outputs], dim=1)
         shape = latents.shape[0], latents.shape[2] * latents.shape[3]
@@ -93,7 +93,7 @@ class ProductVQ(Quantizer):
         """Latents [B, C, h, w] -> tokens int64 [B, heads*h*w], head by head."""
         parts = self._parts(latents)
         self.check_layout(latents, layout)
-        tokens = [head.encode(part) for head, part in zip(self._all_heads(), parts, strict=True)]
+        tokens = [head.encode(part) for head, part in zip(self.all_heads(), parts, strict=True)]
         return torch.cat(tokens, dim=1)
 
     def decode(self, indices: Tensor, layout: TokenLayout) -> Tensor:
@@ -110,7 +110,7 @@ class ProductVQ(Quantizer):
         blocks = self._blocks(indices, layout)
         grid = layout.prefix(1)
         decoded = [
-            head.decode(block, grid) for head, block in zip(self._all_heads(), blocks, strict=True)
+            head.decode(block, grid) for head, block in zip(self.all_heads(), blocks, strict=True)
         ]
         return torch.cat(decoded, dim=1)
 
@@ -121,7 +121,7 @@ class ProductVQ(Quantizer):
                 f"got {len(blocks)} blocks; this quantizer has {self.num_heads} heads. "
                 "Pass one block per head."
             )
-        heads = self._all_heads()
+        heads = self.all_heads()
         codes = [head.lookup([block]) for head, block in zip(heads, blocks, strict=True)]
         return torch.cat(codes, dim=1)
 
@@ -130,18 +130,18 @@ class ProductVQ(Quantizer):
 
     def codebook(self) -> Tensor | None:
         """Return the codes of all heads as the decoder sees them: [heads, K, C/heads]."""
-        codebooks = [head.codebook() for head in self._all_heads()]
+        codebooks = [head.codebook() for head in self.all_heads()]
         explicit = [codes for codes in codebooks if codes is not None]
         return torch.stack(explicit) if len(explicit) == len(codebooks) else None
 
     def token_gaps(self, latents: Tensor, tokens: Tensor, layout: TokenLayout) -> Tensor:
         parts = zip(
-            self._all_heads(), self._parts(latents), self._blocks(tokens, layout), strict=True
+            self.all_heads(), self._parts(latents), self._blocks(tokens, layout), strict=True
         )
         grid = layout.prefix(1)
         return torch.cat([head.token_gaps(part, block, grid) for head, part, block in parts], dim=1)
 
-    def _all_heads(self) -> list[Quantizer]:
+    def all_heads(self) -> list[Quantizer]:
         heads: list[Quantizer] = list(self.heads)  # type: ignore[arg-type]
         return heads * self.num_heads if len(heads) < self.num_heads else heads
 

@@ -124,12 +124,12 @@ class CodebookUpdater:
                 f"{type(model).__name__} does not hold an explicit codebook, so there is nothing "
                 "to update. Train it without a CodebookUpdater."
             )
-        self._trackers = {
+        self.trackers = {
             name: CodebookTracker(space, number, keep_codes)
             for number, (name, space) in enumerate(spaces.items())
         }
         by_space: dict[nn.Module, CodebookTracker] = {
-            tracker.space: tracker for tracker in self._trackers.values()
+            tracker.space: tracker for tracker in self.trackers.values()
         }
         for module in model.modules():
             if isinstance(module, ResidualVQ):
@@ -138,7 +138,7 @@ class CodebookUpdater:
                     later.after = earlier
             elif isinstance(module, MultiScaleVQ) and module.scale in by_space:
                 by_space[module.scale].num_starts = MULTISCALE_STARTS
-        for tracker in self._trackers.values():
+        for tracker in self.trackers.values():
             self._clear(tracker)
             tracker.space.nearest.observer = SearchObserver(tracker)
 
@@ -157,12 +157,12 @@ class CodebookUpdater:
             InputError: there was no finite latent.
         """
         batches = [images] if isinstance(images, Tensor) else list(images)
-        started = {tracker: tracker.started for tracker in self._trackers.values()}
+        started = {tracker: tracker.started for tracker in self.trackers.values()}
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             # One codebook after the other: the input of a later one depends on the earlier codes.
-            for tracker in self._trackers.values():
+            for tracker in self.trackers.values():
                 for _ in range(tracker.num_starts):
                     tracker.started = False
                     tracker.collecting = True
@@ -185,7 +185,7 @@ class CodebookUpdater:
         finally:
             for module, training in modes.items():
                 module.training = training
-            for tracker in self._trackers.values():
+            for tracker in self.trackers.values():
                 tracker.collecting = False
             self.discard()
         self._agree()
@@ -197,7 +197,7 @@ class CodebookUpdater:
         Raises:
             RuntimeError: no process ran a forward pass in training mode with gradients enabled.
         """
-        trackers = list(self._trackers.values())
+        trackers = list(self.trackers.values())
         self._exchange(trackers)
         if not any(tracker.was_called for tracker in trackers):
             hint = (
@@ -227,7 +227,7 @@ class CodebookUpdater:
 
         It is the counterpart of ``optimizer.zero_grad()``.
         """
-        for tracker in self._trackers.values():
+        for tracker in self.trackers.values():
             self._clear(tracker)
 
     def usage(self) -> dict[str, float]:
@@ -235,14 +235,14 @@ class CodebookUpdater:
 
         This is usage@W with W = 32·K, at the resolution of one step. Keys are module names.
         """
-        return {name: tracker.usage() for name, tracker in self._trackers.items()}
+        return {name: tracker.usage() for name, tracker in self.trackers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run, beside the model's own: tensors and numbers only."""
         return {
             "num_steps": self.num_steps,
             "seed": self.seed,
-            "trackers": {n: b.state_dict() for n, b in self._trackers.items()},
+            "trackers": {n: b.state_dict() for n, b in self.trackers.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -257,21 +257,21 @@ class CodebookUpdater:
                 f"got {given}; expected a state of a CodebookUpdater with num_steps, seed and "
                 "trackers. Pass the result of updater.state_dict()."
             )
-        if set(state["trackers"]) != set(self._trackers):
+        if set(state["trackers"]) != set(self.trackers):
             raise InputError(
                 f"got a state of the codebooks {sorted(state['trackers'])}; this model has "
-                f"{sorted(self._trackers)}. Load it into the model that it was saved with."
+                f"{sorted(self.trackers)}. Load it into the model that it was saved with."
             )
         self.num_steps = int(state["num_steps"])
         self.seed = int(state["seed"])
-        for name, tracker in self._trackers.items():
+        for name, tracker in self.trackers.items():
             tracker.load_state_dict(state["trackers"][name])
         self.discard()
         self._codebooks_agree = False
 
     def close(self) -> None:
         """Detach the updater from the model, so that calls are not counted any more."""
-        for tracker in self._trackers.values():
+        for tracker in self.trackers.values():
             observer = tracker.space.nearest.observer
             if isinstance(observer, SearchObserver) and observer.tracker is tracker:
                 tracker.space.nearest.observer = None
@@ -307,7 +307,7 @@ class CodebookUpdater:
         """
         if distributed.world_size() > 1 and not self._codebooks_agree:
             distributed.broadcast(
-                tensor for tracker in self._trackers.values() for tensor in tracker.tensors()
+                tensor for tracker in self.trackers.values() for tensor in tracker.tensors()
             )
             self._codebooks_agree = True
 

@@ -32,7 +32,7 @@ def code_sums_op(vectors: Tensor, indices: Tensor, codebook_size: int) -> tuple[
     """Compute ``code_sums`` as one operator."""
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     counts = torch.bincount(indices, minlength=codebook_size)
-    add = _add_in_order if vectors.device.type == "cpu" else _add_by_segment
+    add = _add_in_order if vectors.device.type == "cpu" else add_by_segment
     return counts.to(vectors.dtype), add(vectors, indices, counts)
 
 
@@ -48,7 +48,7 @@ def _add_in_order(vectors: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
     return vectors.new_zeros(len(counts), vectors.shape[1]).index_add_(0, indices, vectors)
 
 
-def _add_by_segment(vectors: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+def add_by_segment(vectors: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
     """Sum by segments of the vectors sorted by code.
 
     On a GPU the order of additions in index_add_ depends on its threads; here it is fixed.

@@ -86,7 +86,7 @@ class TokenizerTask:
         self._objective = Objective(
             recipe.losses, _last_layer(tokenizer.decoder), self._discriminator, self.device
         )
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             parameter_groups(
                 tokenizer, settings.weight_decay, tokenizer.quantize.codebook_parameters()
             ),
@@ -98,7 +98,7 @@ class TokenizerTask:
             codebook = recipe.codebook
             self._updater = CodebookUpdater(
                 tokenizer,
-                self._optimizer,
+                self.optimizer,
                 codebook.revive(),
                 decay_tokens=codebook.decay_tokens,
                 seed=recipe.seed,
@@ -140,7 +140,7 @@ class TokenizerTask:
         for part in self._frozen:
             part.eval()
         self._set_learning_rates(step)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         parts = batch.to(self.device).chunk(self._recipe.optimizer.accumulate)
         metrics: dict[str, Tensor] = {}
         fakes = []
@@ -174,11 +174,11 @@ class TokenizerTask:
 
         If the gradient is not finite, nothing is changed.
         """
-        learning = [p for group in self._optimizer.param_groups for p in group["params"]]
+        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(learning, self._recipe.optimizer.clip or math.inf)
         # The gradient is the same in all processes, so all take the same branch.
         if math.isfinite(float(norm)):
-            self._optimizer.step()
+            self.optimizer.step()
             if self._updater is not None:
                 self._updater.step()
             if self._average is not None:
@@ -219,7 +219,7 @@ class TokenizerTask:
         if self._updater is not None:
             log["usage"] = round(min(self._updater.usage().values()), 5)
             log["not_finite"] = self._updater.num_not_finite
-        log["lr"] = self._optimizer.param_groups[0]["lr"]
+        log["lr"] = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(log["gradient_norm"]):
             log["skipped"] = 1
         return {name: value for name, value in log.items() if math.isfinite(value)}
@@ -271,7 +271,7 @@ class TokenizerTask:
     def state(self) -> dict[str, Any]:
         """Return the state that resuming needs besides ``result``."""
         state: dict[str, Any] = {
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "lr_scale": self._lr_scale,
         }
         if self._updater is not None:
@@ -292,7 +292,7 @@ class TokenizerTask:
             self.tokenizer.load_state_dict(weights)
         elif "weights" in state:  # ema_decay was set when the state was saved
             self.tokenizer.load_state_dict(state["weights"])
-        _load_moments(self._optimizer, state["optimizer"])
+        _load_moments(self.optimizer, state["optimizer"])
         if self._updater is not None:
             self._updater.load_state_dict(state["updater"])
         if self._discriminator is not None and "discriminator" in state:
@@ -326,7 +326,7 @@ class TokenizerTask:
         share = (
             learning_rate_factor(self._recipe.optimizer, step, self._recipe.steps) * self._lr_scale
         )
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self._recipe.optimizer.lr * share
         if self._discriminator is not None:
             for group in self._discriminator_optimizer.param_groups:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import smalto
+from smalto.training.earlier_formats import upgrade_state
 
 EARLIER = Path(__file__).parent / "earlier"
 EXPECTED: dict[str, Any] = json.loads((EARLIER / "expected.json").read_text(encoding="utf-8"))
@@ -74,3 +75,9 @@ def test_a_run_is_described_resumed_and_decoded(earlier: Path) -> None:
         earlier / "squares.lance", earlier / "decoded", EARLIER / "run", device="cpu", workers=0
     )
     assert len(paths) == 12
+
+
+def test_what_an_earlier_monitor_reported_is_not_reported_again() -> None:
+    monitor = {"averages": {}, "best": {}, "told": ["psnr", "saturated"]}
+    state = upgrade_state({"guard": monitor, "task": {}})
+    assert state["monitor"]["reported"] == ["psnr", "discriminator_loss"]

@@ -206,3 +206,11 @@ def test_without_pyarrow_it_says_what_to_install(
     monkeypatch.setattr(parquet, "_pyarrow", missing)
     with pytest.raises(MissingExtra, match=r'pip install "smalto\[parquet\]"'):
         find_images(tmp_path)
+
+
+def test_a_column_of_images_is_told_from_other_bytes_by_its_name(tmp_path: Path) -> None:
+    table = pyarrow.table({"audio": [b"sound"], "picture": [png(0)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (file,), skipped = find_images(tmp_path)
+    assert not skipped
+    assert read_image(file).ndim == 3

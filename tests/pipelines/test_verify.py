@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
 import smalto
-from smalto.quantizers import MultiScaleVQ, ResidualVQ
+from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.quantizers import MultiScaleVQ, ResidualVQ, ResidualVQConfig, VectorQuantizerConfig
+from smalto.store.lance_table import LanceTable
+from smalto.store.schema import rows_to_table
 from smalto.store.token_store import TokenStore
+from smalto.tokenizer import TokenizerConfig
 from tests.contract.kinds import KINDS, build, latents
 
 
@@ -76,16 +81,47 @@ def test_a_tie_is_reported_apart_and_is_not_damage(image_folder: Path, tmp_path:
     assert [difference.id for difference in found.sample.damaged] == [row.id]
 
 
-def test_tokens_do_not_depend_on_the_images_beside_it_at_batch_1(
-    image_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("quantizer", [VectorQuantizerConfig, ResidualVQConfig])
+def test_a_token_that_is_no_code_is_damage(
+    quantizer: type[Any], image_folder: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
+    TokenizerConfig(quantizer=quantizer()).build().save(tmp_path / "tokenizer")
+    smalto.tokenize(
+        image_folder, tmp_path / "tokenizer", tmp_path / "t", size=32, device="cpu", workers=0
+    )
+    store = TokenStore.open(tmp_path / "t")
+    (row,) = store.token_rows(0, 1)
+    tokens = numpy.asarray(row.tokens).copy()
+    tokens[5] = store.header.codebook_size + 3
+    larger = store.header.model_copy(update={"codebook_size": 2 * store.header.codebook_size})
+    table = rows_to_table([row._replace(tokens=tokens)], larger)
+    LanceTable.open(tmp_path / "t").upsert(table)
+    found = smalto.verify(tmp_path / "t", 6, device="cpu")
+    assert not found.ok
+    assert [difference.id for difference in found.sample.damaged] == [row.id]
+
+
+def test_tokens_do_not_depend_on_the_images_beside_it_at_batch_1(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     smalto.default_tokenizer(64).save(tmp_path / "tokenizer")
-    settings = {"size": 32, "batch": 1, "device": "cpu", "workers": 0}
-    smalto.tokenize(image_folder, tmp_path / "tokenizer", tmp_path / "all", **settings)
-    alone = smalto.load(tmp_path / "tokenizer").for_inference()
-    rows = smalto.TokenStore.open(tmp_path / "all").rows()
-    verified = smalto.verify(tmp_path / "all", 6, device="cpu")
+    encode, batches = InferenceTokenizer.encode, []
+
+    def recorded(self: InferenceTokenizer, images: torch.Tensor) -> torch.Tensor:
+        batches.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(InferenceTokenizer, "encode", recorded)
+    smalto.tokenize(
+        image_folder,
+        tmp_path / "tokenizer",
+        tmp_path / "all",
+        size=32,
+        crops=5,
+        batch=1,
+        device="cpu",
+        workers=0,
+    )
+    assert batches == [1] * 30
+    verified = smalto.verify(tmp_path / "all", 30, device="cpu")
     assert (verified.sample.ties, verified.sample.damaged) == ([], [])
-    assert len(rows["id"]) == 6
-    assert alone.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 64)

@@ -204,3 +204,12 @@ def test_rows_that_are_added_meanwhile_wait_for_the_next_reader(tmp_path: Path) 
     made.append(token_rows(10, first=10))
     assert sum(len(batch["label"]) for batch in dataset) == 10
     assert sum(len(batch["label"]) for batch in TokenDataset(made.path, 4)) == 20
+
+
+def test_a_position_of_the_first_version_is_read(store: Path) -> None:
+    state = loader(store).state_dict()
+    names = {"chunk_rows": "block_rows", "chunks_mixed": "blocks_mixed"}
+    earlier = {names.get(key, key): value for key, value in state.items()}
+    later = loader(store)
+    later.load_state_dict(earlier | {"shuffle": "blocks", "epoch": 3, "batches": 2})
+    assert later.state_dict() == state | {"epoch": 3, "batches": 2}

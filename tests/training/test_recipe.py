@@ -47,6 +47,7 @@ def test_a_recipe_may_say_only_what_differs(tmp_path: Path) -> None:
     [
         ("stepz = 7", "unknown key 'stepz': did you mean 'steps'"),
         ("[optimzer]\nlr = 1", "unknown key 'optimzer'"),
+        ("kind = []", r"kind is \[\]; expected one of tokenizer"),
         ("lr = 1", "unknown key 'lr': did you mean 'optimizer.lr'"),
         ("[data]\nsizee = 64", "unknown key 'data.sizee': did you mean 'data.size'"),
         (
@@ -189,3 +190,12 @@ def test_what_is_not_set_is_not_set_after_reading_either(tmp_path: Path) -> None
     (tmp_path / "r.toml").write_text(recipe_toml(recipe))
     assert 'code_dim = "none"' in (tmp_path / "r.toml").read_text()
     assert load_recipe(tmp_path / "r.toml") == recipe
+
+
+def test_an_earlier_table_beside_a_setting_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("monitor = 3\n[guard]\naction = 'warn'")
+    with (
+        pytest.warns(FutureWarning, match=r"guard\.action is now monitor\.action"),
+        pytest.raises(ConfigError, match=r"monitor: .*\(got 3\)"),
+    ):
+        load_recipe(tmp_path / "r.toml")

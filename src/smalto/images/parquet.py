@@ -17,7 +17,10 @@ from smalto.core.errors import MissingExtra
 MIXED_ROW_GROUPS = 4
 
 _LABELS = ("label", "labels", "class", "cls", "category", "fine_label")
-_LIKELY = ("image", "img", "jpg", "jpeg", "png", "webp", "photo", "bytes", "images", "imgs")
+_LIKELY = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes"),
+    *("images", "imgs", "pictures"),
+)
 _MOST_COLUMNS = 8  # named in an error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import threading
@@ -153,8 +154,8 @@ def tokenize(
         progress.start("tokenizing", None, "images")
         count = threading.Thread(target=_count, args=(source, progress, counted), daemon=True)
         count.start()
-        plan = Plan(store, _shuffled(files) if shuffle else files, update)
         try:
+            plan = Plan(store, _shuffled(files) if shuffle else files, update)
             done = _run(
                 store,
                 plan,
@@ -191,21 +192,30 @@ def _run(
     """Tokenize what the plan finds missing; report progress; stop at too many bad images."""
     done = Tokenized(store.path)
     passed = 0
-    with StoreWriter(store) as writer:
-        for shard in encode_locally(plan, transform, inference, workers):
+
+    def catch_up() -> None:
+        """Take what the plan has passed, and stop it after too many bad images."""
+        nonlocal passed
+        _record_plan_errors(plan, writer, done)
+        progress.advance(plan.num_passed - passed, images=0, errors=_num_bad(done))
+        passed = plan.num_passed
+        if _num_bad(done) > _error_limit(max_errors, plan):
+            plan.stop()  # what is being encoded is still committed
+
+    plan.after_group = catch_up
+    with (
+        StoreWriter(store) as writer,
+        contextlib.closing(encode_locally(plan, transform, inference, workers)) as shards,
+    ):
+        for shard in shards:
             commit(writer, shard, plan, replace=update)
             done.num_images += len(shard.names)
             done.num_tokens += sum(len(row.tokens) for row in shard.rows)
             done.notes += shard.notes
             done.skipped += [error.skipped for error in shard.errors]
-            _record_plan_errors(plan, writer, done)
             progress.advance(shard.num_files, images=len(shard.names), errors=_num_bad(done))
-            progress.advance(plan.num_passed - passed, images=0, errors=_num_bad(done))
-            passed = plan.num_passed
-            if _num_bad(done) > _error_limit(max_errors, plan):
-                plan.stop()  # what is being encoded is still committed
-        _record_plan_errors(plan, writer, done)
-        progress.advance(plan.num_passed - passed, images=0, errors=_num_bad(done))
+            catch_up()
+        catch_up()
     if plan.recovered:
         store.forget_errors(plan.recovered)
     done.num_known, done.num_ignored, done.changed = plan.num_known, plan.num_ignored, plan.changed

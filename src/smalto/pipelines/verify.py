@@ -111,7 +111,6 @@ def verify(
         InputError: a sample of tokens that no Transform of smalto made.
     """
     store, progress = TokenStore.open(path), progress or Progress()
-    found = Verification(StoreCheck(len(store)), SampleCheck())
     model = None
     if sample:
         model = load(recorded_tokenizer(store, tokenizer)).to(resolve_device(device))
@@ -202,6 +201,8 @@ def _compare(row: TokenRow, image: Tensor, model: ImageTokenizer) -> Difference 
     different = numpy.flatnonzero(again != stored)
     if not len(different):
         return None
+    if stored.max() >= model.quantize.codebook_size:
+        return Difference(row.id, len(different), int(different[0]), numpy.inf)
     layout = model.layout(*image.shape[2:])
     tokens = torch.from_numpy(stored.astype(numpy.int64))[None].to(device)
     gaps = model.token_gaps(image.to(device), tokens, layout)

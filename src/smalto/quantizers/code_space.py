@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from smalto.core.precision import without_autocast
 from smalto.quantizers.codebook import Codebook, EMACodebook
 from smalto.quantizers.latents import masked_mse
 from smalto.search import Metric, nearest_codes
@@ -179,7 +180,8 @@ class ExplicitCodes(CodeSpace):
         return nn.functional.embedding(indices, codes), indices
 
     def embed(self, indices: Tensor) -> Tensor:
-        return nn.functional.embedding(indices, self.codes())
+        with without_autocast(indices.device):  # a projection would round the codes
+            return nn.functional.embedding(indices, self.codes())
 
     def loss(self, vectors: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
         commitment = self.beta * masked_mse(vectors, codes.detach(), valid)

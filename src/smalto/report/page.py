@@ -132,7 +132,9 @@ def _headline(metrics: Metrics, training: TrainingSummary) -> list[tuple[str, st
 
 def _table(report: RunReport) -> list[tuple[str, str]]:
     training = report.training
-    waiting = f", {training.waiting:.1%} of it waiting for data" if training.waiting else ""
+    waiting = (
+        f", {training.waiting:.1%} of it waiting for data" if training.waiting is not None else ""
+    )
     rows = [
         *metric_rows(report.metrics),
         ("trained on", training.source),

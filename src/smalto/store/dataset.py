@@ -319,6 +319,7 @@ class TokenLoader:
             InputError: the number of rows or processes, or a setting of the data set, differs from
                 the saved one, so the order would differ; or ``state`` is not a position.
         """
+        state = _upgrade_position(state)
         if missing := {"epoch", "batches", *_DECIDE_THE_ORDER} - set(state):
             raise InputError(
                 f"got a dict without {', '.join(sorted(missing))}; expected the position of a "
@@ -333,3 +334,12 @@ class TokenLoader:
                 )
         self._epoch = state["epoch"]
         self._batches = state["batches"]
+
+
+def _upgrade_position(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a position that was saved under earlier names of the settings under present ones."""
+    names = {"block_rows": "chunk_rows", "blocks_mixed": "chunks_mixed"}
+    renamed = {names.get(key, key): value for key, value in state.items()}
+    if renamed.get("shuffle") == "blocks":
+        renamed["shuffle"] = "chunks"
+    return renamed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -17,6 +17,7 @@ from smalto.tokenizing.encode_shard import Shard, encode_shard
 
 FILES_PER_READ = 8  # one job of a reading process
 FILES_PER_SHARD = 8  # one job of an encoding thread on a CPU
+BATCHES_PER_MIXED_SHARD = 4  # elsewhere, where images of several shapes fill several batches
 
 
 def encode_locally(
@@ -24,7 +25,7 @@ def encode_locally(
     transform: Transform,
     inference: InferenceTokenizer,
     workers: int,
-) -> Iterator[Shard]:
+) -> Generator[Shard, None, None]:
     """Yield the encoded shards of files, in their order; a few are encoded ahead.
 
     On a CPU each thread encodes with one core. No thread waits at the end of each layer for a core
@@ -34,11 +35,15 @@ def encode_locally(
         files: to tokenize.
         transform: of images.
         inference: the tokenizer.
-        workers: processes that read images; 0 reads them in the encoding threads.
+        workers: processes that read images; 0 reads them in this one.
     """
     on_cpu = inference.device.type == "cpu"
     cores = torch.get_num_threads() if on_cpu else 1
-    size = min(FILES_PER_SHARD, inference.batch) if on_cpu else inference.batch
+    ahead = 2 * cores if on_cpu else 1
+    if on_cpu:
+        size = min(FILES_PER_SHARD, inference.batch)
+    else:
+        size = inference.batch * (BATCHES_PER_MIXED_SHARD if transform.size is None else 1)
     waiting: deque[Future[Shard]] = deque()
     with (
         ReaderPool(workers, transform.prepare) as reader,
@@ -50,7 +55,7 @@ def encode_locally(
                 read = [image for _, image in group]
                 names = [file for file, _ in group]
                 waiting.append(threads.submit(encode_shard, names, transform, inference, read))
-                while len(waiting) > 2 * cores:
+                while len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

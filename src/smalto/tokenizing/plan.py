@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from smalto.images.archives import open_file
@@ -35,13 +35,15 @@ class Plan:
         update: tokenize changed images again.
 
     Attributes:
-        num_seen: image files so far; ``num_passed``: those that are not tokenized.
+        num_seen: images, and files that should be, so far; ``num_passed``: those that are not tokenized.
         num_known: images that were in the store already.
         num_ignored: files that are not images.
         changed: names of images whose files have changed since they were tokenized.
         errors: new errors of files that cannot be images; the caller takes them out.
         known_errors: images that were bad before and have not changed.
         recovered: names of images that were bad before and are in the store.
+        after_group: called after each group of files was looked up, for jobs that find nothing
+            missing for long.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Plan:
         self.errors: list[FileError] = []
         self.known_errors: list[Skipped] = []
         self.recovered: list[str] = []
+        self.after_group: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
         """End the iteration before the next image."""
@@ -83,6 +86,7 @@ class Plan:
                 elif item.reason == NOT_AN_IMAGE:
                     self.num_ignored += 1
                 else:
+                    self.num_seen += 1
                     self.errors.append(FileError(item))
             self._store.refresh()
             known = self._store.known([row_id(file.name) for file in files])
@@ -94,6 +98,9 @@ class Plan:
                     yield file
                 else:
                     self.num_passed += 1
+            self.after_group()
+            if self._stopped:
+                return
 
     def _is_missing(self, file: ImageFile, stored: tuple[int, int, bytes] | None) -> bool:
         reason, *before = self._errors_before.get(file.name, ("", 0, 0))

@@ -19,6 +19,9 @@ _SETTINGS = {
 }
 
 
+_FAULTS = {"saturated": "discriminator_loss"}  # that a monitor has reported
+
+
 def rename_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
     """Return dotted settings under their present names.
 
@@ -42,7 +45,8 @@ def rename_tables(data: dict[str, Any], source: str) -> dict[str, Any]:
             del data[table]
     for key, value in rename_settings(earlier, source).items():
         table, _, name = key.partition(".")
-        data.setdefault(table, {})[name] = value
+        if isinstance(data.setdefault(table, {}), dict):  # otherwise the recipe refuses it
+            data[table][name] = value
     return data
 
 
@@ -53,7 +57,9 @@ def upgrade_state(state: dict[str, Any]) -> dict[str, Any]:
         upgraded["batches"] = [upgraded.pop("stream")]
     monitor = upgraded["monitor"]
     if "told" in monitor:
-        upgraded["monitor"] = _renamed(monitor, "told", "reported")
+        upgraded["monitor"] = _renamed(monitor, "told", "reported") | {
+            "reported": [_FAULTS.get(fault, fault) for fault in monitor["told"]]
+        }
     task = _renamed(state["task"], "caution", "lr_scale")
     if "books" in task.get("updater", {}):
         task["updater"] = _renamed(task["updater"], "books", "trackers")

@@ -31,7 +31,7 @@ def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None 
     """
     data = rename_tables(_read_toml(Path(path)), str(path)) if path else {}
     kind = data.get("kind", "tokenizer")
-    if kind not in RECIPES:
+    if not isinstance(kind, str) or kind not in RECIPES:
         raise ConfigError(f"{path}: kind is {kind!r}; expected one of {', '.join(RECIPES)}.")
     recipe = RECIPES[kind]
     defaults = recipe.model_validate({}).model_dump(mode="json")

@@ -46,9 +46,10 @@ class TrainingImages:
         source: where they are, as runs remember it.
         training: numbers of the images to train on.
         held_out: numbers of the images that training never sees.
-        unusable: files that were left out before anything was read.
+        unusable: files that were left out otherwise than by ``images``.
         digest: of names and sizes.
         files: the image files; empty for a dataset.
+        workers: processes that read them.
     """
 
     images: ImageSet
@@ -58,6 +59,7 @@ class TrainingImages:
     unusable: list[Skipped]
     digest: str
     files: list[ImageFile]
+    workers: int
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -152,10 +154,10 @@ class TrainingImages:
         """Yield (name, [C, H, W]) of whole images, as ``smalto evaluate`` reads them."""
         if self.files:
             files = [self.files[i] for i in indices]
-            workers = None if len(files) > FEW_FILES else 0
-            yield from ImageReader(
-                files, stride, progress, longer_side=longer_side, workers=workers
-            )
+            workers = self.workers if len(files) > FEW_FILES else 0
+            reader = ImageReader(files, stride, progress, longer_side=longer_side, workers=workers)
+            yield from reader
+            self.unusable.extend(reader.skipped)
             return
         for index in indices:
             image = self.images.get(index)
@@ -177,7 +179,8 @@ def open_training_images(
         before: the split of the run that is resumed; it is repeated.
     """
     read = partial(read_image, longer_side=recipe.data.longer_side)
-    with ReaderPool(default_workers(workers), read) as pool:
+    workers = default_workers(workers)
+    with ReaderPool(workers, read) as pool:
         if isinstance(data, (str, Path)):
             source = open_source(data)
             images: ImageSet = ImageFiles(source.files, pool, recipe.data.cache_mb * 2**20)
@@ -191,6 +194,7 @@ def open_training_images(
                 source.skipped,
                 source.digest,
                 source.files,
+                workers,
             )
         else:
             images = DatasetImages(data)
@@ -198,7 +202,7 @@ def open_training_images(
                 training, held_out = split_by_name(images, before.held_out)
             else:
                 training, held_out = split(images)
-            yield TrainingImages(images, DATASET, training, held_out, [], "", [])
+            yield TrainingImages(images, DATASET, training, held_out, [], "", [], 0)
 
 
 def check_data(images: TrainingImages, recipe: TokenizerRecipe) -> None:

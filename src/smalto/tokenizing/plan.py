@@ -35,7 +35,7 @@ class Plan:
         update: tokenize changed images again.
 
     Attributes:
-        num_seen: images, and files that should be, so far; ``num_passed``: those that are not tokenized.
+        num_seen: images so far, and files that should be; ``num_passed``: those not tokenized.
         num_known: images that were in the store already.
         num_ignored: files that are not images.
         changed: names of images whose files have changed since they were tokenized.

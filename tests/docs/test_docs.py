@@ -82,7 +82,11 @@ def run_commands(code: str, folder: Path) -> None:
             )  # what these do is tried in a fresh clone, not here
 
 
-@pytest.mark.parametrize("page", [*ENGLISH, *CHINESE], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [*ENGLISH, *CHINESE, ROOT / "CONTRIBUTING.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_its_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):

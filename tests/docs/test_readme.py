@@ -57,9 +57,3 @@ def test_the_tree_is_the_tree(page: Path) -> None:
     package = ROOT / "src" / "smalto"
     there = [folder.name for folder in package.iterdir() if (folder / "__init__.py").is_file()]
     assert sorted(shown) == sorted(there)
-
-
-def test_pages_link_to_files_that_exist() -> None:
-    for page in [*READMES, *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"

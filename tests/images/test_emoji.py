@@ -6,7 +6,7 @@ from collections import Counter
 
 from smalto.images.emoji import base_emoji, emoji
 from smalto.images.reading import read_image
-from smalto.images.sources import open_source
+from smalto.images.sources import credits_of, open_source
 
 
 def test_all_emoji_lie_in_groups() -> None:
@@ -32,3 +32,9 @@ def test_an_emoji_and_its_skin_tones_are_on_one_side() -> None:
     assert not out & training
     assert base_emoji("1f44d-1f3fe") == base_emoji("1f44d") == "1f44d"
     assert base_emoji("0023-fe0f-20e3") == "23-20e3"
+
+
+def test_the_authors_of_images_out_of_packages_are_named() -> None:
+    assert "CC BY 4.0" in credits_of("emoji")
+    assert "chelsea.png: Chelsea the cat" in credits_of("bundled")
+    assert credits_of("photos") == ""

@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from smalto.core.files import write_atomic
 from smalto.evaluation.evaluator import Evaluation
-from smalto.images.bundled import CREDITS, SOURCE
 from smalto.images.image_file import printable, summary
+from smalto.images.sources import credits_of
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.metrics.record import TrainingSummary
 from smalto.report import RunReport, write_report
-from smalto.training.run_folder import METRICS_FILE, RunFolder, read_jsonl
+from smalto.training.run_folder import METRICS_FILE, REPORT_FILE, RunFolder, read_jsonl
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 
@@ -26,7 +26,6 @@ def write_results(
     """Write metrics.json and report.html of a trained run; return the training in numbers."""
     training = _summarize_training(run, recipe, inference)
     run.event("finished", step=recipe.steps)
-    is_bundled = recipe.data.source == SOURCE
     report = RunReport(
         name=printable(run.path.resolve().name),
         metrics=evaluation.metrics,
@@ -35,9 +34,9 @@ def write_results(
         histogram=evaluation.histogram,
         log=read_jsonl(run.path / "log.jsonl"),
         skipped=summary(evaluation.skipped),
-        credits="; ".join(f"{name}: {who}" for name, who in CREDITS.items()) if is_bundled else "",
+        credits=credits_of(recipe.data.source),
     )
-    write_report(run.path / "report.html", report)
+    write_report(run.path / REPORT_FILE, report)
     metrics = {**evaluation.metrics.as_json(), **training.as_json()}
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     write_atomic(run.path / METRICS_FILE, text)  # last: it says that the run is complete

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
-from smalto.core.errors import MissingExtra
 from smalto.images.image_file import ImageFile
+from smalto.images.packages import package_folder
 
 SOURCE = "bundled"
 
@@ -33,9 +30,10 @@ def bundled_photographs() -> list[ImageFile]:
     Raises:
         MissingExtra: scikit-image or scikit-learn is not installed.
     """
+    use = "demo", "the bundled photographs"
     folders = [
-        _package_folder("skimage", "scikit-image") / "data",
-        _package_folder("sklearn", "scikit-learn") / "datasets" / "images",
+        package_folder("skimage", "scikit-image", *use) / "data",
+        package_folder("sklearn", "scikit-learn", *use) / "datasets" / "images",
     ]
     return [
         ImageFile(name, str(folder / name))
@@ -48,10 +46,3 @@ def bundled_photographs() -> list[ImageFile]:
 def credit(name: str) -> str:
     """Return the author and license of a bundled photograph; empty for other names."""
     return CREDITS.get(name, "")
-
-
-def _package_folder(module: str, package: str) -> Path:
-    spec = find_spec(module)  # does not import the package: only its files are needed
-    if spec is None or spec.origin is None:
-        raise MissingExtra(package, "demo", "the bundled photographs")
-    return Path(spec.origin).parent

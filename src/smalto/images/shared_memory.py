@@ -54,7 +54,7 @@ class Packed(NamedTuple):
 
 
 def use_shared_buffers(array: Any) -> None:
-    """In a worker, at its start: the memory of ``Slots.array``."""
+    """In a worker, at its start: the memory of ``SharedBuffers.array``."""
     global _shared
     _shared = memoryview(array).cast("B")
 

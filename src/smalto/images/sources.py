@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smalto.core.errors import DataError
 from smalto.images import emoji
-from smalto.images.bundled import HELD_OUT, SOURCE, bundled_photographs
+from smalto.images.bundled import CREDITS, HELD_OUT, SOURCE, bundled_photographs
 from smalto.images.finding import find_images, modified_ns, walk_images
 from smalto.images.image_file import ImageFile, Skipped, printable
 
@@ -87,6 +87,13 @@ def source_name(source: str | Path | list[ImageFile]) -> str:
     if isinstance(source, list):
         return ""
     return str(source) if str(source) in (SOURCE, emoji.SOURCE) else str(Path(source).resolve())
+
+
+def credits_of(source: str) -> str:
+    """Return the authors of the images of a source that comes with packages; empty for others."""
+    if source == SOURCE:
+        return "; ".join(f"{name}: {author}" for name, author in CREDITS.items())
+    return emoji.CREDIT if source == emoji.SOURCE else ""
 
 
 def open_source(source: str | Path) -> Source:

@@ -23,7 +23,7 @@ from smalto.pipelines.train import Trained
 from smalto.store.token_store import TokenStore
 from smalto.training.recipe import change_recipe
 from smalto.training.recipe_file import load_recipe
-from smalto.training.run_folder import RECIPE_FILE, RunFolder
+from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_run import TrainedRun, resume_run, start_run
 from smalto.training.training_images import open_training_images
@@ -136,6 +136,6 @@ def _choose_path(folder: Path) -> tuple[Path, bool]:
         path = folder / ("demo" if number == 1 else f"demo-{number}")
         if not path.exists():
             return path, False
-        if (path / "recipe.toml").is_file() and not (path / "metrics.json").is_file():
+        if (path / RECIPE_FILE).is_file() and not (path / METRICS_FILE).is_file():
             return path, True
     raise AssertionError("count() does not end")

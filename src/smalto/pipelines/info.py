@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from smalto.core.errors import RunError
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe_file import load_recipe
-from smalto.training.run_folder import RECIPE_FILE, RunFolder
+from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, REPORT_FILE, RunFolder
 
 if TYPE_CHECKING:
     from smalto.store.token_store import TokenStore
@@ -44,7 +44,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "fingerprint": tokenizer.fingerprint(),
         "config": json.dumps(tokenizer.config.model_dump(mode="json")),
     }
-    if (path / "recipe.toml").is_file():
+    if (path / RECIPE_FILE).is_file():
         run = RunFolder(path)
         recipe = load_recipe(path / RECIPE_FILE)
         metadata |= {
@@ -53,9 +53,9 @@ def info(path: str | Path) -> dict[str, Any]:
             "steps": f"{max(run.steps(), default=0)} of {recipe.steps}",
             "seed": recipe.seed,
         }
-        if (path / "metrics.json").is_file():
+        if (path / METRICS_FILE).is_file():
             try:
-                metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+                metrics = json.loads((path / METRICS_FILE).read_text(encoding="utf-8"))
                 metadata["PSNR"] = (
                     f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
                 )
@@ -63,7 +63,7 @@ def info(path: str | Path) -> dict[str, Any]:
                 metadata["PSNR"] = (
                     f"metrics.json is damaged; rewrite it with: smalto train --resume {path}"
                 )
-            metadata["report"] = str(path / "report.html")
+            metadata["report"] = str(path / REPORT_FILE)
     return metadata
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from smalto.images.archives import open_file
-from smalto.images.image_file import ImageFile, Skipped
-from smalto.images.reading import NOT_AN_IMAGE, BadImage, bad_image_errors
+from smalto.images.image_file import NOT_AN_IMAGE, ImageFile, Skipped
+from smalto.images.reading import BadImage, bad_image_errors
 from smalto.images.transforms import content_digest
 from smalto.store.schema import row_id
 from smalto.store.token_store import TokenStore

@@ -27,12 +27,13 @@ from smalto.training.earlier_formats import upgrade_split
 RECIPE_FILE = "recipe.toml"
 SPLIT_FILE = "split.json"
 METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 START_FOLDER = "start"  # the model that fine-tuning started from
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 OWN_NAMES = frozenset(
     {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, START_FOLDER, *LOGS}
-    | {"config.json", "model.safetensors", "checkpoints", "report.html", "tensorboard"}
+    | {"config.json", "model.safetensors", "checkpoints", REPORT_FILE, "tensorboard"}
     | {"tokens.lance", "decoded"}  # of a demo
 )
 

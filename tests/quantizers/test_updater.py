@@ -21,6 +21,7 @@ from smalto.quantizers import (
     VectorQuantizer,
 )
 from smalto.quantizers.kmeans import kmeans
+from smalto.quantizers.updater import VECTORS_PER_CODE
 
 
 def latents(number: int, dim: int = 4, seed: int = 0) -> Tensor:
@@ -111,13 +112,14 @@ def test_rows_that_are_not_finite_leave_the_codebook_alone() -> None:
 def test_the_first_step_starts_by_k_means_on_what_it_saw() -> None:
     torch.manual_seed(0)
     centers = torch.randn(8, 4) * 20
-    z = (centers.repeat_interleave(50, 0) + torch.randn(400, 4) * 0.1).T[None, :, :, None]
+    vectors = centers.repeat_interleave(VECTORS_PER_CODE, 0)  # as many as the start samples: all
+    vectors = vectors + torch.randn_like(vectors) * 0.1
+    z = vectors.T[None, :, :, None]
     quantizer = VectorQuantizer(8, 4, codebook="ema")
     updater = CodebookUpdater(quantizer)
     quantizer(z)
     updater.step()
     codes, tokens = quantizer.embedding.weight.detach(), quantizer.encode(z).flatten()
-    vectors = z[0, :, :, 0].T
     means = torch.stack([vectors[tokens == code].mean(dim=0) for code in range(8)])
     torch.testing.assert_close(codes, means, rtol=1e-4, atol=1e-3)  # none is unused: no NaN
 

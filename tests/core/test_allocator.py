@@ -53,6 +53,38 @@ def test_pages_are_asked_for_once_and_given_back() -> None:
     assert given_back > 30  # MiB, of one tensor of 46
 
 
+_LAYERS = """
+import resource
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from smalto.core.allocator import retain_freed_memory
+
+def layers():
+    for megabytes in ((12, 33, 33, 33, 8, 2), (3, 30, 30, 15), (3, 16, 33, 33)):
+        for layer in megabytes:  # two at a time are more than the 64 MiB of a thread's heap
+            activations = torch.ones(layer * 250_000)
+
+def faults():
+    for _ in range(10):
+        layers()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        layers()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with retain_freed_memory(), ThreadPoolExecutor(1) as threads:
+    print(threads.submit(faults).result())
+"""
+
+
+@pytest.mark.skipif(memory.glibc() is None, reason="no glibc, or somebody tuned it")
+def test_threads_keep_their_heaps() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LAYERS], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
+    assert int(done.stdout) < 1000  # hundreds of thousands if each pass maps its heaps again
+
+
 _RETURNED = """
 from pathlib import Path
 import numpy

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,15 @@ def test_saved_and_loaded_is_the_same(make: Any, tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
     ]
+
+
+def test_loading_does_not_import_the_compiler(tmp_path: Path) -> None:
+    smalto.SimpleVQVAE(8).save(tmp_path / "t")
+    code = (
+        f"import sys, smalto; smalto.load({str(tmp_path / 't')!r}); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

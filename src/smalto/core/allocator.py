@@ -12,12 +12,28 @@ from typing import Any
 from smalto.core.process_wide import ProcessWideSetting
 
 _M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 # Without a call to mallopt, glibc adjusts both thresholds to what was freed, up to these values.
-_PLAIN = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 2**16))
-_REUSED = ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 0))
-_RETURNED = ((_M_TRIM_THRESHOLD, 2**26), (_M_MMAP_THRESHOLD, 2**16), (_M_MMAP_MAX, 2**16))
+_PLAIN = (
+    (_M_TRIM_THRESHOLD, 2**26),
+    (_M_TOP_PAD, 2**17),
+    (_M_MMAP_THRESHOLD, 2**25),
+    (_M_MMAP_MAX, 2**16),
+)
+_REUSED = (
+    (_M_TRIM_THRESHOLD, 2**31 - 1),
+    (_M_TOP_PAD, 2**26),  # a thread's heaps of 64 MiB: otherwise each is unmapped once it is free
+    (_M_MMAP_THRESHOLD, 2**25),
+    (_M_MMAP_MAX, 0),
+)
+_RETURNED = (
+    (_M_TRIM_THRESHOLD, 2**26),
+    (_M_TOP_PAD, 2**17),
+    (_M_MMAP_THRESHOLD, 2**16),
+    (_M_MMAP_MAX, 2**16),
+)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ class Codebook(nn.Embedding):
     """Codebook of K codes of dimension D that learn by gradient; ``weight`` is [K, D]."""
 
     def reset_parameters(self) -> None:
+        if self.weight.is_meta:  # torch would import its compiler for that, half a second
+            return
         # About unit length in any dimension. The usual uniform(±1/K) puts all codes in one tiny
         # ball around zero: the few at its edge then win every latent and the rest never learn.
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)

@@ -228,8 +228,8 @@ def passes(folder: Path, large: Path) -> dict[str, Any]:
 
 
 def fragments(folder: Path) -> list[dict[str, Any]]:
-    """Stores of many small files that nobody joins: rows in fragments of one row, 1,000 fragments a
-    commit.
+    """Stores of many small files that are never compacted: one row per fragment, 1,000 fragments
+    per commit.
     """
     table = TokenStore.create(folder, header())._table
     batch, found = [rows(i, i + 1) for i in range(FRAGMENTS_PER_COMMIT)], []

@@ -1,4 +1,4 @@
-"""A training that goes on where it was interrupted, for the benchmarks that need one."""
+"""A training that resumes after an interruption, for the benchmarks that need one."""
 
 from __future__ import annotations
 

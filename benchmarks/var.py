@@ -4,7 +4,7 @@ map; it uses its codebook; and VAR's file of it gives the same tokens.
 
 ``python benchmarks/var.py FOLDER`` trains ``recipes/var-small.toml`` on the bundled photographs
 into FOLDER/var-small, then the single-scale one into FOLDER/single, and measures both on held-out
-photographs. An interrupted run goes on where it was.
+photographs. An interrupted run resumes.
 """
 
 from __future__ import annotations

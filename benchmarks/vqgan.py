@@ -3,7 +3,7 @@ at most half a dB after the adversarial term begins, though that term is felt; a
 look nearer to the originals for it. Beside it: JPEG and WebP of as many bytes.
 
 ``python benchmarks/vqgan.py FOLDER`` trains ``recipes/photos-vqgan-small.toml`` on the bundled
-photographs into FOLDER/photos-vqgan-small. An interrupted run goes on where it was.
+photographs into FOLDER/photos-vqgan-small. An interrupted run resumes.
 """
 
 from __future__ import annotations

@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs" / "en").glob("*.md")),
+]
+SOURCES = [
+    *sorted((ROOT / "src").rglob("*.py")),
+    ROOT / "src/smalto/report/template.html",
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+    *sorted((ROOT / "recipes").glob("*.toml")),
+    ROOT / "pyproject.toml",
+    ROOT / "Makefile",
+]
 EARLIER = ROOT / "src/smalto/training/earlier_formats.py"  # spells the names of that time
 BANNED = {
     "image, not picture": r"(?<!\")\bpictures?\b(?!\")",  # in quotes: a name of users' data

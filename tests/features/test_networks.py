@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from smalto.core.errors import DataError
 from smalto.features import inception, lpips
 from smalto.features.inception import Inception
-from smalto.features.lite0 import _BLOCKS, Lite0
+from smalto.features.lite0 import Lite0
 from smalto.features.lpips import LPIPS
+
+
+STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-lite0's blocks
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def plain_lite0(x: Tensor) -> tuple[Tensor, Tensor]:
         return F.batch_norm(x, mean, variance, gain, shift, training=False, eps=1e-3)
 
     x = F.relu6(convolve((x * 127.5 + 127.5 - 127) / 128, "_conv_stem", "_bn0", 2))
-    for number, (_, stride, _) in enumerate(_BLOCKS):
+    for number, stride in enumerate(STRIDES):
         b, y = f"_blocks.{number}", x
         if number:
             y = F.relu6(convolve(y, f"{b}._expand_conv", f"{b}._bn0"))

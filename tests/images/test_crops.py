@@ -1,4 +1,4 @@
-"""Crops are a function of seed, epoch and image; the stream goes on where it stopped."""
+"""Crops are a function of seed, epoch and image; a resumed stream continues."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import tarfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -61,7 +62,8 @@ def near(image: numpy.ndarray, expected: numpy.ndarray) -> bool:
 
 @pytest.fixture
 def without_extras(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pillow_plugins, "_MODULES", {"HEIF": "no_such_heif", "JXL": "no_such_jxl"})
+    for module in ("pillow_heif", "pillow_jxl"):
+        monkeypatch.setitem(sys.modules, module, None)
     image_formats.missing_reader.cache_clear()
     pillow_plugins.register.cache_clear()
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -173,14 +174,17 @@ def test_tokens_of_listed_images_are_rows_of_their_own(tmp_path: Path) -> None:
     assert (again.num_images, again.num_known) == (0, 3)
 
 
-def test_a_row_group_in_several_chunks_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_group_in_several_chunks_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Columns of more than 2 GiB come in several chunks, which pyarrow cannot join."""
     chunks = pyarrow.chunked_array([[{"bytes": png(0)}], [{"bytes": png(1)}]])
-    monkeypatch.setattr(parquet, "_column", lambda *where: chunks)
-    assert [parquet.read_cell(__file__, 0, "image.bytes", row) for row in (0, 1)] == [
-        png(0),
-        png(1),
-    ]
+    table = pyarrow.table({"image": chunks})
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "read_row_group", lambda self, row_group, columns: table
+    )
+    path = str(write(tmp_path / "p.parquet"))
+    assert [parquet.read_cell(path, 0, "image.bytes", row) for row in (0, 1)] == [png(0), png(1)]
 
 
 def test_training_reads_it_in_workers(tmp_path: Path, tiny_recipe: TokenizerRecipe) -> None:
@@ -199,11 +203,7 @@ def test_without_pyarrow_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "p.parquet")
-
-    def missing() -> None:
-        raise MissingExtra("pyarrow", "parquet", "reading parquet files")
-
-    monkeypatch.setattr(parquet, "_pyarrow", missing)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingExtra, match=r'pip install "smalto\[parquet\]"'):
         find_images(tmp_path)
 

@@ -1,4 +1,4 @@
-"""The tokenizing job: what it writes, that it goes on, what it does with changed and bad images."""
+"""The tokenizing job: what it writes, that it resumes, what becomes of changed and bad images."""
 
 from __future__ import annotations
 

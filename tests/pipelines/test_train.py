@@ -1,4 +1,4 @@
-"""Training makes a run; resuming goes on bit for bit; mistakes are named."""
+"""Training makes a run; a resumed run is bitwise the same; mistakes are named."""
 
 from __future__ import annotations
 

@@ -241,9 +241,9 @@ store.append(token_rows(6, first=36))
 @pytest.mark.parametrize(
     ("where", "rows"),
     [
-        ("lance_table._sync_file = die", 36),  # data written, not committed
+        ("os.fsync = die", 36),  # data written, not committed
         ("lance_table.LanceTable.commit = die", 36),
-        ("lance_table.LanceTable._write_head = die", 42),  # committed, and nobody was told
+        ("lance_table.sync_folder = die", 42),  # committed, and nobody was told
         ("lance_table.write_atomic = die", 42),
     ],
 )

@@ -31,7 +31,7 @@ def test_rows_are_as_in_a_dict(seed: int, tmp_path: Path, monkeypatch: pytest.Mo
     """With an index that is missing or old, and files that were joined, replaced and cleaned
     away.
     """
-    monkeypatch.setattr(lance_table, "_FEW_ROWS", 8)
+    monkeypatch.setattr(lance_table, "FEW_ROWS", 8)
     chance, expected, next_id = random.Random(seed), dict[str, int](), 0
     table = LanceTable.create(tmp_path / "t", SCHEMA)
     for step in range(60):

@@ -139,7 +139,7 @@ class Metrics(ImageMetrics):
         """
         data = _flat(self)
         data["codecs"] = [_flat(codec) for codec in self.codecs]
-        data["grids"] = [_flat(grid) for grid in self.grids]
+        data["grids"] = [{"psnr": None, **_flat(grid)} for grid in self.grids]
         data["networks"] = dict(self.networks)
         data["skipped"] = [{"name": name, "reason": reason} for name, reason in self.skipped]
         if self.changed_indices is not None:

@@ -68,8 +68,8 @@ def demo(
     names = set(trained.folder.split().held_out)
     held_out = [file for file in bundled_photographs() if file.name in names]
     tokens, decoded = _tokenize_and_decode(trained, held_out, device, progress)
-    evaluation = _evaluate_files(trained, held_out, tokens, decoded, images.skipped)
     inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
+    evaluation = _evaluate_files(trained, inference, held_out, tokens, decoded, images.skipped)
     training = write_results(trained.folder, trained.recipe, inference, evaluation)
     return Trained(trained.folder, trained.tokenizer, evaluation.metrics, training)
 
@@ -104,6 +104,7 @@ def _tokenize_and_decode(
 
 def _evaluate_files(
     trained: TrainedRun,
+    inference: InferenceTokenizer,
     files: list[ImageFile],
     tokens: Path,
     decoded: list[Path],
@@ -111,7 +112,6 @@ def _evaluate_files(
 ) -> Evaluation:
     """Compare the original files with the PNG files that were decoded from tokens on disk."""
     recipe = trained.recipe
-    inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
     stride = inference.tokenizer.stride
     evaluator = Evaluator(inference.tokenizer, FeatureNetworks.open(inference.device))
     paths = {file.name: file.path for file in files}

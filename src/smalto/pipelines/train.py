@@ -162,10 +162,11 @@ def change_run_recipe(run: RunFolder, settings: dict[str, Any]) -> TokenizerReci
     return change_recipe(recipe, settings)
 
 
-def evaluate_run(trained: TrainedRun, images: TrainingImages, progress: Progress) -> Evaluation:
+def _evaluate_run(
+    trained: TrainedRun, inference: InferenceTokenizer, images: TrainingImages, progress: Progress
+) -> Evaluation:
     """Evaluate a trained run on whole held-out images, as ``smalto evaluate`` does."""
     recipe = trained.recipe
-    inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
     stride, longer_side = inference.tokenizer.stride, recipe.data.longer_side
     indices = images.to_evaluate(recipe.evaluate.images)
     candidates = len(images.held_out or images.training)
@@ -194,8 +195,8 @@ def _finish(trained: TrainedRun, images: TrainingImages, progress: Progress) -> 
     distributed.leave_process_group()
     if not is_first:
         return Trained(trained.folder, trained.tokenizer, None, None)
-    evaluation = evaluate_run(trained, images, progress)
     inference = InferenceTokenizer.on(trained.tokenizer, trained.recipe.precision)
+    evaluation = _evaluate_run(trained, inference, images, progress)
     training = write_results(trained.folder, trained.recipe, inference, evaluation)
     return Trained(trained.folder, trained.tokenizer, evaluation.metrics, training)
 

@@ -34,7 +34,7 @@ from smalto.core.files import file_sha256, sync_folder, write_atomic
 STORAGE_VERSION: Literal["2.1"] = "2.1"  # explicit, because Lance's default changes with releases
 ROWS_PER_FILE = 2**20
 _CACHE_BYTES = 2**26
-_FEW_ROWS = 2**17  # scanning this many rows without an index is acceptable
+FEW_ROWS = 2**17  # scanning this many rows without an index is acceptable
 _PIECE_BYTES = 2**21
 _HEAD = "head.json"
 # Footer of Lance's files: three offsets, numbers of buffers and columns, version, magic.
@@ -369,7 +369,7 @@ def _check_footer(path: Path) -> None:
 
 def _may_lag(indexed: int) -> int:
     """Return how many rows may be outside an index of this many rows."""
-    return max(_FEW_ROWS, indexed // 8)
+    return max(FEW_ROWS, indexed // 8)
 
 
 def _cut_short(path: Path) -> OSError:

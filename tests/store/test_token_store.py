@@ -151,6 +151,16 @@ def test_rows_are_replaced_in_one_commit(tmp_path: Path) -> None:
     assert check_store(store).ok
 
 
+def test_a_store_is_created_for_a_tokenizer(tmp_path: Path) -> None:
+    model = smalto.SimpleVQVAE(16, 8, 8)
+    layout = model.layout(16, 24)
+    store = TokenStore.create(tmp_path / "t", model, layout=layout, transform="noise")
+    assert store.header == StoreHeader.of(model.identity(), layout=layout, transform="noise")
+    with pytest.raises(ConfigError, match="precision"):
+        TokenStore.create(tmp_path / "u", model, precision="int4")
+    assert not (tmp_path / "u").exists()
+
+
 def test_errors_are_noted_once_and_forgotten(tmp_path: Path) -> None:
     store = TokenStore.create(tmp_path / "t", store_header())
     store.add_errors(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
 import numpy
@@ -21,7 +21,10 @@ from torch import Tensor
 from smalto.core.config import parse_config
 from smalto.core.errors import DataError, InputError, RunError
 from smalto.core.files import atomic_path, remove_leftovers
+from smalto.core.identity import TokenizerIdentity
+from smalto.core.layout import TokenLayout
 from smalto.images.image_file import Skipped
+from smalto.images.transforms import Transform
 from smalto.store.lance_table import ROWS_PER_FILE, LanceTable
 from smalto.store.schema import (
     NUMBERS,
@@ -48,6 +51,13 @@ _ERROR_SCHEMA = pyarrow.schema(
 )
 
 
+class HasIdentity(Protocol):
+    """Anything whose tokens can be told from those of others, such as an ImageTokenizer."""
+
+    def identity(self) -> TokenizerIdentity:
+        """Return what files record of it."""
+
+
 class TokenStore:
     """Token store on Lance: one row per image, or per view of an image, with atomic commits.
 
@@ -68,16 +78,33 @@ class TokenStore:
         self._lock = filelock.FileLock(path / _LOCK, thread_local=False)
 
     @classmethod
-    def create(cls, path: str | Path, header: StoreHeader) -> TokenStore:
+    def create(
+        cls,
+        path: str | Path,
+        tokenizer: HasIdentity | StoreHeader,
+        *,
+        layout: TokenLayout | None = None,
+        transform: Transform | str = "",
+        precision: str = "float32",
+    ) -> TokenStore:
         """Create an empty store.
 
         Args:
             path: a folder that does not exist yet, such as ``tokens.lance``.
-            header: properties of all rows: ``StoreHeader.of(tokenizer.identity(), layout=...)``.
+            tokenizer: the ImageTokenizer whose tokens it will hold, or a complete header.
+            layout: of every image; None: images keep their shape, and every row has its own.
+            transform, precision: how images become tokens.
 
         Raises:
+            ConfigError: an argument is out of range.
             RunError: ``path`` exists.
         """
+        header = tokenizer
+        if not isinstance(header, StoreHeader):
+            identity = header.identity()
+            header = StoreHeader.of(
+                identity, layout=layout, transform=transform, precision=precision
+            )
         path = Path(path)
         if path.exists():
             raise RunError(

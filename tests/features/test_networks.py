@@ -18,7 +18,6 @@ from smalto.features.inception import Inception
 from smalto.features.lite0 import Lite0
 from smalto.features.lpips import LPIPS
 
-
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-lite0's blocks
 
 

@@ -137,9 +137,9 @@ import json, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import smalto
 from machine import peak_mib
-images, tokenizer, out, precision = sys.argv[1:]
+images, tokenizer, out, precision, batch = sys.argv[1:]
 begun = time.perf_counter()
-options = dict(size={SIDE}, batch={BATCH}, precision=precision, device="cpu")
+options = dict(size={SIDE}, batch=int(batch), precision=precision, device="cpu")
 done = smalto.tokenize(images, tokenizer, out, **options)
 seconds = time.perf_counter() - begun
 print(json.dumps(dict(rows=done.num_rows, seconds=seconds, peak_mib=peak_mib())))
@@ -159,9 +159,11 @@ def in_a_process(*arguments: object) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_job(images: Path, tokenizer: Path, out: Path, precision: str) -> dict[str, float]:
+def run_job(
+    images: Path, tokenizer: Path, out: Path, precision: str, batch: int = BATCH
+) -> dict[str, float]:
     shutil.rmtree(out, ignore_errors=True)
-    return in_a_process("-c", JOB, images, tokenizer, out, precision)
+    return in_a_process("-c", JOB, images, tokenizer, out, precision, batch)
 
 
 def end_to_end(
@@ -218,6 +220,24 @@ def end_to_end(
     return found
 
 
+def batch_of_one(folder: Path, tokenizer: Path) -> dict[str, Any]:
+    """The speed of jobs with ``batch=1``, whose tokens do not depend on the images beside them, as
+    a share of the usual speed.
+    """
+    write_images(folder / "some", MEMORY[0], SIDE, SIDE)
+    shares = {}
+    for precision in ("float32", "bf16"):
+        ratios = []
+        for _ in range(ROUNDS):
+            usual, alone = (
+                run_job(folder / "some", tokenizer, folder / "tokens.lance", precision, batch)
+                for batch in (BATCH, 1)
+            )
+            ratios.append(usual["seconds"] / alone["seconds"])
+        shares[precision] = statistics.median(ratios)
+    return {"speed_with_batch_1": shares}
+
+
 def memory(folder: Path, tokenizer: Path) -> dict[str, Any]:
     """The peak of jobs of 3,000 and 30,000 images; the short job before and after the long one."""
     number, many = MEMORY
@@ -245,14 +265,16 @@ def main() -> None:
         help="for images and stores; 4 GB; removed",
     )
     parser.add_argument(
-        "--only-memory", action="store_true", help="this part alone again; the rest stays as stored"
+        "--only",
+        choices=("memory", "batch"),
+        help="this part alone again; the rest stays as stored",
     )
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True)
     try:
         models = tokenizers(folder)
-        if arguments.only_memory:
+        if arguments.only:
             result = json.loads((RESULTS / "tokenization.json").read_text())
             result.pop("machine")
         else:
@@ -265,8 +287,12 @@ def main() -> None:
                 "rounds": ROUNDS,
                 "rows": end_to_end(folder, images, models),
             }
-        result |= memory(folder, models["SimpleVQVAE"])
-        print(result["peak_mib"], result["memory_ratio"])
+        if arguments.only != "batch":
+            result |= memory(folder, models["SimpleVQVAE"])
+            print(result["peak_mib"], result["memory_ratio"])
+        if arguments.only != "memory":
+            result |= batch_of_one(folder, models["SimpleVQVAE"])
+            print(result["speed_with_batch_1"])
     finally:
         shutil.rmtree(folder)
     print("stored in", store("tokenization", result))

@@ -41,7 +41,7 @@ def test_without_tensorboard_nothing_is_missing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     smalto.train(image_folder, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert len(read_jsonl(tmp_path / "run" / "log.jsonl")) == 6

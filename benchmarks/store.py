@@ -20,6 +20,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,11 @@ def build(folder: Path) -> dict[str, Any]:
         opens.append(time.perf_counter() - second)
         if store.num_small_files > MANY_SMALL_FILES:
             first = time.perf_counter()
-            store.compact(lazily=True)
+            store.compact(timedelta(0), lazily=True)
             compacting += time.perf_counter() - first
     seconds = time.perf_counter() - begun
     first = time.perf_counter()
-    store.compact()
+    store.compact(timedelta(0))
     tenth = len(appends) // 10
     milliseconds = {
         name: {
@@ -198,7 +199,7 @@ def passes(folder: Path, large: Path) -> dict[str, Any]:
     small = TokenStore.create(folder / "small", header())
     for start in range(0, SAMPLE, COMMIT):
         small.append(rows(start, min(start + COMMIT, SAMPLE)))
-    small.compact()
+    small.compact(timedelta(0))
     contenders = {
         "smalto, 1,000,000 rows": (ours(large), ROWS),
         "smalto": (ours(folder / "small"), SAMPLE),

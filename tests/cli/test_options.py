@@ -121,6 +121,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     },
     "store compact": {
         "PATH": REQUIRED,
+        "--keep-hours": 1.0,
     },
     "store export": {
         "PATH": REQUIRED,

@@ -24,14 +24,37 @@ def test_folders_appear_whole(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "folder" / "x").read_text() == "1"
 
 
+def killed_writer(path: Path) -> Path:
+    """A temporary folder as a writer leaves it that was killed."""
+    folder = path.parent / f".{path.name[:20]}.smalto-abcd_123"
+    folder.mkdir()
+    (folder / "writer.lock").touch()
+    (folder / "new").write_text("half")
+    return folder
+
+
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    writer = atomic_path(tmp_path / "model.safetensors")
-    (writer.__enter__().parent / "new").write_text("half")
-    keep = [tmp_path / ".git", tmp_path / ".hidden.file", tmp_path / "folder.abcdefgh"]
-    for path in keep:
+    killed_writer(tmp_path / "model.safetensors")
+    mixed = killed_writer(tmp_path / "mine.json")
+    (mixed / "notes").touch()
+    keep = [mixed, *(tmp_path / name for name in (".git", ".my.settings", ".cache.20240101"))]
+    for path in keep[1:]:
         path.mkdir()
-    remove_leftovers(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted(keep)
+    (tmp_path / ".a.smalto-abcd_123").symlink_to(tmp_path / ".git")
+    with atomic_path(tmp_path / "live") as new:
+        new.touch()
+        remove_leftovers(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted(
+            [*keep, tmp_path / ".a.smalto-abcd_123", new.parent]
+        )
+
+
+def test_leftovers_of_one_name(tmp_path: Path) -> None:
+    own = killed_writer(tmp_path / "export")
+    other = killed_writer(tmp_path / "other")
+    remove_leftovers(tmp_path, "export")
+    assert not own.exists()
+    assert other.exists()
 
 
 def test_hashes_are_the_same_everywhere() -> None:

@@ -16,7 +16,7 @@ import smalto
 from smalto.core.errors import DataError
 from smalto.images.archives import open_file
 from smalto.images.finding import find_images
-from smalto.images.reading import read_image
+from smalto.images.reading import BadImage, read_image
 from smalto.images.worker_pool import ReaderPool
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import make_image
@@ -210,7 +210,7 @@ def test_bytes_come_from_where_the_archive_says(tmp_path: Path) -> None:
         with open_file(file) as stream:
             assert stream.read() == png(seed)
     os.remove(path)
-    with pytest.raises(Exception, match="damaged"):
+    with pytest.raises(BadImage, match="unreadable: no such file"):
         read_image(files[0])
 
 

@@ -105,13 +105,15 @@ def test_tokens_do_not_depend_on_the_images_beside_it_at_batch_1(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smalto.default_tokenizer(64).save(tmp_path / "tokenizer")
-    encode, batches = InferenceTokenizer.encode, []
+    encode, batches = InferenceTokenizer.encode_finite, []
 
-    def recorded(self: InferenceTokenizer, images: torch.Tensor) -> torch.Tensor:
+    def recorded(
+        self: InferenceTokenizer, images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         batches.append(len(images))
         return encode(self, images)
 
-    monkeypatch.setattr(InferenceTokenizer, "encode", recorded)
+    monkeypatch.setattr(InferenceTokenizer, "encode_finite", recorded)
     smalto.tokenize(
         image_folder,
         tmp_path / "tokenizer",

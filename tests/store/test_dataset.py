@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import smalto
-from smalto.core.errors import ConfigError, InputError
+from smalto.core.errors import ConfigError, DataError, InputError
 from smalto.store.dataset import TokenDataset, TokenLoader
 from smalto.store.schema import StoreHeader, TokenRow
 from smalto.store.token_store import TokenStore
@@ -58,6 +60,30 @@ def test_an_epoch_has_every_row_once(store: Path, shuffle: Any) -> None:
     rows = flat(batches)
     assert sorted(rows) == list(range(NUMBER))
     assert (rows == list(range(NUMBER))) == (shuffle == "none")
+
+
+@pytest.mark.parametrize("shuffle", ["chunks", "rows"])
+@pytest.mark.parametrize("keep", [timedelta(0), None])
+def test_a_compaction_does_not_disturb_a_reader(
+    store: Path, shuffle: Any, keep: timedelta | None, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(store, tmp_path / "t"))
+    expected = numbers(loader(copy, shuffle=shuffle))
+    batches = iter(loader(copy, shuffle=shuffle))
+    found = [next(batches)]
+    TokenStore.open(copy).compact(*([] if keep is None else [keep]))
+    assert numbers([*found, *batches]) == expected
+
+
+def test_a_store_that_lost_its_files_to_a_compaction_says_so(store: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store, tmp_path / "t"))
+    opened = TokenStore.open(copy)
+    TokenStore.open(copy).compact(timedelta(0))
+    with pytest.raises(DataError, match="compacted after it was opened, open it again") as error:
+        opened.batch(range(100))
+    assert "--overwrite" not in str(error.value)
+    opened.refresh()
+    assert len(opened.batch(range(100))["id"]) == 100
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 16, 64, 4096])

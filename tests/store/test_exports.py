@@ -324,12 +324,12 @@ def test_damaged_exports_are_refused(tmp_path: Path) -> None:
     numpy_export = export_store(store, "numpy", tmp_path / "n")
     tokens = numpy_export / "tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:-5])
-    with pytest.raises(DataError, match="damaged after 0 rows"):
+    with pytest.raises(DataError, match="is damaged: "):
         import_store(numpy_export, tmp_path / "again")
     var_export = export_store(store, "var", tmp_path / "v")
     header = json.loads((var_export / HEADER).read_text())
     (var_export / HEADER).write_text(json.dumps(header | {"classes": ["a"]}))
-    with pytest.raises(DataError, match=r"damaged .* got class number 1; expected -1 to 0"):
+    with pytest.raises(DataError, match=r"damaged: got class number 1; expected -1 to 0"):
         import_store(var_export, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -64,7 +64,7 @@ def test_rows_are_as_in_a_dict(seed: int, tmp_path: Path, monkeypatch: pytest.Mo
                 table.delete([*gone, "nobody"])
                 expected = {id: value for id, value in expected.items() if id not in gone}
             case "compact":
-                table.compact()
+                table.compact(timedelta(0))
             case "compact lazily":
                 table.compact(timedelta(hours=1), lazily=True)
             case "open":

@@ -51,13 +51,15 @@ def test_off_the_cpu_images_of_several_shapes_fill_batches(
         write_images(tmp_path / f"{number}a", 1, 16, 16)
         write_images(tmp_path / f"{number}b", 1, 16, 24)
     files, _ = find_images(tmp_path)
-    encode, batches = InferenceTokenizer.encode, []
+    encode, batches = InferenceTokenizer.encode_finite, []
 
-    def recorded(self: InferenceTokenizer, images: torch.Tensor) -> torch.Tensor:
+    def recorded(
+        self: InferenceTokenizer, images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         batches.append(len(images))
         return encode(inference, images)
 
-    monkeypatch.setattr(InferenceTokenizer, "encode", recorded)
+    monkeypatch.setattr(InferenceTokenizer, "encode_finite", recorded)
     elsewhere = InferenceTokenizer(
         inference.tokenizer, inference.identity, torch.device("meta"), "float32", 2
     )

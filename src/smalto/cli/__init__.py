@@ -13,6 +13,8 @@ from typing import Any
 from smalto.cli.shared import fail
 from smalto.cli.verbs import app
 from smalto.core.errors import RenamedSettingWarning, SmaltoError
+from smalto.core.signals import STOP_SIGNALS, exit_status, stop_word
+from smalto.core.text import printable_lines
 
 
 def main() -> None:
@@ -22,17 +24,21 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Python may swallow a KeyboardInterrupt while torch is being imported. No work can be lost yet,
     # so the process exits immediately.
-    signal.signal(signal.SIGINT, _leave_at_once)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, _leave_at_once)
     show_renamed_settings_in_one_line()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
     try:
+        _refuse_empty_arguments(sys.argv[1:])
         app()
     except SmaltoError as error:
         fail(str(error), 1)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "number", signal.SIGINT)
+        fail(stop_word(number), exit_status(number))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         disk_full = error.errno == errno.ENOSPC
@@ -41,14 +47,28 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         from smalto.core.device import is_out_of_memory
 
+        if "can't start new thread" in str(error):
+            fail("no more threads can be started. Raise the limit (ulimit -u), or use fewer.", 1)
         if not is_out_of_memory(error):
             raise
         fail("out of memory. Try a smaller --batch, --size or --codebook-size.", 1)
 
 
 def _leave_at_once(number: int, frame: Any) -> None:
-    os.write(2, b"smalto: interrupted\n")
-    os._exit(130)
+    os.write(2, f"smalto: {stop_word(number)}\n".encode())
+    os._exit(exit_status(number))
+
+
+def _refuse_empty_arguments(arguments: list[str]) -> None:
+    """Raise SmaltoError if an argument is empty: as a path it would be the current folder."""
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = argument == "" and previous.startswith("--")
+        if argument == "" or (argument.startswith("--") and argument.endswith("=")):
+            place = f" for {previous}" if is_value else f" in {argument}" if argument else ""
+            raise SmaltoError(
+                f"got an empty value{place}, perhaps of a shell variable that is not set; expected "
+                "a path or a value."
+            )
 
 
 def show_renamed_settings_in_one_line() -> None:
@@ -57,7 +77,7 @@ def show_renamed_settings_in_one_line() -> None:
 
     def show(message: Any, category: type[Warning], *args: Any, **options: Any) -> None:
         if issubclass(category, RenamedSettingWarning):
-            print(f"smalto: {message}", file=sys.stderr)
+            print(f"smalto: {printable_lines(str(message))}", file=sys.stderr)
         else:
             show_other(message, category, *args, **options)
 

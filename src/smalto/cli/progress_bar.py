@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from smalto.core.progress import Progress
+from smalto.core.text import printable_lines
 
 SECONDS_BETWEEN_LINES = 5.0
 _SHOWN = {
@@ -86,7 +87,7 @@ class ConsoleProgress(Progress):
             self._line()
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable_lines(text), markup=False)
 
     def close(self) -> None:
         """Stop the live bar, also after an error."""

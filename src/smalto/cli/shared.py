@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smalto.core.errors import SmaltoError
+from smalto.core.signals import exit_status, raise_stopped, stop_signals, stop_word
+from smalto.core.text import printable, printable_lines
 
 if TYPE_CHECKING:
     from smalto.cli.progress_bar import ConsoleProgress
@@ -57,7 +59,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing o
 
 @contextmanager
 def console_progress(run: Path | None = None, resumes: bool = False) -> Iterator[ConsoleProgress]:
-    """Yield a progress bar; turn Ctrl-C into exit status 130 with the command that resumes.
+    """Yield a progress bar; turn a stop signal into its exit status (130 after Ctrl-C), with the
+    command that resumes.
 
     Args:
         run: the run folder that the job writes.
@@ -66,20 +69,22 @@ def console_progress(run: Path | None = None, resumes: bool = False) -> Iterator
     from smalto.cli.progress_bar import ConsoleProgress
     from smalto.training.trainer import Interrupted
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     progress = ConsoleProgress()
     try:
-        yield progress
+        with stop_signals(raise_stopped):
+            yield progress
     except Interrupted as stopped:
         progress.close()
-        fail(f"{stopped}; everything is saved. Resume with: {_again(run)}", 130)
-    except KeyboardInterrupt:
+        status = exit_status(stopped.number)
+        fail(f"{stopped}; everything is saved. Resume with: {_again(run)}", status)
+    except KeyboardInterrupt as interrupt:
         progress.close()
+        number = getattr(interrupt, "number", signal.SIGINT)
         has_begun = run is not None and (run / "recipe.toml").is_file()
-        message = "interrupted"
+        message = stop_word(number)
         if has_begun or resumes:
             message += f"; what was written is kept. Resume with: {_again(run)}"
-        fail(message, 130)
+        fail(message, exit_status(number))
     finally:
         progress.close()
 
@@ -97,7 +102,7 @@ def print_trained(trained: Trained) -> None:
     """Print the metrics of a training and the path of its report; only rank 0 has them."""
     if trained.metrics is not None:
         print_metrics(trained.metrics)
-        print(f"\nreport: {trained.run.path / 'report.html'}")
+        say(f"\nreport: {trained.run.path / 'report.html'}")
 
 
 def print_metrics(metrics: Metrics) -> None:
@@ -106,14 +111,19 @@ def print_metrics(metrics: Metrics) -> None:
 
     print_rows(metric_rows(metrics))
     for rows in filter(None, (grid_rows(metrics), codec_rows(metrics))):
-        print("\n" + "\n".join(aligned(rows)))
+        say("\n" + "\n".join(aligned(rows)))
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
     """Print (name, value) pairs in two aligned columns."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        say(f"{name:<{width}}  {printable(value)}")
+
+
+def say(text: str) -> None:
+    """Print a result on stdout; control characters in it are escaped."""
+    print(printable_lines(text))
 
 
 def given(settings: dict[str, Any]) -> dict[str, Any]:
@@ -134,5 +144,5 @@ def checked_choice(option: str, value: str, choices: tuple[str, ...]) -> Any:
 
 def fail(message: str, code: int) -> None:
     """Print a message on stderr and exit with a status."""
-    print(f"smalto: {message}", file=sys.stderr)
+    print(f"smalto: {printable_lines(message)}", file=sys.stderr)
     sys.exit(code)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from smalto.cli.shared import Device, console_progress, fail, print_rows
+from smalto.cli.shared import Device, console_progress, fail, print_rows, say
 
 app = typer.Typer(
     help="Describe, verify, compact, export and import token stores.",
@@ -25,14 +26,13 @@ def info(
     errors: Annotated[bool, typer.Option("--errors", help="List every bad image too.")] = False,
 ) -> None:
     """Describe a token store."""
-    from smalto.images.image_file import printable
     from smalto.pipelines.info import store_metadata
     from smalto.store.token_store import TokenStore
 
     store = TokenStore.open(path)
     print_rows([(name, str(value)) for name, value in store_metadata(store).items()])
     for name, (reason, _, _) in sorted(store.errors().items()) if errors else ():
-        print(f"{printable(name)}: {reason}")
+        say(f"{name}: {reason}")
 
 
 @app.command(epilog="Example: smalto store verify tokens.lance --sample 64")
@@ -70,17 +70,17 @@ def verify(
         )
     rows, sampled = found.rows, found.sample
     for problem in rows.problems:
-        print(problem)
+        say(problem)
     if rows.num_problems > len(rows.problems):
-        print(f"... and {rows.num_problems - len(rows.problems):,} more")
+        say(f"... and {rows.num_problems - len(rows.problems):,} more")
     for row in sampled.damaged:
-        print(
+        say(
             f"row {row.id!r}: {row.num_tokens:,} tokens differ when the image is encoded again, "
             f"the first at {row.first}"
         )
-    print(f"{rows.num_checked:,} of {rows.num_rows:,} rows checked, {rows.num_problems:,} problems")
+    say(f"{rows.num_checked:,} of {rows.num_rows:,} rows checked, {rows.num_problems:,} problems")
     if sampled.num_rows or sampled.not_found or sampled.changed:
-        print(
+        say(
             f"{sampled.num_rows:,} rows ({sampled.num_tokens:,} tokens) encoded again: "
             f"{len(sampled.damaged):,} differ, {len(sampled.ties):,} differ at ties only; "
             f"{len(sampled.not_found):,} images no longer exist, "
@@ -97,17 +97,25 @@ def verify(
 
 
 @app.command(epilog="Example: smalto store compact tokens.lance")
-def compact(path: Store) -> None:
+def compact(
+    path: Store,
+    keep_hours: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Keep replaced files this long for processes that read the store."
+        ),
+    ] = 1.0,
+) -> None:
     """Merge small files, index the names, and remove data that is no longer needed.
 
-    A process that is reading the store must open it again afterwards.
+    With --keep-hours 0 a process that is reading the store must open it again afterwards.
     """
     from smalto.pipelines.info import store_metadata
     from smalto.store.token_store import TokenStore
 
     store = TokenStore.open(path)
     before = store_metadata(store)
-    store.compact()
+    store.compact(timedelta(hours=keep_hours))
     after = store_metadata(store)
     print_rows(
         [
@@ -145,7 +153,7 @@ def export(
         export_store(
             TokenStore.open(path), format, out, rows_per_shard=rows_per_shard, progress=progress
         )
-    print(out)
+    say(str(out))
 
 
 @app.command("import", epilog="Example: smalto store import tokens-numpy --out tokens.lance")
@@ -158,4 +166,4 @@ def import_(
 
     with console_progress() as progress:
         store = import_store(path, out, progress=progress)
-    print(f"{len(store):,} rows -> {out}")
+    say(f"{len(store):,} rows -> {out}")

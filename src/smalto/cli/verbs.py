@@ -23,6 +23,7 @@ from smalto.cli.shared import (
     print_rows,
     print_trained,
     quoted,
+    say,
 )
 from smalto.cli.store_verbs import app as store
 from smalto.core.errors import SmaltoError
@@ -239,7 +240,7 @@ def evaluate(
         if result.skipped:
             progress.message(summary(result.skipped))
     if json_:
-        print(json.dumps(result.metrics.as_json(), indent=2))
+        say(json.dumps(result.metrics.as_json(), indent=2))
     else:
         print_metrics(result.metrics)
 
@@ -325,7 +326,7 @@ def tokenize(
 
     Run the same command again to resume: images that are in the store are skipped.
     """
-    from smalto.images.image_file import printable, summary
+    from smalto.images.image_file import summary
     from smalto.images.reading import LONGER_SIDE
     from smalto.pipelines import tokenize as jobs
 
@@ -358,6 +359,10 @@ def tokenize(
             progress.message(
                 f"{summary(done.skipped)} List them with: smalto store info {quoted(out)} --errors"
             )
+        if done.unreadable:
+            progress.message(
+                f"{summary(done.unreadable)} Run the same command again to try these again."
+            )
         if done.num_ignored:
             progress.message(f"{done.num_ignored:,} other files are not images")
         if done.changed:
@@ -372,10 +377,8 @@ def tokenize(
             )
         if done.notes:
             name, note = done.notes[0]
-            progress.message(
-                f"{_images_have(len(done.notes))} a note, such as {printable(name)}: {note}"
-            )
-    print(
+            progress.message(f"{_images_have(len(done.notes))} a note, such as {name}: {note}")
+    say(
         f"{done.num_images:,} images, {done.num_tokens:,} tokens written; {done.num_known:,} were "
         f"in the store -> {done.path}: {done.num_rows:,} rows"
     )
@@ -420,7 +423,7 @@ def decode(
             workers=workers,
             progress=progress,
         )
-    print(f"{len(paths):,} images -> {out}")
+    say(f"{len(paths):,} images -> {out}")
 
 
 @app.command(epilog="Example: smalto reconstruct cat.jpg --tokenizer runs/mine")
@@ -452,7 +455,7 @@ def reconstruct(
             precision=checked_choice("--precision", precision, ("float32", "bf16")),
             progress=progress,
         )
-    print(
+    say(
         f"{result.num_tokens:,} tokens ({result.bytes:,} bytes), PSNR {result.psnr:.2f} dB -> "
         f"{result.path}"
     )
@@ -507,7 +510,7 @@ def convert(
         "quant_resi": quant_resi,
     }
     result = run(source, out, to, overwrite=overwrite, **settings)  # type: ignore[arg-type]
-    print(f"{result.path}\n" + "\n".join(result.notes))
+    say(f"{result.path}\n" + "\n".join(result.notes))
 
 
 @app.command(epilog="Example: smalto info runs/mine")

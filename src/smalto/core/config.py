@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from smalto.core.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable, and unknown keys are errors."""
+    """Base of all settings: immutable; unknown keys, NaN and infinity are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]  # decay rate of a moving average
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -48,6 +49,8 @@ def parse_config(kind: type[ConfigT], data: Any, source: str) -> ConfigT:
             for e in error.errors(include_url=False)
         ]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+    except RecursionError:
+        raise ConfigError(f"{source}: got a value that is nested too deeply.") from None
 
 
 def nearest_key(key: str, keys: list[str]) -> str:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from smalto.core.errors import RunError
+import filelock
 
-_ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}")  # the names that tempfile makes in atomic_path
+from smalto.core.errors import ConfigError, RunError
+from smalto.core.text import printable
+
+_MARK = ".smalto-"  # in the names of temporary folders, before eight random characters
+_TEMPORARY = re.compile(r"\..*" + re.escape(_MARK) + "[a-z0-9_]{8}")
+_LOCK = "writer.lock"  # held by the process that made the folder
+_CONTENTS = {_LOCK, "new", "old"}  # "old": what a rename has replaced
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
@@ -33,16 +43,92 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to ``path`` at the end.
 
     The temporary path may be a file or a folder. It is removed if the block raises an error.
+
+    Raises:
+        RunError: a folder that is not empty has appeared at ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The prefix is cut, because the name may already be as long as the file system allows.
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:20]}.", dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(path.name), dir=path.parent))
+    lock = filelock.FileLock(folder / _LOCK, thread_local=False)
+    with suppress(OSError, NotImplementedError):  # some network drives have no locks
+        lock.acquire()
     try:
         yield folder / "new"
-        os.replace(folder / "new", path)
+        _rename(folder / "new", path)
         sync_folder(path.parent)
     finally:
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(new: Path, path: Path) -> None:
+    try:
+        os.replace(new, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise RunError(
+            f"{path} exists already: another process has just created it. Name another path."
+        ) from None
+
+
+def _prefix(name: str) -> str:
+    # The name may already be as long as the file system allows.
+    return f".{name[:20]}{_MARK}"
+
+
+def read_regular(path: str | Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or it is a pipe or a device, from which reading may never end.
+    """
+    check_regular(path)
+    return Path(path).read_bytes()
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError unless a path is a regular file: reading from a pipe may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+        ValueError: it is not JSON in UTF-8.
+    """
+    return parse_json(read_regular(path).decode())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value in a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def named_path(path: str | Path, what: str) -> Path:
+    """Return a path; raise ConfigError if it is empty, which would be the current folder."""
+    if path == "":
+        raise ConfigError(f"got an empty path for {what}; expected the name of a file or folder.")
+    return Path(path)
+
+
+def is_utf8(path: Path) -> bool:
+    """Return whether an absolute path is text that every library can take."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_writable(path: Path) -> None:
@@ -51,8 +137,11 @@ def check_writable(path: Path) -> None:
     Creates its parent folder.
 
     Raises:
-        RunError: it cannot be written; the message gives the reason.
+        RunError: it cannot be written, or its name is not UTF-8, which TensorBoard, Lance and
+            Arrow require; the message gives the reason.
     """
+    if not is_utf8(path):
+        raise RunError(f"{printable(str(path))} is not UTF-8. Name another path.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".try."):
@@ -62,11 +151,51 @@ def check_writable(path: Path) -> None:
         raise RunError(f"{path} cannot be written: {error.strerror}. Name another path.") from None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders in ``folder`` that killed writers have left."""
-    for path in folder.glob(".*.*"):
-        if path.is_dir() and _ASIDE.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove the temporary folders in ``folder`` that killed writers have left.
+
+    A folder is removed only if its name and contents are those of ``atomic_path`` and the process
+    that made it has ended.
+
+    Args:
+        folder: where they are.
+        name: of the file or folder that was written; empty: any.
+    """
+    for entry in os.scandir(folder):
+        is_ours = _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        if is_ours and (not name or entry.name.startswith(_prefix(name))):
+            _remove_if_abandoned(Path(entry.path))
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a temporary folder unless its writer is alive or it holds anything else."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        if _LOCK not in names or names - _CONTENTS or (folder / _LOCK).is_symlink():
+            return
+        with filelock.FileLock(folder / _LOCK, timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, NotImplementedError, filelock.Timeout):
+        return  # it has gone since, or its writer is alive
+
+
+def check_replaceable(path: Path, own: Collection[str], what: str) -> None:
+    """Check that a folder holds nothing but our own files before it is replaced as a whole.
+
+    Args:
+        path: the folder.
+        own: the names that belong to it.
+        what: it is, for the message, such as "run".
+
+    Raises:
+        RunError: it holds something else.
+    """
+    foreign = sorted({entry.name for entry in path.iterdir()} - set(own))
+    if foreign:
+        raise RunError(
+            f"{path} holds files that are not of the {what} ({', '.join(foreign[:3])}), so "
+            "--overwrite does not replace it. Move them, or name another --out."
+        )
 
 
 def sync_tree(folder: Path) -> None:
@@ -98,6 +227,7 @@ def name_hash(name: str, salt: str = "") -> int:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a regular file, in hexadecimal."""
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

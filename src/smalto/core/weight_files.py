@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from smalto.core.errors import DataError
+from smalto.core.errors import DataError, describe
 
 State = Mapping[str, Tensor]
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -53,6 +54,16 @@ def read_checkpoint(path: str | Path) -> Any:
             f"{path} is damaged or not a checkpoint of torch ({type(error).__name__}). "
             "Restore the file from a copy, or name another one."
         ) from None
+
+
+def weight_problem(state: State) -> str:
+    """Return what makes the weights of a model unusable; empty if nothing."""
+    for name, tensor in state.items():
+        if tensor.dtype.is_complex or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
+            return f"{name} is {describe(tensor)}; expected float32, float64, float16 or bfloat16"
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return f"{name} holds NaN or infinite values; expected finite weights"
+    return ""
 
 
 def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from smalto.core.errors import DataError, MissingExtra
 from smalto.core.layout import TokenLayout
+from smalto.core.text import printable
 from smalto.evaluation.codecs import CODECS, compress_to_size
 from smalto.evaluation.feature_networks import FeatureNetworks
 from smalto.features.frozen import FrozenNetwork
 from smalto.images.bundled import credit
-from smalto.images.image_file import Skipped, printable, summary
+from smalto.images.image_file import Skipped, summary
 from smalto.images.image_reader import batches_of_one_shape
 from smalto.images.tensors import to_uint8, to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer

@@ -53,10 +53,10 @@ class FeatureNetworks:
         inception = Inception(inception_weights).to(device) if inception_weights else None
         reference = None
         if reference_stats:
+            statistics = read_statistics(reference_stats)
             sha256 = file_sha256(reference_stats)
-            source = f"{Path(reference_stats).name} (sha256 {sha256})"
-            reference = read_statistics(reference_stats), source
-            width = len(reference[0].mean)
+            reference = statistics, f"{Path(reference_stats).name} (sha256 {sha256})"
+            width = len(statistics.mean)
             networks = [network for network in (lite0, inception) if network is not None]
             if width not in [network.dim for network in networks]:
                 available = ", ".join(f"{n.name} with {n.dim}" for n in networks) or "no network"

@@ -7,13 +7,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from smalto.core.files import write_atomic
+from smalto.core.text import printable
 from smalto.evaluation.evaluator import Evaluation
-from smalto.images.image_file import printable, summary
+from smalto.images.image_file import summary
 from smalto.images.sources import credits_of
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.metrics.record import TrainingSummary
 from smalto.report import RunReport, write_report
-from smalto.training.run_folder import METRICS_FILE, REPORT_FILE, RunFolder, read_jsonl
+from smalto.training.run_folder import METRICS_FILE, REPORT_FILE, RunFolder, read_log
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 
@@ -32,7 +33,7 @@ def write_results(
         training=training,
         examples=evaluation.examples,
         histogram=evaluation.histogram,
-        log=read_jsonl(run.path / "log.jsonl"),
+        log=read_log(run.path / "log.jsonl"),
         skipped=summary(evaluation.skipped),
         credits=credits_of(recipe.data.source),
     )
@@ -57,10 +58,10 @@ def versions() -> dict[str, str]:
 def _summarize_training(
     run: RunFolder, recipe: TokenizerRecipe, inference: InferenceTokenizer
 ) -> TrainingSummary:
-    rows = read_jsonl(run.path / "times.jsonl")
-    seconds = sum(row["seconds"] for row in rows)
-    waiting = sum(row["waiting"] for row in rows)
-    images = sum(row["images"] for row in rows)
+    rows = read_log(run.path / "times.jsonl")
+    seconds = sum(row.get("seconds", 0) for row in rows)
+    waiting = sum(row.get("waiting", 0) for row in rows)
+    images = sum(row.get("images", 0) for row in rows)
     return TrainingSummary(
         steps=recipe.steps,
         batch=recipe.data.batch,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import tarfile
 import zipfile
@@ -16,8 +15,9 @@ from pathlib import PurePosixPath
 from typing import IO, BinaryIO
 
 from smalto.core.errors import MissingExtra
+from smalto.core.files import parse_json
 from smalto.images import parquet
-from smalto.images.image_file import ImageFile, Skipped, folder_label
+from smalto.images.image_file import UNREADABLE, ImageFile, Skipped, folder_label
 
 ARCHIVES = (".zip", ".tar", ".parquet")
 LARGEST_MEMBER = 2**30  # bytes, unpacked: larger than any image, smaller than a bomb
@@ -68,7 +68,9 @@ def members(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
         EOFError,
         NotImplementedError,  # from zipfile, on unknown compression methods
     ) as error:
-        yield Skipped(archive.name or archive.path, f"damaged archive: {error}")
+        is_of_the_system = isinstance(error, OSError) and error.errno is not None
+        kind = UNREADABLE if is_of_the_system else "damaged"
+        yield Skipped(archive.name or archive.path, f"{kind} archive: {error}")
 
 
 def open_file(file: ImageFile) -> BinaryIO:
@@ -126,8 +128,8 @@ def _content(member: IO[bytes] | None) -> bytes:
 def _json_label(data: bytes) -> str:
     """Return the label in a JSON object, as text; empty if it has none."""
     try:
-        sample = json.loads(data)
-    except (ValueError, RecursionError):
+        sample = parse_json(data)
+    except ValueError:
         return ""
     if not isinstance(sample, dict):
         return ""

@@ -8,8 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from smalto.core.errors import DataError
+from smalto.core.files import named_path
 from smalto.images.archives import is_archive, members
-from smalto.images.image_file import ImageFile, Skipped, folder_label, summary
+from smalto.images.image_file import (
+    UNREADABLE,
+    ImageFile,
+    Skipped,
+    folder_label,
+    summary,
+)
 from smalto.images.image_formats import (
     HEAD_BYTES,
     READABLE,
@@ -52,7 +59,7 @@ def walk_images(source: str | Path) -> Iterator[ImageFile | Skipped]:
     Raises:
         DataError: the source does not exist.
     """
-    source = Path(source)
+    source = named_path(source, "the source of images")
     if not source.exists():
         raise DataError(
             f"{source} does not exist. Name a folder of images, an image, or a zip, tar or parquet "
@@ -92,7 +99,7 @@ def _walk(folder: Path) -> Iterator[ImageFile | Skipped]:
         if folders and os.path.relpath(parent, folder).count(os.sep) >= _DEEPEST:
             yield Skipped(
                 os.path.relpath(parent, folder),
-                f"unreadable folder: nested more than {_DEEPEST} levels deep",
+                f"folder nested more than {_DEEPEST} levels deep",
             )
             folders.clear()
         for file in sorted(files):
@@ -107,7 +114,7 @@ def _unreadable(errors: list[OSError], folder: Path) -> Iterator[Skipped]:
     while errors:
         error = errors.pop()
         yield Skipped(
-            os.path.relpath(error.filename, folder), f"unreadable folder: {error.strerror}"
+            os.path.relpath(error.filename, folder), f"{UNREADABLE} folder: {error.strerror}"
         )
 
 
@@ -133,7 +140,7 @@ def _checked_on_disk(file: ImageFile) -> ImageFile | Skipped:
     try:
         status = os.stat(file.path)
     except OSError as error:
-        kind = "broken link" if os.path.islink(file.path) else "unreadable"
+        kind = "broken link" if os.path.islink(file.path) else UNREADABLE
         return Skipped(file.name, f"{kind}: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):
         return Skipped(file.name, "not a file")  # opening a pipe would block

@@ -6,7 +6,10 @@ from collections import Counter
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from smalto.core.text import printable
+
 NOT_AN_IMAGE = "not an image"  # the reason for text files and the like
+UNREADABLE = "unreadable"  # begins the reason if the system could not read a file
 UNREAD_FORMAT = "an image format that smalto does not read"  # followed by ": " and the format
 
 
@@ -60,6 +63,14 @@ class Skipped(NamedTuple):
         """Whether the file has a known image format that no installation of smalto reads."""
         return self.reason.startswith(UNREAD_FORMAT)
 
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the system could not read the file: it may be readable again by now.
+
+        The errors of stores written by earlier versions hold such reasons with their errno.
+        """
+        return self.reason.startswith(UNREADABLE) or "[Errno " in self.reason
+
 
 def folder_label(name: str) -> str:
     """Return the class of an image in a folder per class: the name of its parent folder."""
@@ -88,8 +99,3 @@ def _examples(skipped: list[Skipped], most: int) -> list[Skipped]:
         first_of_kind.setdefault(file.kind, position)
     positions = dict.fromkeys([*first_of_kind.values(), *range(min(most, len(skipped)))])
     return [skipped[position] for position in sorted(list(positions)[:most])]
-
-
-def printable(name: str) -> str:
-    """Return a file name with every character escaped that a terminal cannot show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

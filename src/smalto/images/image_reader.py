@@ -15,11 +15,13 @@ from smalto.core.errors import ConfigError
 from smalto.core.progress import Progress
 from smalto.images.image_file import ImageFile, Skipped
 from smalto.images.reading import LONGER_SIDE, BadImage, DeepGray
+from smalto.images.retries import SourceCheck
 from smalto.images.tensors import to_tensor
 from smalto.images.transforms import Transform
 from smalto.images.worker_pool import ReaderPool
 
 T = TypeVar("T")
+MOST_WORKERS = 1024
 
 
 def default_workers(workers: int | None = None) -> int:
@@ -28,10 +30,10 @@ def default_workers(workers: int | None = None) -> int:
     Default: all cores of this process but one, between 1 and 8.
 
     Raises:
-        ConfigError: ``workers`` is negative.
+        ConfigError: ``workers`` is negative, or too many.
     """
-    if workers is not None and workers < 0:
-        raise ConfigError(f"workers must be 0 or more; got {workers}.")
+    if workers is not None and not 0 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"workers must be between 0 and {MOST_WORKERS:,}; got {workers}.")
     own = (os.cpu_count() or 2) // local_world_size()
     return workers if workers is not None else min(8, max(1, own - 1))
 
@@ -72,14 +74,24 @@ class ImageReader:
         self.skipped: list[Skipped] = []
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, uint8 [3, H, W]) of every image that can be read."""
+        """Yield (name, uint8 [3, H, W]) of every image that can be read.
+
+        Raises:
+            DataError: the source cannot be read any more.
+        """
         workers = self._workers if len(self._files) > 1 else 0
+        check = SourceCheck()
         with ReaderPool(workers, self.transform.prepare) as pool:
             for file, image in pool.in_order(self._files):
                 self._progress.advance()
                 if isinstance(image, BadImage):
-                    self.skipped.append(Skipped(file.name, str(image)))
+                    skipped = Skipped(file.name, str(image))
+                    self.skipped.append(skipped)
+                    check.add([skipped] if skipped.is_unreadable else [], not skipped.is_unreadable)
+                    if check.is_gone:
+                        raise check.error("Then run the same command again.")
                     continue
+                check.add([], 1)
                 yield file.name, to_tensor(image.views[0])
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from smalto.core.errors import DataError, InputError, describe
 from smalto.images.image_file import ImageFile, Skipped
-from smalto.images.reading import BadImage
+from smalto.images.reading import BadImage, UnreadableImage
 from smalto.images.tensors import to_tensor
 from smalto.images.worker_pool import ReaderPool, ReadJob
 
@@ -24,12 +24,15 @@ class ImageSet(ABC):
     Attributes:
         names: of the images.
         skipped: images that could not be read so far, and why.
+        unreadable: names of images that the system could not read at times, and why. They are not
+            skipped: the next epoch reads them again.
         row_groups: int [n], the row group of each image, if images lie in parquet row groups that
             are read as a whole; else None.
     """
 
     names: list[str]
     skipped: list[Skipped]
+    unreadable: dict[str, str]
     row_groups: numpy.ndarray | None = None
 
     @abstractmethod
@@ -63,6 +66,7 @@ class ImageFiles(ImageSet):
     ) -> None:
         self.names = [file.name for file in files]
         self.skipped: list[Skipped] = []
+        self.unreadable: dict[str, str] = {}
         self.row_groups = _row_groups(files)
         self._files = files
         self._pool = pool
@@ -84,7 +88,13 @@ class ImageFiles(ImageSet):
         if index not in self._cache:
             if index not in self._requested:
                 self.prefetch([index])
-            image = self._load(index)
+            outcome = self._load(index)
+            if isinstance(outcome, UnreadableImage):
+                self.unreadable[self.names[index]] = str(outcome)
+                return None
+            if isinstance(outcome, BadImage):
+                self.skipped.append(Skipped(self.names[index], str(outcome)))
+            image = None if isinstance(outcome, BadImage) else to_tensor(outcome)
             size = image.numel() if image is not None else 0
             if size > self._free:
                 return image
@@ -93,15 +103,12 @@ class ImageFiles(ImageSet):
             self._requested.pop(index, None)
         return self._cache[index]
 
-    def _load(self, index: int) -> Tensor | None:
+    def _load(self, index: int) -> numpy.ndarray | BadImage:
         job, times = self._requested.pop(index)
         if times > 1:
             self._requested[index] = job, times - 1
         (image,) = job.result()
-        if isinstance(image, BadImage):
-            self.skipped.append(Skipped(self.names[index], str(image)))
-            return None
-        return to_tensor(image)
+        return image
 
 
 class DatasetImages(ImageSet):
@@ -114,6 +121,7 @@ class DatasetImages(ImageSet):
         self._dataset: Any = dataset
         self.names = [str(i) for i in range(len(dataset))]  # type: ignore[arg-type]
         self.skipped: list[Skipped] = []
+        self.unreadable: dict[str, str] = {}
         if not self.names:
             raise DataError("the dataset is empty; expected at least one image.")
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from smalto.images.archives import open_file
-from smalto.images.image_file import NOT_AN_IMAGE, ImageFile
+from smalto.images.image_file import NOT_AN_IMAGE, UNREADABLE, ImageFile
 from smalto.images.image_formats import FORMAT_NAMES, HEAD_BYTES, pillow_formats, suffix_of
 from smalto.images.pillow_plugins import check_jxl_size
 
@@ -26,6 +26,13 @@ _DARK = 1 / 16  # an image that stays below this share of white: 12 of 16 bits, 
 
 class BadImage(Exception):
     """One file cannot be read; the message is the reason."""
+
+
+class UnreadableImage(BadImage):
+    """One file cannot be read now: an error of the drive, the network or the memory.
+
+    The image itself may be fine, so this is never recorded as a verdict.
+    """
 
 
 class ReadImage(NamedTuple):
@@ -63,6 +70,7 @@ def read_image(
     Raises:
         BadImage: not an image, empty, truncated, corrupt, over Pillow's limit of pixels, or of a
             format that the installed packages do not read.
+        UnreadableImage: the system cannot read the file now.
     """
     return read_image_with_note(image, longer_side, deep_gray)[0]
 
@@ -134,7 +142,11 @@ def read_stream(
 
 @contextmanager
 def bad_image_errors() -> Iterator[None]:
-    """Turn every exception inside the block into a BadImage with a reason."""
+    """Turn every exception inside the block into a BadImage with a reason.
+
+    Errors of the system, which have an ``errno``, become an UnreadableImage. Decoders raise OSError
+    without one.
+    """
     try:
         yield
     except BadImage:
@@ -143,11 +155,12 @@ def bad_image_errors() -> Iterator[None]:
         raise BadImage(f"oversized: more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels") from None
     except UnidentifiedImageError:
         raise BadImage(NOT_AN_IMAGE) from None
-    except PermissionError:
-        raise BadImage("unreadable: permission denied") from None
     except MemoryError:
-        raise BadImage("too large for the memory") from None
+        raise UnreadableImage(f"{UNREADABLE}: not enough memory") from None
     except Exception as error:  # on a damaged file, anything from struct.error to SyntaxError
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = (error.strerror or type(error).__name__).lower()
+            raise UnreadableImage(f"{UNREADABLE}: {reason}") from None
         message = " ".join(str(error).split())[:120] or type(error).__name__
         raise BadImage(f"damaged: {message}") from None
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smalto.core.errors import DataError
+from smalto.core.text import printable
 from smalto.images import emoji
 from smalto.images.bundled import CREDITS, HELD_OUT, SOURCE, bundled_photographs
 from smalto.images.finding import find_images, modified_ns, walk_images
-from smalto.images.image_file import ImageFile, Skipped, printable
+from smalto.images.image_file import ImageFile, Skipped
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from smalto.core.errors import DataError
 from smalto.core.files import name_hash
-from smalto.images.image_file import printable
+from smalto.core.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +54,8 @@ def split(images: ImageSet) -> tuple[list[int], list[int]]:
     train = [i for i in range(len(names)) if i not in out]
     if not any(True for _ in _readable(images, train)):
         if not any(True for _ in _readable(images, held_out)):
-            reasons = "; ".join(
-                f"{printable(name)} ({reason})" for name, reason in images.skipped[:8]
-            )
+            failed = [*images.skipped, *images.unreadable.items()][:8]
+            reasons = "; ".join(f"{printable(name)} ({reason})" for name, reason in failed)
             raise DataError(
                 f"none of the {len(names)} images can be read: {reasons}. Name another folder."
             )

@@ -17,9 +17,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from smalto.core.allocator import keep_middle_sized_blocks
 from smalto.core.errors import DataError
+from smalto.core.signals import STOP_SIGNALS
 from smalto.images.image_file import ImageFile
 from smalto.images.reading import BadImage
+from smalto.images.retries import read_with_retries
 from smalto.images.shared_memory import Packed, SharedBuffers, run_and_pack, use_shared_buffers
+
+_OF_THE_TERMINAL = set(STOP_SIGNALS) - {signal.SIGTERM}
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -183,13 +187,7 @@ class _Workers(NamedTuple):
 
 def read_each(read: Callable[[ImageFile], T], files: list[ImageFile]) -> list[T | BadImage]:
     """Read files one by one; a file that cannot be read gives its BadImage."""
-    outcomes: list[T | BadImage] = []
-    for file in files:
-        try:
-            outcomes.append(read(file))
-        except BadImage as bad:
-            outcomes.append(bad)
-    return outcomes
+    return [read_with_retries(read, file) for file in files]
 
 
 def _begin_worker(shared: Any) -> None:
@@ -215,11 +213,14 @@ def _exit_with_parent() -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block SIGINT: processes started inside never receive Ctrl-C, here it waits for the end."""
+    """Block SIGINT and SIGHUP: processes started inside never receive them, here they wait.
+
+    A terminal sends both to all processes of a job. SIGTERM is how a pool ends its workers.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TERMINAL)
     try:
         yield
     finally:

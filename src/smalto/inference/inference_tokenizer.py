@@ -81,6 +81,20 @@ class InferenceTokenizer:
             return self.tokenizer.encode(images.to(self.device)).cpu()
 
     @torch.no_grad()
+    def encode_finite(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images like ``encode``; return tokens, and whether the latents are finite, bool
+        [B].
+
+        Tokens of latents that are not finite mean nothing.
+        """
+        with memory_errors(self.device, len(images)):
+            images = images.to(self.device)
+            self.tokenizer.check_images(images)
+            latents = self.tokenizer.latents(images)
+            tokens = self.tokenizer.quantize.encode(latents)
+            return tokens.cpu(), latents.isfinite().flatten(1).all(dim=1).cpu()
+
+    @torch.no_grad()
     def decode(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Decode tokens [B, L] to images float32 [B, C, H, W] in [-1, 1] on the CPU."""
         with memory_errors(self.device, len(tokens)):

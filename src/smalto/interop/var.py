@@ -30,6 +30,7 @@ VARValue = bool | int | float | tuple[int, ...]  # an argument of VAR's code
 _MARKS = ("quantize.embedding.weight", "encoder.conv_in.weight")
 
 
+@torch.inference_mode(False)  # what is loaded inside such a block can be trained later
 def load_tokenizer(
     path_or_state_dict: str | Path | State,
     patch_nums: PatchHws = PATCH_NUMS,

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import nn
 
-from smalto.core.config import Config
+from smalto.core.config import Beta, Config
 from smalto.features.lite0 import Lite0
 from smalto.features.lpips import LPIPS
 from smalto.losses.adversarial import PatchDiscriminator
@@ -18,7 +18,7 @@ from smalto.losses.reconstruction import L1, L2, Perceptual
 class Weight(Config):
     """Weight of a loss term as a function of the training step."""
 
-    weight: float = Field(0.0, ge=0, description="weight of the term; 0: not computed")
+    weight: float = Field(0.0, ge=0, le=1e6, description="weight of the term; 0: not computed")
     start: int = Field(0, ge=0, description="step after which the term is used")
     ramp: int = Field(0, ge=0, description="steps over which the weight then grows from 0")
 
@@ -73,9 +73,11 @@ class AdversarialConfig(Weight):
         description="make weight relative to the norm of the reconstruction's gradient at the "
         "last layer, instead of a fixed factor",
     )
-    max_factor: float = Field(100.0, gt=0, description="upper limit of the factor, if adaptive")
-    lr: float = Field(2e-4, gt=0, description="learning rate of the discriminator")
-    betas: tuple[float, float] = Field((0.5, 0.9), description="betas of the discriminator's AdamW")
+    max_factor: float = Field(
+        100.0, gt=0, le=1e12, description="upper limit of the factor, if adaptive"
+    )
+    lr: float = Field(2e-4, gt=0, le=1e4, description="learning rate of the discriminator")
+    betas: tuple[Beta, Beta] = Field((0.5, 0.9), description="betas of the discriminator's AdamW")
     width: int = Field(64, ge=1, le=4096, description="channels of the discriminator's first layer")
     layers: int = Field(
         3,

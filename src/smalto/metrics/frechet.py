@@ -5,6 +5,7 @@ Heusel et al. 2017, arXiv 1706.08500.
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smalto.core.errors import DataError, InputError, describe
+from smalto.core.files import read_regular
 
 ENOUGH = 2048  # images; with fewer, the distance depends mostly on their number
 
@@ -109,7 +111,7 @@ def read_statistics(path: str | Path) -> Gaussian:
         DataError: the file cannot be read, or does not hold such statistics.
     """
     try:
-        with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as file:
+        with numpy.load(io.BytesIO(read_regular(path)), allow_pickle=False) as file:
             mean, covariance = (
                 torch.from_numpy(numpy.asarray(file[name], dtype=numpy.float64))
                 for name in ("mu", "sigma")

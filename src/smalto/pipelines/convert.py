@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Literal
 import torch
 
 from smalto.core.errors import ConfigError, RunError
-from smalto.core.files import atomic_path, check_writable, sync_tree
+from smalto.core.files import (
+    atomic_path,
+    check_writable,
+    named_path,
+    remove_leftovers,
+    sync_tree,
+    write_atomic,
+)
 from smalto.core.layout import TokenLayout
 from smalto.interop import var
 from smalto.quantizers import MultiScaleVQ
@@ -60,7 +68,7 @@ def convert(
         DataError: the file of VAR cannot be read.
         RunError: ``source`` is not a tokenizer, or ``out`` exists and ``overwrite`` is off.
     """
-    path = Path(out)
+    path = named_path(out, "the result")
     if to == "var":
         return _to_var(load(source), path, overwrite)
     if to == "smalto":
@@ -77,8 +85,9 @@ def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted
     _check_free(path, overwrite)
     if path.is_dir():
         raise RunError(f"{path} is a folder; expected a file that ends with .pth. Change --out.")
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    data = io.BytesIO()  # in memory: on a full disk torch.save would raise a RuntimeError
+    torch.save(state, data)
+    write_atomic(path, data.getvalue())
     return Converted(path, edits_of_var(var.var_settings(tokenizer), path.resolve()))
 
 
@@ -134,6 +143,7 @@ def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Conver
 
 def _check_free(path: Path, overwrite: bool) -> None:
     check_writable(path)
+    remove_leftovers(path.parent, path.name)
     if path.exists() and not overwrite:
         raise RunError(
             f"{path} exists already. Replace it with --overwrite, or choose another --out."

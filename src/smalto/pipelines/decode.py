@@ -15,7 +15,7 @@ from torch import Tensor
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import Precision
 from smalto.core.errors import RunError
-from smalto.core.files import atomic_path, check_writable
+from smalto.core.files import atomic_path, check_writable, named_path
 from smalto.core.layout import TokenLayout
 from smalto.core.progress import Progress
 from smalto.images.image_reader import default_workers
@@ -61,7 +61,7 @@ def decode(
     """
     progress = progress or Progress()
     store = TokenStore.open(tokens)
-    folder = Path(out)
+    folder = named_path(out, "the images")
     inference = InferenceTokenizer.of(
         recorded_tokenizer(store, tokenizer), device, precision, batch, progress
     )
@@ -131,6 +131,8 @@ def image_name(id: str) -> str:
     """Return the file name of a row's image, with its view before the suffix."""
     name, view = split_id(id)
     path = PurePosixPath(name)
+    if not path.name:  # an id from elsewhere may name no file
+        path /= "image"
     return str(path.with_name(f"{path.stem}.{view}{path.suffix}")) if view else name
 
 

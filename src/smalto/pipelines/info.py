@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smalto.core.errors import RunError
+from smalto.core.files import read_json
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, REPORT_FILE, RunFolder
@@ -55,7 +56,7 @@ def info(path: str | Path) -> dict[str, Any]:
         }
         if (path / METRICS_FILE).is_file():
             try:
-                metrics = json.loads((path / METRICS_FILE).read_text(encoding="utf-8"))
+                metrics = read_json(path / METRICS_FILE)
                 metadata["PSNR"] = (
                     f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
                 )

@@ -13,17 +13,18 @@ from pathlib import Path
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import Precision
 from smalto.core.errors import ConfigError, DataError, RunError
-from smalto.core.files import check_writable, name_hash
+from smalto.core.files import name_hash, named_path
 from smalto.core.progress import Progress
 from smalto.images.image_file import ImageFile, Skipped, summary
 from smalto.images.image_reader import default_workers, transform_of
 from smalto.images.reading import LONGER_SIDE, DeepGray
+from smalto.images.retries import SourceCheck
 from smalto.images.sources import source_name, walk_source
 from smalto.images.transforms import Transform
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.store.schema import StoreHeader
 from smalto.store.token_store import TokenStore
-from smalto.store.writer import KEEP_REPLACED, SOME_SMALL_FILES, StoreWriter
+from smalto.store.writer import SOME_SMALL_FILES, StoreWriter
 from smalto.tokenizing.commit import commit
 from smalto.tokenizing.copy_rows import copy_rows
 from smalto.tokenizing.local import encode_locally
@@ -46,6 +47,8 @@ class Tokenized:
         changed: names of images whose files have changed since they were tokenized; with
             ``update`` they were tokenized again.
         skipped: bad images, those known from before included.
+        unreadable: files and folders that the system could not read now. They are not recorded:
+            the next run tries them again.
         notes: name and note of images that a user should look at.
     """
 
@@ -57,6 +60,7 @@ class Tokenized:
     num_rows: int = 0
     changed: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    unreadable: list[Skipped] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -101,7 +105,8 @@ def tokenize(
         deep_gray: how 16-bit gray becomes 8-bit gray: ``"full"`` or ``"range"``.
         shuffle: tokenize in an order that is random and always the same; reads all names first.
         update: tokenize images again whose files have changed.
-        max_errors: stop after more bad images than this; None: 100, or 1 % of the images if more.
+        max_errors: stop after more bad images than this, not counting those known from before;
+            None: 100, or 1 % of the images if more.
         overwrite: replace the store.
         batch: images per batch. With 1, an image's tokens do not depend on the images beside it.
         device, precision: of the model.
@@ -109,14 +114,14 @@ def tokenize(
         progress: receives images, metrics and messages.
 
     Raises:
-        DataError: there are no images, or too many bad ones.
+        DataError: there are no images, too many bad ones, or the source cannot be read any more.
         RunError: ``out`` holds tokens of another kind, or another process holds its writer lock.
     """
-    progress, out = progress or Progress(), Path(out)
+    progress, out = progress or Progress(), named_path(out, "the store")
     if max_errors is not None and max_errors < 0:
         raise ConfigError(f"max_errors must be 0 or more; got {max_errors}.")
     inference = InferenceTokenizer.of(tokenizer, device, precision, batch, progress)
-    if not isinstance(source, list) and (Path(source) / "head.json").is_file():
+    if not isinstance(source, list) and _is_store(source):
         given = (size, resize, longer_side, crops, flip, deep_gray, shuffle)
         if given != (None, None, LONGER_SIDE, 1, False, "full", False):
             raise ConfigError(
@@ -169,13 +174,14 @@ def tokenize(
         finally:
             counted.set()
         if store.num_small_files > SOME_SMALL_FILES:
-            store.compact(KEEP_REPLACED, lazily=True)
+            store.compact(lazily=True)
         done.num_rows = len(store)
         if is_new and not done.num_rows:  # an empty store would fix the kind of the next attempt
             shutil.rmtree(out)
     progress.finish()
     if not done.num_rows:
-        raise DataError(f"nothing in {name} could be used. {summary(done.skipped)}".strip())
+        reasons = summary([*done.unreadable, *done.skipped])
+        raise DataError(f"nothing in {name} could be used. {reasons}".strip())
     return done
 
 
@@ -191,6 +197,7 @@ def _run(
 ) -> Tokenized:
     """Tokenize what the plan finds missing; report progress; stop at too many bad images."""
     done = Tokenized(store.path)
+    check = SourceCheck()
     passed = 0
 
     def catch_up() -> None:
@@ -199,7 +206,7 @@ def _run(
         _record_plan_errors(plan, writer, done)
         progress.advance(plan.num_passed - passed, images=0, errors=_num_bad(done))
         passed = plan.num_passed
-        if _num_bad(done) > _error_limit(max_errors, plan):
+        if _is_over_limit(done, plan, max_errors) or check.is_gone:
             plan.stop()  # what is being encoded is still committed
 
     plan.after_group = catch_up
@@ -213,13 +220,17 @@ def _run(
             done.num_tokens += sum(len(row.tokens) for row in shard.rows)
             done.notes += shard.notes
             done.skipped += [error.skipped for error in shard.errors]
+            done.unreadable += shard.unreadable
+            check.add(shard.unreadable, shard.num_files - len(shard.unreadable))
             progress.advance(shard.num_files, images=len(shard.names), errors=_num_bad(done))
             catch_up()
         catch_up()
     if plan.recovered:
         store.forget_errors(plan.recovered)
     done.num_known, done.num_ignored, done.changed = plan.num_known, plan.num_ignored, plan.changed
-    if _num_bad(done) > _error_limit(max_errors, plan):
+    if check.is_gone:
+        raise check.error("What was tokenized is kept; then run the same command again.")
+    if _is_over_limit(done, plan, max_errors):
         raise DataError(
             f"stopped at {_num_bad(done)} bad images among the first {plan.num_seen:,}: is this "
             f"the right folder? {summary(done.skipped, 3)} What was tokenized is kept; resume with "
@@ -231,6 +242,9 @@ def _run(
 def _record_plan_errors(plan: Plan, writer: StoreWriter, done: Tokenized) -> None:
     """Take the errors that the plan has found since the last call."""
     for error in plan.errors:
+        if error.skipped.is_unreadable:
+            done.unreadable.append(error.skipped)
+            continue
         if not plan.is_recorded(error):
             writer.put_error(*error)
         done.skipped.append(error.skipped)
@@ -244,24 +258,26 @@ def _num_bad(done: Tokenized) -> int:
     return sum(not skipped.is_unread_format for skipped in done.skipped)
 
 
-def _error_limit(max_errors: int | None, plan: Plan) -> int:
-    return (
-        max_errors
-        if max_errors is not None
-        else max(MIN_ERROR_LIMIT, int(ERROR_SHARE * plan.num_seen))
-    )
+def _is_over_limit(done: Tokenized, plan: Plan, max_errors: int | None) -> bool:
+    """Whether there are too many bad images; those known from before do not count."""
+    limit = max_errors
+    if limit is None:
+        limit = max(MIN_ERROR_LIMIT, int(ERROR_SHARE * plan.num_seen))
+    return _num_bad(done) - plan.num_known_errors > limit
+
+
+def _is_store(source: str | Path) -> bool:
+    return (named_path(source, "the source of images") / "head.json").is_file()
 
 
 def _open_or_create(out: Path, header: StoreHeader, overwrite: bool) -> TokenStore:
     """Open the store to write to if it holds such tokens; otherwise create one."""
     if out.exists() and overwrite:
-        with TokenStore.open(out).writing():  # only a token store that is not in use is replaced
-            shutil.rmtree(out)
+        TokenStore.open(out).remove()
     if out.exists():
         store = TokenStore.open(out)
         store.header.check_same(header, out)
         return store
-    check_writable(out)
     return TokenStore.create(out, header)
 
 

@@ -13,6 +13,7 @@ from smalto.core import distributed
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
 from smalto.core.errors import ConfigError
+from smalto.core.files import named_path
 from smalto.core.progress import Progress
 from smalto.evaluation.evaluator import Evaluation, evaluate_tokenizer
 from smalto.evaluation.feature_networks import FeatureNetworks
@@ -85,8 +86,9 @@ def train(
 
     Raises:
         ConfigError, DataError, RunError: settings, images or the output folder do not fit.
-        Interrupted: SIGINT or SIGTERM arrived; everything is saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; everything is saved.
     """
+    out = named_path(out, "the run")
     target = resolve_device(device)
     recipe = recipe or TokenizerRecipe()
     if start is None and recipe.finetune.learn != "everything":
@@ -97,12 +99,12 @@ def train(
     with distributed.process_group(target):
         progress = _rank_zero_progress(progress)
         if distributed.rank() == 0:
-            RunFolder.check_free(Path(out), overwrite)
+            RunFolder.check_free(out, overwrite)
         with open_training_images(data, recipe, workers) as images:
             trained = start_run(
                 images,
                 recipe,
-                Path(out),
+                out,
                 target,
                 progress,
                 overwrite=overwrite,
@@ -142,6 +144,11 @@ def resume(
             f"{run} was trained on a dataset: pass it again, smalto.resume({str(run)!r}, dataset)."
         )
     source = data if data is not None else recipe.data.source
+    if source == "":
+        raise ConfigError(
+            f"{run}/{RECIPE_FILE} names no source of images; expected one in data.source. Name "
+            "their folder, or restore that file from a copy."
+        )
     with distributed.process_group(target):
         progress = _rank_zero_progress(progress)
         with open_training_images(source, recipe, workers, folder.split()) as images:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
-from smalto.core.errors import InputError
+from smalto.core.errors import ConfigError, InputError
 from smalto.core.progress import Progress
 from smalto.images.reading import BadImage
+from smalto.images.retries import read_with_retries
 from smalto.images.sources import locate
 from smalto.images.tensors import to_unit_range, views_of
 from smalto.images.transforms import Transform
@@ -107,9 +108,12 @@ def verify(
         progress: receives rows and images.
 
     Raises:
+        ConfigError: ``sample`` or ``seed`` is negative.
         RunError: the tokenizer does not exist, or it is not the one that wrote the store.
         InputError: a sample of tokens that no Transform of smalto made.
     """
+    if sample < 0 or seed < 0:
+        raise ConfigError(f"sample and seed must be 0 or more; got {sample} and {seed}.")
     store, progress = TokenStore.open(path), progress or Progress()
     model = None
     if sample:
@@ -177,9 +181,8 @@ def _images_of(
     for file in locate(source, rows) if source else ():
         progress.advance()
         of_file = rows.pop(file.name)
-        try:
-            prepared = transform.prepare(file)
-        except BadImage:
+        prepared = read_with_retries(transform.prepare, file)
+        if isinstance(prepared, BadImage):
             found.not_found.append(file.name)
             continue
         if any(row.digest not in (b"", prepared.digest) for _, row in of_file):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from smalto.core import distributed
 from smalto.core.errors import ConfigError, InputError
+from smalto.store.lance_table import MissingFile
 from smalto.store.token_store import TokenStore
 
 Shuffle = Literal["chunks", "rows", "none"]
+TokensAndLabels = tuple[numpy.ndarray, numpy.ndarray]
 _DECIDE_THE_ORDER = (
     "num_rows",
     "world_size",
@@ -158,6 +160,21 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             )
         return self._store
 
+    def _read(self, read: Callable[..., TokensAndLabels], *where: Any) -> TokensAndLabels:
+        """Read rows; if the store was compacted since it was opened, open it again and retry.
+
+        Compaction keeps the order of rows.
+        """
+        store = self._opened()
+        try:
+            return read(store, *where, self.classes)
+        except MissingFile:
+            version = store.version
+            store.refresh()
+            if store.version == version:
+                raise
+            return read(self._opened(), *where, self.classes)
+
     def _share(self) -> tuple[int, int]:
         """Return start and stop of this process's share of the epoch's rows."""
         own = self.num_rows // self.world_size
@@ -167,12 +184,11 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         return numpy.random.default_rng((self.seed, self.epoch, *what))
 
     def _by_rows(self, mine: range) -> Iterator[Rows]:
-        store = self._opened()
         start, stop = self._share()
         order = self._random(2).permutation(self.num_rows)[start:stop]
         for batch in mine:
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield Rows([store.tokens_at(indices, self.classes)])
+            yield Rows([self._read(TokenStore.tokens_at, indices)])
 
     def _by_chunks(self, mine: range) -> Iterator[Rows]:
         """Yield batches from groups of chunks, which are read whole and shuffled.
@@ -190,7 +206,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
                 if batch in mine
             ]
             if wanted:
-                rows = Rows([self._opened().tokens(low, high, self.classes) for low, high in spans])
+                rows = Rows([self._read(TokenStore.tokens, low, high) for low, high in spans])
                 order = (
                     self._random(1, number).permutation(last - first)
                     if self.shuffle == "chunks"
@@ -255,7 +271,7 @@ class Rows:
         labels: int64 [n], indices of the labels; -1: none.
     """
 
-    def __init__(self, parts: list[tuple[numpy.ndarray, numpy.ndarray]]) -> None:
+    def __init__(self, parts: list[TokensAndLabels]) -> None:
         tokens, labels = zip(*parts, strict=True) if parts else ((), ())
         self.tokens: numpy.ndarray = numpy.concatenate(tokens) if tokens else numpy.zeros(0)
         self.labels: numpy.ndarray = (

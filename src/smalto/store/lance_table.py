@@ -28,8 +28,9 @@ from lance.fragment import write_fragments
 from lance.optimize import Compaction
 
 from smalto.core.allocator import release_freed_memory
-from smalto.core.errors import DataError, SmaltoError
-from smalto.core.files import file_sha256, sync_folder, write_atomic
+from smalto.core.errors import DataError, RunError, SmaltoError
+from smalto.core.files import file_sha256, is_utf8, read_json, sync_folder, write_atomic
+from smalto.core.text import printable
 
 STORAGE_VERSION: Literal["2.1"] = "2.1"  # explicit, because Lance's default changes with releases
 ROWS_PER_FILE = 2**20
@@ -37,8 +38,14 @@ _CACHE_BYTES = 2**26
 FEW_ROWS = 2**17  # scanning this many rows without an index is acceptable
 _PIECE_BYTES = 2**21
 _HEAD = "head.json"
+_FOLDERS = ("data", "_versions", "_indices", "_deletions", "_transactions")
+TABLE_NAMES = frozenset({_HEAD, *_FOLDERS})  # all that a table's folder holds
 # Footer of Lance's files: three offsets, numbers of buffers and columns, version, magic.
 _FOOTER = struct.Struct("<QQQIIHH4s")
+
+
+class MissingFile(DataError):
+    """A file that the opened version needs is missing, perhaps because of a compaction."""
 
 
 class LanceTable:
@@ -57,10 +64,17 @@ class LanceTable:
 
     @classmethod
     def create(cls, path: Path, schema: pyarrow.Schema) -> LanceTable:
-        """Create an empty table in a folder that does not exist yet."""
+        """Create an empty table in a folder that does not exist yet.
+
+        Raises:
+            RunError: Lance cannot hold a table in a folder of this name.
+        """
         with _errors_named(path):
             dataset = lance.write_dataset(
-                schema.empty_table(), str(path), schema=schema, data_storage_version=STORAGE_VERSION
+                schema.empty_table(),
+                _uri(path),
+                schema=schema,
+                data_storage_version=STORAGE_VERSION,
             )
         table = cls(path, dataset)
         table._write_head()
@@ -71,8 +85,9 @@ class LanceTable:
         """Open the newest version.
 
         Raises:
-            DataError: a manifest is missing or damaged.
+            DataError: a manifest is missing or damaged, or a part is a symbolic link.
         """
+        _check_no_links(path)
         head = _read_head(path)  # first, because a concurrent commit only makes the table newer
         manifest = _manifest(path, head["version"])
         dataset = _newest(path)
@@ -99,8 +114,12 @@ class LanceTable:
         The next commit reuses the version number of that manifest.
         """
         self.refresh()
+        for folder in _FOLDERS:
+            if (self.path / folder).is_dir():
+                _check_no_links(self.path / folder)
         for manifest in (self.path / "_versions").glob("*.manifest"):
-            if _version_of(manifest) > self.version:
+            version = _version_of(manifest)
+            if version is not None and version > self.version:
                 manifest.unlink()
 
     @property
@@ -126,11 +145,19 @@ class LanceTable:
         self.commit(self.write(rows))
 
     def write(self, rows: pyarrow.Table) -> list[Any]:
-        """Write rows to new data files, which are not part of the table until ``commit``."""
+        """Write rows to new data files, which are not part of the table until ``commit``.
+
+        Raises:
+            RunError: the table was removed.
+        """
+        if not (self.path / _HEAD).is_file():  # Lance would create the folder again
+            raise RunError(
+                f"{self.path} was removed while it was being written. Start the job again."
+            )
         with _errors_named(self.path):
             fragments: list[Any] = write_fragments(
                 rows,
-                str(self.path),
+                _uri(self.path),
                 max_rows_per_file=ROWS_PER_FILE,
                 data_storage_version=STORAGE_VERSION,
             )
@@ -224,7 +251,7 @@ class LanceTable:
             except DataError as error:
                 yield error
 
-    def compact(self, keep: timedelta = timedelta(0), lazily: bool = False) -> None:
+    def compact(self, keep: timedelta, lazily: bool = False) -> None:
         """Compact small data files, update the index of ids, and remove old versions.
 
         Files that were written and never committed are removed too. Rows keep their order. If there
@@ -329,7 +356,7 @@ class LanceTable:
         manifest = _manifest(self.path, self.version)
         try:
             with _errors_named(self.path):
-                whole = lance.dataset(str(self.path)).count_rows() == len(self)
+                whole = lance.dataset(_uri(self.path)).count_rows() == len(self)
         except DataError:
             whole = False
         if not whole:
@@ -339,6 +366,40 @@ class LanceTable:
         sync_folder(manifest.parent)
         head = {"version": self.version, "rows": len(self), "manifest": file_sha256(manifest)}
         write_atomic(self.path / _HEAD, json.dumps(head) + "\n")
+
+
+def _uri(path: Path) -> str:
+    """Return what names a folder to Lance.
+
+    It is absolute: Lance takes a relative path with a colon, such as ``run:3.lance``, for a URL.
+
+    Raises:
+        RunError: the name holds control characters or bytes that are not UTF-8.
+    """
+    name = str(path.absolute())
+    if not is_utf8(path) or any(ord(character) < 32 or ord(character) == 127 for character in name):
+        raise RunError(
+            f"got the path {printable(str(path))}; expected UTF-8 without control characters, as "
+            "Lance requires. Name another path."
+        )
+    return name
+
+
+def _check_no_links(folder: Path) -> None:
+    """Check that no entry of a folder is a symbolic link: writing would change another table.
+
+    Raises:
+        DataError: one is.
+    """
+    try:
+        links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
+    except OSError:
+        return  # the next step names what is missing
+    if links:
+        raise DataError(
+            f"{folder / links[0]} is a symbolic link; expected a store whose parts are all in its "
+            "own folder. Replace the link by a copy of what it points to."
+        )
 
 
 def _check_footer(path: Path) -> None:
@@ -378,13 +439,13 @@ def _cut_short(path: Path) -> OSError:
 
 def _read_head(path: Path) -> dict[str, Any]:
     try:
-        head = json.loads((path / _HEAD).read_text(encoding="utf-8"))
+        head = read_json(path / _HEAD)
         return {
             "version": int(head["version"]),
             "rows": int(head["rows"]),
             "manifest": str(head["manifest"]),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"{path / _HEAD} is missing or damaged ({type(error).__name__}), so it is unknown "
             f"whether {path} is complete. Restore the file from a copy. Nothing was changed."
@@ -394,7 +455,7 @@ def _read_head(path: Path) -> dict[str, Any]:
 def _opened(path: Path, version: int | None = None) -> Any:
     with _errors_named(path):
         return lance.dataset(
-            str(path),
+            _uri(path),
             version,
             index_cache_size_bytes=_CACHE_BYTES,
             metadata_cache_size_bytes=_CACHE_BYTES,
@@ -417,8 +478,9 @@ def _manifest(path: Path, version: int) -> Path:
     return path / "_versions" / f"{2**64 - 1 - version:020d}.manifest"
 
 
-def _version_of(manifest: Path) -> int:
-    return 2**64 - 1 - int(manifest.stem)
+def _version_of(manifest: Path) -> int | None:
+    """Return the version of a manifest; None if the file is not one of Lance's."""
+    return 2**64 - 1 - int(manifest.stem) if re.fullmatch("[0-9]{20}", manifest.stem) else None
 
 
 def _sync_file(path: Path) -> None:
@@ -461,9 +523,9 @@ def _explained(path: Path, text: str) -> Exception:
             "creates that index again."
         )
     if missing:
-        return DataError(
-            f"{path / missing[1]} is missing, so {path} is incomplete. Rows in other files can be "
-            "read; restore that one from a copy, or tokenize the images again with --overwrite."
+        return MissingFile(
+            f"{path / missing[1]} is missing. If the store was compacted after it was opened, open "
+            "it again. Otherwise the store is incomplete: restore that file from a copy."
         )
     return DataError(
         f"{path} cannot be read: it is damaged, or not a Lance table "

@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import numpy
@@ -28,6 +28,9 @@ _NO_UTF8 = re.compile("[\ud800-\udfff]")
 _NEEDS_ENCODING = re.compile("[%?\x00-\x1f\x7f\ud800-\udfff]")
 
 
+_Side = Annotated[int, Field(ge=1, le=2**14)]  # of a grid, in tokens
+
+
 class StoreHeader(Config):
     """Header of a token store: properties that all its tokens share.
 
@@ -45,8 +48,8 @@ class StoreHeader(Config):
     format_version: Literal[1] = 1
     fingerprint: str
     kind: str
-    codebook_size: int = Field(ge=1)
-    grids: tuple[tuple[int, int], ...] | None
+    codebook_size: int = Field(ge=1, le=2**32)
+    grids: tuple[tuple[_Side, _Side], ...] | None
     transform: Transform | str
     precision: Literal["float32", "bf16"]
     tokenizer: str = ""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,18 @@ from torch import Tensor
 
 from smalto.core.config import parse_config
 from smalto.core.errors import DataError, InputError, RunError
-from smalto.core.files import atomic_path, remove_leftovers
+from smalto.core.files import (
+    atomic_path,
+    check_replaceable,
+    check_writable,
+    parse_json,
+    remove_leftovers,
+)
 from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout
 from smalto.images.image_file import Skipped
 from smalto.images.transforms import Transform
-from smalto.store.lance_table import ROWS_PER_FILE, LanceTable
+from smalto.store.lance_table import ROWS_PER_FILE, TABLE_NAMES, LanceTable
 from smalto.store.schema import (
     NUMBERS,
     StoreHeader,
@@ -41,6 +46,8 @@ from smalto.store.schema import (
 
 _ERRORS = "_errors"
 _LOCK = ".lock"
+KEEP_REPLACED = timedelta(hours=1)  # replaced files stay this long for processes that read them
+_OWN_NAMES = TABLE_NAMES | {_ERRORS, _LOCK}
 _ERROR_SCHEMA = pyarrow.schema(
     [
         pyarrow.field("id", pyarrow.string(), nullable=False),
@@ -111,17 +118,11 @@ class TokenStore:
                 f"{path} exists already. Open it with TokenStore.open({str(path)!r}), or name "
                 "another path."
             )
-        try:
-            with atomic_path(path) as folder:  # the store appears complete
-                LanceTable.create(folder, store_schema(header))
-                LanceTable.create(folder / _ERRORS, _ERROR_SCHEMA)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise RunError(
-                f"{path} exists already: another process has just created it. Open it with "
-                f"TokenStore.open({str(path)!r}), or name another path."
-            ) from None
+        check_writable(path)
+        remove_leftovers(path.parent, path.name)
+        with atomic_path(path) as folder:  # the store appears complete
+            LanceTable.create(folder, store_schema(header))
+            LanceTable.create(folder / _ERRORS, _ERROR_SCHEMA)
         return cls.open(path)
 
     @classmethod
@@ -146,7 +147,7 @@ class TokenStore:
         table = LanceTable.open(path)
         try:
             header = parse_config(
-                StoreHeader, json.loads((table.schema.metadata or {})[b"smalto"]), str(path)
+                StoreHeader, parse_json((table.schema.metadata or {})[b"smalto"]), str(path)
             )
         except (KeyError, ValueError) as error:
             raise DataError(
@@ -335,6 +336,16 @@ class TokenStore:
         finally:
             self._lock.release()
 
+    def remove(self) -> None:
+        """Remove the store from disk.
+
+        Raises:
+            RunError: another process writes to it, or its folder holds other files.
+        """
+        with self.writing():
+            check_replaceable(self.path, _OWN_NAMES, "token store")
+            shutil.rmtree(self.path)
+
     def append(
         self,
         rows: Sequence[TokenRow],
@@ -406,7 +417,7 @@ class TokenStore:
             split_id(row["id"])[0]: (row["reason"], row["size"], row["modified"]) for row in rows
         }
 
-    def compact(self, keep: timedelta = timedelta(0), *, lazily: bool = False) -> None:
+    def compact(self, keep: timedelta = KEEP_REPLACED, *, lazily: bool = False) -> None:
         """Join small files, index the ids, and remove old versions. Rows keep their order.
 
         Args:

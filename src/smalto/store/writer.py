@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from types import TracebackType
 from typing import NamedTuple
 
@@ -20,7 +19,6 @@ ROWS_PER_COMMIT = 4096
 SECONDS_PER_COMMIT = 10.0
 MANY_SMALL_FILES = 64
 SOME_SMALL_FILES = 16
-KEEP_REPLACED = timedelta(hours=1)  # replaced files stay this long for concurrent readers
 _WAITING = 8  # items in the queue
 
 
@@ -127,4 +125,4 @@ class StoreWriter:
             self._store.append_table(pyarrow.concat_tables(tables), replace=replace)
         self._store.add_errors(errors)
         if tables and self._store.num_small_files > MANY_SMALL_FILES:
-            self._store.compact(KEEP_REPLACED, lazily=True)
+            self._store.compact(lazily=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, RunError
+from smalto.core.files import parse_json, read_regular
+from smalto.core.weight_files import weight_problem
 from smalto.tokenizer.model import AnyTokenizerConfig, ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.presets import SimpleVQVAEConfig
 from smalto.tokenizer.saving import FORMAT_VERSION
@@ -22,12 +23,13 @@ _CONFIGS: dict[str, type[AnyTokenizerConfig]] = {
 }
 
 
+@torch.inference_mode(False)  # what is loaded inside such a block can be trained later
 def load(folder: str | Path) -> ImageTokenizer:
     """Read a tokenizer from its folder, or from a run, in evaluation mode on the CPU.
 
     Raises:
-        RunError: the folder or one of its two files is missing or damaged, or weights and
-            configuration do not fit.
+        RunError: the folder or one of its two files is missing or damaged, weights and
+            configuration do not fit, or weights are not finite.
         ConfigError: the configuration is of another format or has unknown keys.
     """
     folder = Path(folder)
@@ -45,7 +47,7 @@ def load(folder: str | Path) -> ImageTokenizer:
             "`smalto convert FILE --to smalto --out FOLDER`."
         )
     try:
-        text = (folder / "config.json").read_text(encoding="utf-8")
+        text = read_regular(folder / "config.json").decode()
         config = _parse(text, str(folder / "config.json"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
@@ -63,6 +65,10 @@ def load(folder: str | Path) -> ImageTokenizer:
             f"{folder / 'model.safetensors'} cannot be read ({error}). Restore it from a "
             "checkpoint of the run."
         ) from None
+    if problem := weight_problem(state):
+        raise RunError(
+            f"{folder / 'model.safetensors'}: {problem}. Use an earlier checkpoint of the run."
+        )
     if beside is not None and _parse(beside, "model.safetensors") != config:
         raise RunError(
             f"{folder / 'model.safetensors'} does not fit config.json beside it: it was written "
@@ -80,7 +86,7 @@ def load(folder: str | Path) -> ImageTokenizer:
 
 def _parse(text: str, source: str) -> AnyTokenizerConfig:
     try:
-        data: Any = json.loads(text)
+        data: Any = parse_json(text)
     except ValueError as error:
         raise ConfigError(
             f"{source} is not valid JSON ({error}). Restore it from a checkpoint of the run."

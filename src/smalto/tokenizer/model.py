@@ -135,7 +135,7 @@ class ImageTokenizer(nn.Module):
         """
         self.check_images(images)
         quantized, vq_loss, indices = self.quantize(
-            self._latents(images), num_stages=num_stages, noise=noise
+            self.latents(images), num_stages=num_stages, noise=noise
         )
         return TokenizerOutput(self.decoder(quantized).to(images.dtype), vq_loss, indices)
 
@@ -154,7 +154,7 @@ class ImageTokenizer(nn.Module):
                 tokenizer's.
         """
         self.check_images(images)
-        return self.quantize.encode(self._latents(images), layout)
+        return self.quantize.encode(self.latents(images), layout)
 
     @torch.no_grad()
     def token_gaps(self, images: Tensor, tokens: Tensor, layout: TokenLayout) -> Tensor:
@@ -164,7 +164,7 @@ class ImageTokenizer(nn.Module):
         ``Quantizer.token_gaps``.
         """
         self.check_images(images)
-        return self.quantize.token_gaps(self._latents(images), tokens, layout)
+        return self.quantize.token_gaps(self.latents(images), tokens, layout)
 
     def decode(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> Tensor:
         """Tokens int64 [B, L] -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
@@ -400,7 +400,8 @@ class ImageTokenizer(nn.Module):
             )
         self.layout(*images.shape[2:])
 
-    def _latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> latents [B, D, h, w], in the encoder's precision."""
         return self.encoder(images.to(_dtype(self.encoder)))
 
     def save(self, folder: str | Path) -> None:

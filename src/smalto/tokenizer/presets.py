@@ -17,9 +17,9 @@ class SimpleVQVAEConfig(AnyTokenizerConfig):
     """Settings of a SimpleVQVAE."""
 
     kind: Literal["simple-vqvae"] = "simple-vqvae"
-    vocab_size: int = Field(16, ge=1)
-    embedding_dim: int = Field(64, ge=1)
-    hidden_dim: int = Field(128, ge=1)
+    vocab_size: int = Field(16, ge=1, le=2**24)
+    embedding_dim: int = Field(64, ge=1, le=65536)
+    hidden_dim: int = Field(128, ge=1, le=65536)
     encoder_relu: bool = False
 
     def general(self) -> TokenizerConfig:

@@ -12,13 +12,21 @@ import torch
 from torch import Tensor
 
 from smalto.core.config import Config
+from smalto.core.errors import RunError
 from smalto.core.files import write_atomic
+from smalto.core.weight_files import weight_problem
 
 FORMAT_VERSION = 1
 
 
 def write_tokenizer(folder: Path, config: Config, state: Mapping[str, Tensor]) -> None:
-    """Write ``model.safetensors`` and ``config.json`` into ``folder``."""
+    """Write ``model.safetensors`` and ``config.json`` into ``folder``.
+
+    Raises:
+        RunError: weights are not finite; nothing was written.
+    """
+    if problem := weight_problem(state):
+        raise RunError(f"{folder} was not saved: {problem}. Lower the learning rate and resume.")
     saved = {"format_version": FORMAT_VERSION, **config.model_dump(mode="json")}
     metadata = {"smalto": json.dumps(saved, sort_keys=True)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

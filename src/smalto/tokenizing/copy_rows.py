@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from smalto.core.progress import Progress
 from smalto.store.schema import TokenRow
 from smalto.store.token_store import TokenStore
-from smalto.store.writer import KEEP_REPLACED, ROWS_PER_COMMIT, SOME_SMALL_FILES
+from smalto.store.writer import ROWS_PER_COMMIT, SOME_SMALL_FILES
 
 
 @dataclass
@@ -43,7 +43,7 @@ def copy_rows(source: TokenStore, store: TokenStore, update: bool, progress: Pro
             copied.num_tokens += sum(len(row.tokens) for row in new)
             progress.advance(len(rows))
         if store.num_small_files > SOME_SMALL_FILES:
-            store.compact(KEEP_REPLACED, lazily=True)
+            store.compact(lazily=True)
     progress.finish()
     return copied
 

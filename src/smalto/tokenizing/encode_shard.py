@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from smalto.images.image_file import ImageFile, Skipped
-from smalto.images.reading import BadImage
+from smalto.images.reading import BadImage, UnreadableImage
+from smalto.images.retries import read_with_retries
 from smalto.images.tensors import to_unit_range, views_of
 from smalto.images.transforms import Prepared, Transform
 from smalto.inference.inference_tokenizer import InferenceTokenizer
@@ -21,12 +22,16 @@ from smalto.tokenizing.plan import FileError
 PIXELS_PER_PIECE = 2**18
 
 
+NOT_FINITE = "not encodable: the latents are not finite"
+
+
 class Shard(NamedTuple):
     """What became of some files.
 
     Attributes:
         rows: the tokens, one row per view of an image, in the order of the files.
         errors: the images that could not be used.
+        unreadable: the images that the system could not read now.
         names: of the images in ``rows``.
         notes: name and note of images that a user should look at.
         num_files: all of them.
@@ -34,6 +39,7 @@ class Shard(NamedTuple):
 
     rows: list[TokenRow]
     errors: list[FileError]
+    unreadable: list[Skipped]
     names: list[str]
     notes: list[tuple[str, str]]
     num_files: int
@@ -56,50 +62,52 @@ def encode_shard(
         images: the files as read elsewhere, in the same order; None: read them here.
     """
     if images is None:
-        images = (_read(file, transform) for file in files)
+        images = (read_with_retries(transform.prepare, file) for file in files)
     prepared: list[tuple[ImageFile, Prepared]] = []
     errors: list[FileError] = []
+    unreadable: list[Skipped] = []
     for file, image in zip(files, images, strict=True):
-        if isinstance(image, BadImage):
+        if isinstance(image, UnreadableImage):
+            unreadable.append(Skipped(file.name, str(image)))
+        elif isinstance(image, BadImage):
             skipped = Skipped(file.name, str(image))
             errors.append(FileError(skipped, file.size, file.modified))
         else:
             prepared.append((file, image))
     views = [views_of(image.views, transform.flip) for _, image in prepared]
-    tokens = _encode_views(views, inference)
-    rows = [
-        row
-        for (file, image), seen, encoded in zip(prepared, views, tokens, strict=True)
-        for row in _rows(file, image, seen, encoded, transform, inference)
-    ]
-    names = [file.name for file, _ in prepared]
-    notes = [(file.name, image.note) for file, image in prepared if image.note]
-    return Shard(rows, errors, names, notes, len(files))
+    rows: list[TokenRow] = []
+    names: list[str] = []
+    notes: list[tuple[str, str]] = []
+    encoded = _encode_views(views, inference)
+    for (file, image), seen, (tokens, is_finite) in zip(prepared, views, encoded, strict=True):
+        if not is_finite:
+            errors.append(FileError(Skipped(file.name, NOT_FINITE), file.size, file.modified))
+            continue
+        rows += _rows(file, image, seen, tokens, transform, inference)
+        names.append(file.name)
+        notes += [(file.name, image.note)] if image.note else []
+    return Shard(rows, errors, unreadable, names, notes, len(files))
 
 
-def _read(file: ImageFile, transform: Transform) -> Prepared | BadImage:
-    try:
-        return transform.prepare(file)
-    except BadImage as bad:
-        return bad
-
-
-def _encode_views(views: list[Tensor], inference: InferenceTokenizer) -> list[Tensor]:
-    """Encode the views uint8 [V, 3, H, W] of each image -> tokens int64 [V, L] of each.
+def _encode_views(views: list[Tensor], inference: InferenceTokenizer) -> list[tuple[Tensor, bool]]:
+    """Encode the views uint8 [V, 3, H, W] of each image -> tokens int64 [V, L] of each, and
+    whether its latents are finite.
 
     Views of one shape are encoded together, in pieces.
     """
     by_shape: dict[torch.Size, list[int]] = {}
     for number, image in enumerate(views):
         by_shape.setdefault(image.shape, []).append(number)
-    tokens: list[Tensor] = [torch.zeros(0)] * len(views)
+    encoded: list[tuple[Tensor, bool]] = [(torch.zeros(0), False)] * len(views)
     for shape, numbers in by_shape.items():
         stacked = torch.cat([views[number] for number in numbers])
         size = piece_size(inference, shape[-2] * shape[-1])
-        pieces = [inference.encode(to_unit_range(piece)) for piece in stacked.split(size)]
-        for number, encoded in zip(numbers, torch.cat(pieces).split(shape[0]), strict=True):
-            tokens[number] = encoded
-    return tokens
+        pieces = [inference.encode_finite(to_unit_range(piece)) for piece in stacked.split(size)]
+        tokens = torch.cat([piece for piece, _ in pieces]).split(shape[0])
+        finite = torch.cat([finite for _, finite in pieces]).split(shape[0])
+        for number, of_image, is_finite in zip(numbers, tokens, finite, strict=True):
+            encoded[number] = of_image, bool(is_finite.all())
+    return encoded
 
 
 def piece_size(inference: InferenceTokenizer, pixels: int) -> int:

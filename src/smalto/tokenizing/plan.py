@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from smalto.images.archives import open_file
 from smalto.images.image_file import NOT_AN_IMAGE, ImageFile, Skipped
-from smalto.images.reading import BadImage, bad_image_errors
+from smalto.images.reading import BadImage, UnreadableImage, bad_image_errors
 from smalto.images.transforms import content_digest
 from smalto.store.schema import row_id
 from smalto.store.token_store import TokenStore
@@ -40,7 +40,8 @@ class Plan:
         num_ignored: files that are not images.
         changed: names of images whose files have changed since they were tokenized.
         errors: new errors of files that cannot be images; the caller takes them out.
-        known_errors: images that were bad before and have not changed.
+        known_errors: images that were bad before and have not changed;
+            ``num_known_errors``: how many there were so far.
         recovered: names of images that were bad before and are in the store.
         after_group: called after each group of files was looked up, for jobs that find nothing
             missing for long.
@@ -61,6 +62,7 @@ class Plan:
         self.changed: list[str] = []
         self.errors: list[FileError] = []
         self.known_errors: list[Skipped] = []
+        self.num_known_errors = 0
         self.recovered: list[str] = []
         self.after_group: Callable[[], None] = lambda: None
 
@@ -110,9 +112,11 @@ class Plan:
                 self.recovered.append(file.name)
             return False
         skipped = Skipped(file.name, reason)
-        is_verdict = reason and not skipped.is_unread_format  # a plugin may be installed by now
+        # A plugin may be installed by now, or a drive connected again.
+        is_verdict = reason and not skipped.is_unread_format and not skipped.is_unreadable
         if is_verdict and before == [file.size, file.modified]:
             self.known_errors.append(skipped)
+            self.num_known_errors += 1
             return False
         if stored is None:
             return True
@@ -134,5 +138,7 @@ def has_changed(file: ImageFile, size: int, modified: int, digest: bytes) -> boo
     try:
         with bad_image_errors(), open_file(file) as stream:
             return content_digest(stream) != digest
+    except UnreadableImage:
+        return False  # as far as can be told now
     except BadImage:
         return True

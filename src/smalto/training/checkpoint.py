@@ -13,7 +13,7 @@ import safetensors.torch
 from torch import Tensor
 
 from smalto.core.errors import RunError
-from smalto.core.files import atomic_path, file_sha256, write_atomic
+from smalto.core.files import atomic_path, file_sha256, parse_json, write_atomic
 from smalto.training.earlier_formats import upgrade_state
 
 STATE_FILE = "state.safetensors"
@@ -66,7 +66,7 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
     _check_sums(folder)
     try:
         with safetensors.safe_open(folder / STATE_FILE, "pt") as file:
-            header = json.loads(file.metadata()["smalto"])
+            header = parse_json(file.metadata()["smalto"])
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         state = upgrade_state(_put_tensors(header["state"], tensors))

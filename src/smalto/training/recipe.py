@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 from pydantic import Field
 
-from smalto.core.config import Config, dotted_keys, nearest_key, parse_config
+from smalto.core.config import Beta, Config, dotted_keys, nearest_key, parse_config
 from smalto.core.device import Precision
 from smalto.core.errors import ConfigError
 from smalto.training.earlier_formats import rename_settings
@@ -24,11 +24,11 @@ class OptimizerConfig(Config):
     Norms, biases and codes are not decayed.
     """
 
-    lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
-    betas: tuple[float, float] = Field(
+    lr: float = Field(1e-3, gt=0, le=1e4, description="learning rate after the warm-up")
+    betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="decay rates of the first and second moments"
     )
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=1e4)
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: bool = Field(True, description="cosine decay to zero at the last step")
     clip: float = Field(0.0, ge=0, description="maximum norm of the gradient; 0: no clipping")

@@ -8,6 +8,7 @@ from typing import Any
 
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError
+from smalto.core.files import read_regular
 from smalto.training.earlier_formats import rename_tables
 from smalto.training.recipe import NONE, Recipe, change_recipe, replace_values
 from smalto.training.tokenizer_recipe import TokenizerRecipe
@@ -30,6 +31,11 @@ def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None 
             right one), or a value is out of range.
     """
     data = rename_tables(_read_toml(Path(path)), str(path)) if path else {}
+    if path and not data:
+        raise ConfigError(
+            f"{path} is empty; expected at least one setting. Restore it from a copy, or leave it "
+            "out to use the defaults."
+        )
     kind = data.get("kind", "tokenizer")
     if not isinstance(kind, str) or kind not in RECIPES:
         raise ConfigError(f"{path}: kind is {kind!r}; expected one of {', '.join(RECIPES)}.")
@@ -41,9 +47,11 @@ def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables: dict[str, Any] = tomllib.loads(read_regular(path).decode())
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error.strerror}).") from None
+    except RecursionError:
+        raise ConfigError(f"the recipe {path} is nested too deeply.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} is not valid TOML: {error}.") from None
     return dict(replace_values(tables, NONE, None))

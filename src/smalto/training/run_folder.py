@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ import filelock
 from smalto.core.errors import RunError
 from smalto.core.files import (
     atomic_path,
+    check_replaceable,
     check_writable,
+    parse_json,
+    read_json,
     remove_leftovers,
     sync_tree,
     write_atomic,
@@ -30,6 +34,7 @@ METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 START_FOLDER = "start"  # the model that fine-tuning started from
+_CHECKPOINT = re.compile(r"step-([0-9]{8,})")  # other names in the folder are not ours
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 OWN_NAMES = frozenset(
     {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, START_FOLDER, *LOGS}
@@ -104,6 +109,7 @@ class RunFolder:
         """
         path = Path(path)
         cls.check_free(path, overwrite)
+        remove_leftovers(path.parent, path.name)
         with atomic_path(path) as new:
             new.mkdir()
             write_atomic(new / RECIPE_FILE, recipe)
@@ -141,12 +147,8 @@ class RunFolder:
             )
         if not is_empty:
             with RunFolder(path).locked():  # a run in training has temporary files beside its own
-                foreign = sorted({entry.name for entry in path.iterdir()} - OWN_NAMES)
-            if foreign:
-                raise RunError(
-                    f"{path} holds files that are not of the run ({', '.join(foreign[:3])}), so "
-                    "--overwrite does not replace it. Move them, or name another --out."
-                )
+                remove_leftovers(path)
+                check_replaceable(path, OWN_NAMES, "run")
         if Path.cwd().is_relative_to(path.resolve()):
             raise RunError(f"{path} is the current folder or a parent of it. Name another --out.")
         check_writable(path)
@@ -188,6 +190,8 @@ class RunFolder:
         ``keep``.
         """
         target = self.checkpoint(step)
+        if not target.parent.is_dir():
+            raise RunError(f"{self.path} was removed during the run. Start the run again.")
         if not target.exists():  # saved already by a run that was stopped right here
             write_checkpoint(target, step, save_model, state)
         save_model(self.path)
@@ -197,8 +201,8 @@ class RunFolder:
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, ascending."""
         folders = (self.path / "checkpoints").glob("step-*")
-        names = [folder.name.removeprefix("step-") for folder in folders]
-        return sorted(int(name) for name in names if name.isdigit())
+        found = [_CHECKPOINT.fullmatch(folder.name) for folder in folders if folder.is_dir()]
+        return sorted(int(match[1]) for match in found if match)
 
     def restore(self, check_model: Callable[[Path], object]) -> Checkpoint:
         """Read the newest checkpoint that is not damaged.
@@ -256,8 +260,8 @@ class RunFolder:
             if later > step:
                 shutil.rmtree(self.checkpoint(later))
         for name in ("log.jsonl", "times.jsonl"):
-            rows = read_jsonl(self.path / name)
-            kept = [json.dumps(row) + "\n" for row in rows if row.get("step", step + 1) <= step]
+            lines = _lines(self.path / name)
+            kept = [line for line in lines if not _is_later(line, step)]
             write_atomic(self.path / name, "".join(kept))
 
     def event(self, event: str, **metadata: Any) -> None:
@@ -271,18 +275,44 @@ class RunFolder:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log up to one that is cut short or damaged; empty without a log."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(row, dict):
-                break
-            rows.append(row)
-    return rows
+    """Return the objects in a file of JSON lines; empty without a file.
+
+    Lines that are cut short or damaged are left out.
+    """
+    rows = (_row(line) for line in _lines(path))
+    return [row for row in rows if row is not None]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of ``log.jsonl`` or ``times.jsonl``: numbers of a step each."""
+    return [row for row in read_jsonl(path) if _is_of_a_step(row)]
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _is_of_a_step(row: dict[str, Any]) -> bool:
+    numbers = all(isinstance(value, (int, float)) for value in row.values())
+    return numbers and isinstance(row.get("step"), int)
+
+
+def _is_later(line: str, step: int) -> bool:
+    """Return whether a line of a log was written after a step, or is cut short."""
+    row = _row(line)
+    if row is None or not _is_of_a_step(row):
+        return not line.endswith("\n")  # another line is not ours: it stays
+    return bool(row["step"] > step)
 
 
 def read_split(path: Path) -> Split:
@@ -292,7 +322,7 @@ def read_split(path: Path) -> Split:
         RunError: it is damaged.
     """
     try:
-        data = upgrade_split(json.loads(path.read_text(encoding="utf-8")))
+        data = upgrade_split(read_json(path))
         split = Split(data["source"], data["num_images"], data.get("digest", ""), data["held_out"])
         types = (str, int, str, list)
         values = (split.source, split.num_images, split.digest, split.held_out)

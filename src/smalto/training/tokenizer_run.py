@@ -13,6 +13,7 @@ from smalto.core import distributed
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, RunError
 from smalto.core.progress import Progress
+from smalto.core.text import printable
 from smalto.images.crops import CropStream
 from smalto.images.image_file import summary
 from smalto.tokenizer import ImageTokenizer, load
@@ -160,6 +161,12 @@ def _train(
         trainer.train()
         if len(images.skipped) > known:
             progress.message(f"found while training: {summary(images.skipped)}")
+        if unreadable := images.images.unreadable:
+            name, reason = next(iter(unreadable.items()))
+            progress.message(
+                f"{len(unreadable)} images could not be read at times, such as {printable(name)} "
+                f"({reason}): training used them whenever it could"
+            )
         if batches.enlarged and is_first:
             number = len(batches.enlarged)
             run.event("enlarged images", count=number)

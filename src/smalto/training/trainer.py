@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from smalto.core import distributed
 from smalto.core.device import peak_memory
 from smalto.core.errors import RunError
 from smalto.core.progress import Progress
+from smalto.core.signals import Stopped, stop_signals
 from smalto.training.checkpoint import Checkpoint
 from smalto.training.monitor import WINDOW, TrainingMonitor
 from smalto.training.random_state import random_state, set_random_state
@@ -34,9 +34,10 @@ MAX_ROLLBACKS = 3  # to one checkpoint
 class Interrupted(Exception):
     """A signal asked the run to stop, and the run saved itself first."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
         super().__init__(f"stopped after step {step}")
         self.step = step
+        self.number = number  # of the signal
 
 
 class Trainer:
@@ -88,23 +89,26 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM arrived; the last whole step is saved.
-            RunError: training diverged, or three rollbacks to one checkpoint did not help.
+            Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the last whole step is saved.
+            RunError: training diverged, no step had a finite gradient, or three rollbacks to one
+                checkpoint did not help.
         """
         recipe = self._recipe
         run = RunFolder(self._path)
         self._progress.start("training", recipe.steps, "steps", done=self._step)
+        has_learned = self._step > 0 or not recipe.steps
         with _stop_requests() as stop, closing(_RunLog(run)) as log:
             while self._step < recipe.steps:
                 self._step += 1
                 metrics, times = self._train_step()
+                has_learned = has_learned or "skipped" not in metrics
                 log.write(self._step, metrics, times)
                 self._progress.advance(1, images=self._task.batch_size, **metrics)
                 if self._must_roll_back(run, metrics):
                     log.close()
                     self._roll_back(run)
                     continue
-                stopping = _any_rank(stop.is_set(), self._task.device)
+                stopping = _any_rank(bool(stop), self._task.device)
                 # A step without a gradient does not leave a state worth returning to.
                 due = self._step % recipe.checkpoint.every == 0 and "skipped" not in metrics
                 if stopping or due or self._step == recipe.steps:
@@ -112,8 +116,13 @@ class Trainer:
                 if stopping and self._step < recipe.steps:
                     if distributed.rank() == 0:
                         run.event("interrupted", step=self._step)
-                    raise Interrupted(self._step)
+                    raise Interrupted(self._step, *stop)
         self._progress.finish()
+        if not has_learned:
+            raise RunError(
+                f"none of the {recipe.steps} steps had a finite gradient, so nothing was learned. "
+                "Check that the images are finite, or lower optimizer.lr."
+            )
 
     def _train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Train one step; return its metrics and times."""
@@ -217,25 +226,17 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGINT or SIGTERM sets, so that the step in progress ends.
+def _stop_requests() -> Iterator[list[int]]:
+    """Yield a list that receives the first stop signal, so that the step in progress ends.
 
     A second signal interrupts at once.
     """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
+    received: list[int] = []
 
     def request(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
+        if received:
+            raise Stopped(number)
+        received.append(number)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, request) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stop_signals(request):
+        yield received

@@ -6,14 +6,17 @@ rows from it.
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import safetensors
-
 from smalto.core.errors import ConfigError, DataError, RunError
-from smalto.core.files import atomic_path, check_writable, sync_tree
+from smalto.core.files import (
+    atomic_path,
+    check_writable,
+    named_path,
+    remove_leftovers,
+    sync_tree,
+)
 from smalto.core.progress import Progress
 from smalto.store.exports.export_header import (
     HEADER,
@@ -71,11 +74,12 @@ def export_store(
             or ``rows_per_shard`` does not fit.
         RunError: ``out`` exists.
     """
-    out = Path(out)
+    out = named_path(out, "the export")
     progress = progress or Progress()
     header = _export_header(store, format, rows_per_shard)
     _check_new(out)
     check_writable(out)
+    remove_leftovers(out.parent, out.name)
     progress.start(f"exporting as {format}", len(store), "rows")
     with atomic_path(out) as folder:
         folder.mkdir()
@@ -101,7 +105,7 @@ def import_store(
         RunError: ``out`` exists.
     """
     export = Path(export)
-    out = Path(out)
+    out = named_path(out, "the store")
     progress = progress or Progress()
     header = read_header(export)
     if header.format not in FORMATS:
@@ -110,6 +114,8 @@ def import_store(
             f"{', '.join(FORMATS)}. Export the token store again in one of them."
         )
     _check_new(out)
+    check_writable(out)
+    remove_leftovers(out.parent, out.name)
     progress.start("importing", header.num_rows, "rows")
     with atomic_path(out) as folder:  # an incomplete store never appears
         store = TokenStore.create(folder, header.store)
@@ -176,20 +182,24 @@ def _rows(store: TokenStore, progress: Progress) -> Iterator[TokenRow]:
 def _append_rows(store: TokenStore, export: Path, header: ExportHeader, progress: Progress) -> int:
     """Append the rows of an export and return their number."""
     num_rows = 0
-    try:
-        for group in group_rows(FORMATS[header.format].read(header, export), ROWS_AT_ONCE):
+    for group in group_rows(_read_rows(export, header), ROWS_AT_ONCE):
+        try:
             store.append(group)
-            num_rows += len(group)
-            progress.advance(len(group))
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        EOFError,
-        tarfile.TarError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise DataError(
-            f"{export} is damaged after {num_rows:,} rows: {error}. Export the token store again."
-        ) from None
+        except (ValueError, TypeError, OverflowError, AttributeError) as error:
+            raise _damaged(export, error) from None
+        num_rows += len(group)
+        progress.advance(len(group))
     return num_rows
+
+
+def _read_rows(export: Path, header: ExportHeader) -> Iterator[TokenRow]:
+    """Yield the rows of an export. Its files may hold anything, so any error of reading counts."""
+    try:
+        yield from FORMATS[header.format].read(header, export)
+    except Exception as error:
+        raise _damaged(export, error) from None
+
+
+def _damaged(export: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"{export} is damaged: {reason}. Export the token store again.")

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from smalto.core.config import Config, parse_config
 from smalto.core.errors import DataError
+from smalto.core.files import read_json
 from smalto.core.layout import TokenLayout
 from smalto.store.schema import StoreHeader, TokenRow
 
@@ -89,7 +90,7 @@ def read_header(export: Path) -> ExportHeader:
     if not path.exists() and (export / _HEADER_OF_VERSION_1).exists():
         path = export / _HEADER_OF_VERSION_1
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         _check_version(fields, export)
         return parse_config(ExportHeader, fields, str(path))
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ The folder holds:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,11 @@ def read_numpy(header: ExportHeader, folder: Path) -> Iterator[TokenRow]:
 
 
 def _create_npy(path: Path, dtype: numpy.dtype[Any], length: int) -> numpy.memmap[Any, Any]:
-    return numpy.lib.format.open_memmap(path, "w+", dtype, (length,))
+    array = numpy.lib.format.open_memmap(path, "w+", dtype, (length,))
+    if hasattr(os, "posix_fallocate"):  # a write through the map on a full disk ends the process
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    return array
 
 
 def _padded(grids: list[list[int]]) -> numpy.ndarray:

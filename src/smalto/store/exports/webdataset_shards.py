@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy
 
+from smalto.core.files import parse_json
 from smalto.store.exports.export_header import (
     ExportHeader,
     flat_grids,
@@ -49,11 +50,12 @@ def read_webdataset(header: ExportHeader, folder: Path) -> Iterator[TokenRow]:
             tokens = numpy.zeros(0, header.store.dtype)
             for member in tar:
                 file = tar.extractfile(member)
-                assert file is not None
+                if file is None:
+                    raise ValueError(f"{path.name}: {member.name} is not a file")
                 if member.name.endswith(".tokens.npy"):
                     tokens = numpy.load(io.BytesIO(file.read()), allow_pickle=False)
                 elif member.name.endswith(".json"):  # the last member of a sample
-                    yield _to_row(tokens, json.loads(file.read()))
+                    yield _to_row(tokens, parse_json(file.read()))
 
 
 def _add_sample(

@@ -1,0 +1,64 @@
+"""Signals that ask a process to end: SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal was closed)."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+_WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(stop_word(number))
+        self.number = number
+
+
+def stop_word(number: int) -> str:
+    """Return what happened, for a message: "interrupted", "terminated" or "hung up"."""
+    return _WORDS[signal.Signals(number).name]
+
+
+def exit_status(number: int) -> int:
+    """Return the exit status of a process that a signal has ended, as shells define it."""
+    return 128 + number
+
+
+def raise_stopped(number: int, frame: Any) -> None:
+    """Signal handler that raises Stopped."""
+    raise Stopped(number)
+
+
+@contextmanager
+def stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle the stop signals for the duration of the block; outside the main thread do nothing.
+
+    A SIGHUP that is ignored, as by nohup, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.getsignal(number)
+        for number in STOP_SIGNALS
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+    }
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from smalto.core.errors import RunError
 from smalto.core.files import atomic_path, name_hash, remove_leftovers, write_atomic
 
 
@@ -55,6 +56,17 @@ def test_leftovers_of_one_name(tmp_path: Path) -> None:
     remove_leftovers(tmp_path, "export")
     assert not own.exists()
     assert other.exists()
+
+
+def test_the_second_of_two_writers_is_told_who_is_there(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match="another process has just created it"),
+        atomic_path(tmp_path / "export") as second,
+    ):
+        second.mkdir()
+        with atomic_path(tmp_path / "export") as first:
+            first.mkdir()
+            (first / "tokens").touch()
 
 
 def test_hashes_are_the_same_everywhere() -> None:

@@ -14,6 +14,7 @@ import torch
 
 import smalto
 from smalto.core.errors import ConfigError, DataError, RunError, SmaltoError
+from smalto.pipelines.info import store_metadata
 from smalto.store.check import check_store
 from smalto.store.exports import export_store
 from smalto.store.token_store import TokenStore
@@ -181,9 +182,11 @@ def test_stray_files_are_left_alone(tmp_path: Path, tiny_recipe: TokenizerRecipe
     store.append(token_rows(4))
     stray = tmp_path / "t" / "_versions" / "mine.manifest"
     stray.write_text("mine")
+    (tmp_path / "t" / "notes.md").touch()
     store.append(token_rows(4, first=4))
     store.compact()
     assert stray.read_text() == "mine"
+    assert store_metadata(store)["other files"] == "notes.md, mine.manifest"
     write_images(tmp_path / "photos", 6)
     smalto.train(tmp_path / "photos", tiny_recipe, out=tmp_path / "r", device="cpu", workers=0)
     for name in ("step-²", "step-9", "step-mine", "notes"):
@@ -195,6 +198,7 @@ def test_stray_files_are_left_alone(tmp_path: Path, tiny_recipe: TokenizerRecipe
     assert "not JSON\n" in (tmp_path / "r" / "log.jsonl").read_text()
     assert (tmp_path / "r" / "checkpoints" / "step-9").is_dir()
     assert RunFolder(tmp_path / "r").steps() == [6, 8]
+    assert RunFolder(tmp_path / "r").other_files() == ["notes", "step-9", "step-mine", "step-²"]
 
 
 def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import builtins
 import errno
 import io
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,8 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault | None], Counter[
             raise outcome
         if isinstance(outcome, int):
             return io.BytesIO(Path(path).read_bytes()[:outcome])
+        if outcome is not None:
+            return outcome(path)
         return builtins.open(path, *arguments, **options)
 
     monkeypatch.setattr(archives, "open", open_, raising=False)
@@ -56,6 +59,23 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault | None], Counter[
         return opened
 
     return inject
+
+
+class FailingRead(io.FileIO):
+    """A file whose third read fails."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.reads = 0
+
+    def _count(self) -> None:
+        self.reads += 1
+        if self.reads == 3:
+            raise os_error("EIO")
+
+    def read(self, size: int | None = -1) -> bytes | None:
+        self._count()
+        return super().read(-1 if size is None else size)
 
 
 def os_error(name: str) -> OSError:
@@ -108,8 +128,10 @@ def test_memory_and_decoders() -> None:
         lambda name, times: os_error("EIO") if times < 3 else None,
         lambda name, times: os_error("ENOENT") if name > "photo40" and not times else None,
         lambda name, times: 200 if times == 0 else None,  # a short read
+        lambda name, times: FailingRead if times == 0 else None,
+        lambda name, times: time.sleep(0.02),
     ],
-    ids=["three errors each", "away once", "short reads"],
+    ids=["three errors each", "away once", "short reads", "the third read fails", "slow reads"],
 )
 def test_passing_faults_leave_no_trace(fault: Fault, job: Any, faults: Any, tmp_path: Path) -> None:
     job("calm")

@@ -120,7 +120,8 @@ def compact(
     print_rows(
         [
             (name, f"{before[name]} -> {after[name]}")
-            for name in ("small files", "bytes on disk", "version")
+            for name in ("small files", "bytes on disk", "version", "other files")
+            if name in before
         ]
     )
 

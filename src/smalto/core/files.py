@@ -179,6 +179,12 @@ def _remove_if_abandoned(folder: Path) -> None:
         return  # it has gone since, or its writer is alive
 
 
+def foreign_names(folder: Path, own: Collection[str]) -> list[str]:
+    """Return the names in a folder that are neither in ``own`` nor temporary, sorted."""
+    names = {entry.name for entry in os.scandir(folder)} - set(own)
+    return sorted(name for name in names if not _TEMPORARY.fullmatch(name))
+
+
 def check_replaceable(path: Path, own: Collection[str], what: str) -> None:
     """Check that a folder holds nothing but our own files before it is replaced as a whole.
 
@@ -190,8 +196,7 @@ def check_replaceable(path: Path, own: Collection[str], what: str) -> None:
     Raises:
         RunError: it holds something else.
     """
-    foreign = sorted({entry.name for entry in path.iterdir()} - set(own))
-    if foreign:
+    if foreign := foreign_names(path, own):
         raise RunError(
             f"{path} holds files that are not of the {what} ({', '.join(foreign[:3])}), so "
             "--overwrite does not replace it. Move them, or name another --out."

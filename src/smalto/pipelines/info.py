@@ -76,6 +76,7 @@ def store_metadata(store: TokenStore) -> dict[str, Any]:
     shape = "varies: images keep their aspect ratio"
     if layout is not None:
         shape = f"{layout}: {layout.num_tokens:,} tokens per row"
+    other_files = store.other_files()
     return {
         "rows": len(store),
         "layout": shape,
@@ -91,6 +92,7 @@ def store_metadata(store: TokenStore) -> dict[str, Any]:
         "bytes on disk": f"{size:,}",
         "version": store.version,
         "small files": store.num_small_files,
+        **({"other files": ", ".join(other_files)} if other_files else {}),
     }
 
 

@@ -156,6 +156,8 @@ def tokenize(
     store = _open_or_create(out, header, overwrite)
     counted = threading.Event()
     with store.writing():
+        if others := store.other_files():
+            progress.message(f"left alone in {out}: {', '.join(others[:8])} (not of the store)")
         progress.start("tokenizing", None, "images")
         count = threading.Thread(target=_count, args=(source, progress, counted), daemon=True)
         count.start()

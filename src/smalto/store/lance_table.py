@@ -127,6 +127,11 @@ class LanceTable:
         """Return the version number, which increases with every commit."""
         return int(self._dataset.version)
 
+    def foreign_manifests(self) -> list[str]:
+        """Return the names among the manifests that are not Lance's; they are left alone."""
+        files = (self.path / "_versions").glob("*.manifest")
+        return sorted(file.name for file in files if _version_of(file) is None)
+
     @property
     def schema(self) -> pyarrow.Schema:
         """Return the Arrow schema of the rows."""

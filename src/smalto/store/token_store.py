@@ -23,6 +23,7 @@ from smalto.core.files import (
     atomic_path,
     check_replaceable,
     check_writable,
+    foreign_names,
     parse_json,
     remove_leftovers,
 )
@@ -335,6 +336,10 @@ class TokenStore:
             yield
         finally:
             self._lock.release()
+
+    def other_files(self) -> list[str]:
+        """Return the names in the store's folder that are not of the store; they are left alone."""
+        return foreign_names(self.path, _OWN_NAMES) + self._table.foreign_manifests()
 
     def remove(self) -> None:
         """Remove the store from disk.

@@ -19,6 +19,7 @@ from smalto.core.files import (
     atomic_path,
     check_replaceable,
     check_writable,
+    foreign_names,
     parse_json,
     read_json,
     remove_leftovers,
@@ -34,7 +35,8 @@ METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 START_FOLDER = "start"  # the model that fine-tuning started from
-_CHECKPOINT = re.compile(r"step-([0-9]{8,})")  # other names in the folder are not ours
+_CHECKPOINT = re.compile(r"step-([0-9]{8,})")
+_OWN_CHECKPOINT = re.compile(r"(damaged-)?step-[0-9]{8,}")  # other names in the folder are not ours
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 OWN_NAMES = frozenset(
     {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, START_FOLDER, *LOGS}
@@ -203,6 +205,12 @@ class RunFolder:
         folders = (self.path / "checkpoints").glob("step-*")
         found = [_CHECKPOINT.fullmatch(folder.name) for folder in folders if folder.is_dir()]
         return sorted(int(match[1]) for match in found if match)
+
+    def other_files(self) -> list[str]:
+        """Return the names in the run's folders that are not of the run; they are left alone."""
+        checkpoints = self.path / "checkpoints"
+        own = {path.name for path in checkpoints.glob("*") if _OWN_CHECKPOINT.fullmatch(path.name)}
+        return [*foreign_names(self.path, OWN_NAMES), *foreign_names(checkpoints, own)]
 
     def restore(self, check_model: Callable[[Path], object]) -> Checkpoint:
         """Read the newest checkpoint that is not damaged.

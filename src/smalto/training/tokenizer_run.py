@@ -123,6 +123,8 @@ def resume_run(
     before = run.split()
     recipe = change_recipe(recipe, {"data.source": images.source})
     _report_changes(before, images, progress)
+    if others := run.other_files():
+        progress.message(f"left alone in {run.path}: {', '.join(others[:8])} (not of the run)")
     if distributed.rank() == 0:
         with run.locked():
             split = Split(images.source, before.num_images, before.digest, before.held_out)

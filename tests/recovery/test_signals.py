@@ -114,10 +114,14 @@ def test_training_saves_the_step(number: int, tmp_path: Path) -> None:
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 6)
     smalto.SimpleVQVAE(16, 8, 8).save(tmp_path / "tokenizer")
-    command = f"trap '' HUP; {sys.executable} -m smalto tokenize photos --tokenizer tokenizer"
-    process = subprocess.Popen(
-        ["sh", "-c", f"{command} --out t --workers 1"], cwd=tmp_path, env=ENVIRONMENT
-    )
+    command = [sys.executable, "-m", "smalto", "tokenize", "photos", "--tokenizer", "tokenizer"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; a child inherits it
+    try:
+        process = subprocess.Popen(
+            [*command, "--out", "t", "--workers", "1"], cwd=tmp_path, env=ENVIRONMENT
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
     for _ in range(20):
         process.send_signal(signal.SIGHUP)
         time.sleep(0.1)

@@ -146,7 +146,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
     remove_leftovers(path.parent, path.name)
     if path.exists() and not overwrite:
         raise RunError(
-            f"{path} exists already. Replace it with --overwrite, or choose another --out."
+            f"{path} exists already. Name another --out, or replace it with --overwrite."
         )
 
 

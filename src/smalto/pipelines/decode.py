@@ -71,8 +71,8 @@ def decode(
     if in_the_way and not overwrite:
         others = f" and {len(in_the_way) - 1} others exist" if len(in_the_way) > 1 else " exists"
         raise RunError(
-            f"{in_the_way[0]}{others} already. Replace them with --overwrite, or name another "
-            "--out."
+            f"{in_the_way[0]}{others} already. Name another --out, or replace them with "
+            "--overwrite."
         )
     check_writable(folder / "image.png")
     progress.start("decoding", len(paths), "images")

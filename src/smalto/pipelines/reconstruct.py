@@ -65,7 +65,7 @@ def reconstruct(
     path = Path(out) if out else Path(f"{Path(photo).stem}-reconstruction.png")
     if path.exists() and not overwrite:
         raise RunError(
-            f"{path} exists already. Replace it with --overwrite, or name another --out."
+            f"{path} exists already. Name another --out, or replace it with --overwrite."
         )
     check_writable(path)
     files, _ = find_images(photo)

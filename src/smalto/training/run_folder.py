@@ -139,8 +139,8 @@ class RunFolder:
         is_empty = not path.is_dir() or not any(path.iterdir())
         if not is_empty and not overwrite:
             raise RunError(
-                f"{path} exists already. Resume it with --resume {path}, replace it with "
-                "--overwrite, or name another --out."
+                f"{path} exists already. Resume it with --resume {path}, name another --out, or "
+                "replace it with --overwrite."
             )
         if not is_empty and not RunFolder.is_run(path):
             raise RunError(

@@ -46,7 +46,7 @@ def shared_memory(processes: list[int]) -> set[Path]:
 
 
 def run_and_stop(
-    arguments: list[str], cwd: Path, is_under_way: Callable[[], bool], number: int
+    arguments: list[str], cwd: Path, is_under_way: Callable[[], bool], number: int, times: int = 1
 ) -> tuple[int, str]:
     """Start a job with worker processes, send it a signal; return its exit status and messages."""
     process = subprocess.Popen(
@@ -64,7 +64,9 @@ def run_and_stop(
     processes = session(process.pid)
     assert len(processes) >= 3  # itself and its workers
     shared = shared_memory(processes)
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.1)
     deadline = time.monotonic() + 5
     while session(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -108,6 +110,19 @@ def test_training_saves_the_step(number: int, tmp_path: Path) -> None:
     assert "Traceback" not in messages
     step = int(smalto.info(tmp_path / "run")["steps"].split()[0])
     assert len(read_jsonl(log)) == step
+
+
+@pytest.mark.slow
+def test_two_interrupts_end_it_too(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 6)
+    arguments = ["train", "photos", "--out", "run", *tiny_sets(), "--steps", "100000"]
+    log = tmp_path / "run" / "log.jsonl"
+    status, messages = run_and_stop(
+        arguments, tmp_path, lambda: len(read_jsonl(log)) > 3, signal.SIGINT, times=2
+    )
+    assert status == 130, messages
+    assert "Traceback" not in messages
+    assert "smalto: " in messages
 
 
 @pytest.mark.slow

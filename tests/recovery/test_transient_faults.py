@@ -7,11 +7,13 @@ import errno
 import io
 import os
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import smalto
@@ -191,6 +193,28 @@ def test_known_bad_images_do_not_count_against_the_limit(job: Any, tmp_path: Pat
     assert len(job(max_errors=3).skipped) == 3
     again = job(max_errors=0)
     assert (len(again.skipped), again.num_known) == (3, 48)
+
+
+def test_a_zip_is_opened_again_after_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = write_images(tmp_path / "images", 1) / "photo00.png"
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(photo, "a.png")
+    ((file,), _) = find_images(tmp_path / "a.zip")
+    stale: list[zipfile.ZipFile] = []  # a file handle from before the drive was away
+    real = zipfile.ZipFile.open
+
+    def open_(self: zipfile.ZipFile, *arguments: Any, **options: Any) -> Any:
+        stale.append(self)
+        if self is stale[0]:
+            raise os_error("ESTALE")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(retries, "PAUSES", (0.0,))
+    monkeypatch.setattr(retries, "_is_away", False)
+    monkeypatch.setattr(zipfile.ZipFile, "open", open_)
+    assert isinstance(retries.read_with_retries(read_image, file), numpy.ndarray)
 
 
 def test_training_reads_it_again_in_the_next_epoch(faults: Any, tmp_path: Path) -> None:

@@ -82,8 +82,12 @@ def open_file(file: ImageFile) -> BinaryIO:
             parquet.read_cell(file.path, file.row_group, file.member, file.offset, file.element)
         )
     if _suffix(file.path) == ".zip":
-        with _open_zip(file.path).open(file.member) as inside:
-            return io.BytesIO(inside.read(LARGEST_MEMBER))
+        try:
+            with _open_zip(file.path).open(file.member) as inside:
+                return io.BytesIO(inside.read(LARGEST_MEMBER))
+        except OSError:  # a drive that was away leaves open files that fail for good
+            _opened.cache_clear()
+            raise
     with open(file.path, "rb") as archive:
         archive.seek(file.offset)
         return io.BytesIO(archive.read(file.size))

@@ -26,6 +26,8 @@ from smalto.images.reading import BadImage, UnreadableImage, bad_image_errors, r
 from smalto.images.worker_pool import ReaderPool
 from smalto.pipelines.verify import verify
 from smalto.store.token_store import TokenStore
+from smalto.training.recipe import change_recipe
+from smalto.training.run_folder import RunFolder
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import write_images
 
@@ -260,3 +262,32 @@ def test_verify_reads_again_too(job: Any, faults: Any, tmp_path: Path) -> None:
     found = verify(tmp_path / "t", 48, tokenizer=tmp_path / "tokenizer")
     assert found.ok
     assert (found.sample.num_rows, found.sample.not_found) == (48, [])
+
+
+def test_training_stops_and_saves_when_the_source_is_gone(
+    faults: Any, tmp_path: Path, tiny_recipe: TokenizerRecipe
+) -> None:
+    write_images(tmp_path / "images", 160, 16, 16)
+    options: dict[str, Any] = {"device": "cpu", "workers": 0}
+    settings = {"steps": 60, "data.crops_per_image": 1, "data.cache_mb": 0}
+    recipe = change_recipe(tiny_recipe, settings)
+    opened = iter(range(10_000))
+    faults(lambda name, times: os_error("ESTALE") if next(opened) >= 100 else None)
+    with pytest.raises(DataError, match=r"in a row could not be read \(unreadable: stale"):
+        smalto.train(tmp_path / "images", recipe, out=tmp_path / "run", **options)
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    saved = RunFolder(tmp_path / "run").steps()[-1]
+    assert 0 < saved == len(log) < recipe.steps
+    faults(None)
+    resumed = smalto.resume(tmp_path / "run", **options)
+    assert resumed.metrics.skipped == ()
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == recipe.steps
+
+
+def test_an_image_that_stays_unreadable_does_not_stop_training(faults: Any, tmp_path: Path) -> None:
+    files, _ = find_images(write_images(tmp_path / "images", 3))
+    faults(lambda name, times: os_error("EACCES") if name == "photo00.png" else None)
+    with ReaderPool(0, read_image) as pool:
+        images = ImageFiles(files, pool, 2**20)
+        seen = [[images.get(index) is None for index in range(3)] for _ in range(50)]
+    assert seen == [[True, False, False]] * 50

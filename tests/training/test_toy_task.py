@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from smalto.core import distributed
+from smalto.core.errors import RunError
 from smalto.core.progress import Progress
 from smalto.training.random_state import seeded
 from smalto.training.recipe import Recipe, change_recipe, recipe_toml
@@ -23,6 +26,7 @@ from smalto.training.run_folder import RunFolder, Split, read_jsonl
 from smalto.training.task import MonitoredMetric
 from smalto.training.trainer import Trainer
 from tests.conftest import ENVIRONMENT
+from tests.contract.test_processes import in_processes, join
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -37,11 +41,14 @@ class RandomBatches:
     batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fails_at: int = 0) -> None:
         self.number = 0
+        self.fails_at = fails_at
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         self.number += 1
+        if self.number == self.fails_at:
+            raise OSError("the drive is away")
         inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(self.number))
         return inputs, inputs @ torch.tensor([[1.0], [-2.0], [0.5]])
 
@@ -95,11 +102,11 @@ class LinearTask:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def train(path: Path, steps: int, pause: float = 0.0) -> LinearTask:
+def train(path: Path, steps: int, pause: float = 0.0, fails_at: int = 0) -> LinearTask:
     """Start the run, or resume it if it exists."""
     settings = {"steps": steps, "checkpoint.every": 5, "evaluate.every": 10}
     recipe = change_recipe(ToyRecipe(), settings)
-    task, batches = LinearTask(), RandomBatches()
+    task, batches = LinearTask(), RandomBatches(fails_at)
     with seeded(0, CPU):
         trainer = Trainer(task, batches, path, recipe, Slow(pause))
         if path.exists():
@@ -111,7 +118,10 @@ def train(path: Path, steps: int, pause: float = 0.0) -> LinearTask:
             trainer.load(checkpoint)
         else:
             split = Split("random numbers", 0, "", [])
-            RunFolder.create(path, recipe_toml(recipe), split, task.save, trainer.state())
+            state = trainer.state()
+            if distributed.rank() == 0:
+                RunFolder.create(path, recipe_toml(recipe), split, task.save, state)
+            distributed.broadcast_object("the run exists", CPU)
         trainer.train()
     return task
 
@@ -152,3 +162,29 @@ def test_it_is_killed_and_resumed_bitwise(tmp_path: Path) -> None:
     assert torch.equal(resumed.model.weight, whole.model.weight)
     assert read_jsonl(log) == read_jsonl(tmp_path / "whole" / "log.jsonl")
     assert [row["event"] for row in read_jsonl(log.with_name("events.jsonl"))] == ["resumed"]
+
+
+def test_a_batch_that_cannot_be_made_loses_no_step(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", 20)
+    with pytest.raises(OSError, match="the drive is away"):
+        train(tmp_path / "run", 20, fails_at=9)
+    assert RunFolder(tmp_path / "run").steps() == [5, 8]
+    resumed = train(tmp_path / "run", 20)
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    log = [read_jsonl(tmp_path / name / "log.jsonl") for name in ("run", "whole")]
+    assert log[0] == log[1]
+
+
+def fail_on_one_rank(rank: int, world: int, meeting: str, path: Path) -> str:
+    join(rank, world, meeting)
+    with pytest.raises((OSError, RunError)) as failed:
+        train(path, 20, fails_at=9 * rank)
+    return str(failed.value)
+
+
+def test_all_processes_stop_when_one_cannot_make_its_batch(tmp_path: Path) -> None:
+    (tmp_path / "meet").mkdir()
+    first, second = in_processes(2, fail_on_one_rank, tmp_path / "meet", tmp_path / "run")
+    assert "another process could not make its part of the batch" in str(first)
+    assert second == "the drive is away"
+    assert RunFolder(tmp_path / "run").steps() == [5, 8]

@@ -153,7 +153,7 @@ class CropStream:
             if fruitless > len(self._indices):
                 raise DataError(
                     "none of the images can be read any more. Check that their folder is still "
-                    "there, then resume."
+                    "there, then start or resume the run."
                 )
             plan = self._plan(at, readable)
             for offset in range(at.offset, len(plan)):

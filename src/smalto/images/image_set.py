@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from smalto.core.errors import DataError, InputError, describe
 from smalto.images.image_file import ImageFile, Skipped
 from smalto.images.reading import BadImage, UnreadableImage
+from smalto.images.retries import SourceCheck
 from smalto.images.tensors import to_tensor
 from smalto.images.worker_pool import ReaderPool, ReadJob
 
@@ -59,6 +60,10 @@ class ImageFiles(ImageSet):
         files: the images.
         pool: reads them.
         cache_bytes: size of the cache.
+
+    Raises:
+        DataError: from ``get``, if so many images in a row became unreadable that their source is
+            gone.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class ImageFiles(ImageSet):
         self.row_groups = _row_groups(files)
         self._files = files
         self._pool = pool
+        self._check = SourceCheck()
         self._free = cache_bytes
         self._cache: dict[int, Tensor | None] = {}
         # Jobs in progress, and how often each is still to be fetched by ``get``.
@@ -90,8 +96,9 @@ class ImageFiles(ImageSet):
                 self.prefetch([index])
             outcome = self._load(index)
             if isinstance(outcome, UnreadableImage):
-                self.unreadable[self.names[index]] = str(outcome)
+                self._note_unreadable(Skipped(self.names[index], str(outcome)))
                 return None
+            self._check.add([], 1)
             if isinstance(outcome, BadImage):
                 self.skipped.append(Skipped(self.names[index], str(outcome)))
             image = None if isinstance(outcome, BadImage) else to_tensor(outcome)
@@ -102,6 +109,18 @@ class ImageFiles(ImageSet):
             self._cache[index] = image
             self._requested.pop(index, None)
         return self._cache[index]
+
+    def _note_unreadable(self, image: Skipped) -> None:
+        """Record an image that cannot be read now; raise DataError if the source is gone.
+
+        An image that stays unreadable counts once: in later epochs it may be the only one that is
+        not in the cache.
+        """
+        if image.name not in self.unreadable:
+            self._check.add([image], 0)
+        self.unreadable[image.name] = image.reason
+        if self._check.is_gone:
+            raise self._check.error("Then start or resume the run.")
 
     def _load(self, index: int) -> numpy.ndarray | BadImage:
         job, times = self._requested.pop(index)

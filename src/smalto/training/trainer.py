@@ -90,6 +90,7 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the last whole step is saved.
+            DataError: the images can no longer be read; the last whole step is saved.
             RunError: training diverged, no step had a finite gradient, or three rollbacks to one
                 checkpoint did not help.
         """
@@ -99,8 +100,12 @@ class Trainer:
         has_learned = self._step > 0 or not recipe.steps
         with _stop_requests() as stop, closing(_RunLog(run)) as log:
             while self._step < recipe.steps:
+                begin = time.perf_counter()
+                batch = self._next_batch(run, stop)
+                waiting = time.perf_counter() - begin
                 self._step += 1
-                metrics, times = self._train_step()
+                metrics = self._train_step(batch)
+                times = self._times(begin, waiting)
                 has_learned = has_learned or "skipped" not in metrics
                 log.write(self._step, metrics, times)
                 self._progress.advance(1, images=self._task.batch_size, **metrics)
@@ -108,15 +113,10 @@ class Trainer:
                     log.close()
                     self._roll_back(run)
                     continue
-                stopping = _any_rank(bool(stop), self._task.device)
                 # A step without a gradient does not leave a state worth returning to.
                 due = self._step % recipe.checkpoint.every == 0 and "skipped" not in metrics
-                if stopping or due or self._step == recipe.steps:
+                if due or self._step == recipe.steps:
                     self._save(run)
-                if stopping and self._step < recipe.steps:
-                    if distributed.rank() == 0:
-                        run.event("interrupted", step=self._step)
-                    raise Interrupted(self._step, *stop)
         self._progress.finish()
         if not has_learned:
             raise RunError(
@@ -124,22 +124,49 @@ class Trainer:
                 "Check that the images are finite, or lower optimizer.lr."
             )
 
-    def _train_step(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Train one step; return its metrics and times."""
-        begin = time.perf_counter()
-        batch = next(self._batches)
-        waiting = time.perf_counter() - begin
+    def _next_batch(self, run: RunFolder, stop: list[int]) -> Any:
+        """Return the next batch.
+
+        If a rank must stop or cannot make its part, save the run as it is without the batch and
+        raise on all ranks.
+        """
+        position = self._batches.state_dict()
+        failure = None
+        batch = None
+        try:
+            batch = next(self._batches)
+        except Exception as error:  # of the images, or of the user's dataset
+            failure = error
+        stopping, failing = _any_rank([bool(stop), failure is not None], self._task.device)
+        if not stopping and not failing:
+            return batch
+        self._batches.load_state_dict(distributed.gather_objects(position, self._task.device))
+        self._save(run)
+        if failing:
+            self._progress.message(f"saved after step {self._step}")
+            raise failure or RunError(
+                "another process could not make its part of the batch; its error message gives "
+                f"the reason. The run is saved after step {self._step}: resume with --resume."
+            )
+        if distributed.rank() == 0:
+            run.event("interrupted", step=self._step)
+        raise Interrupted(self._step, *stop)
+
+    def _train_step(self, batch: Any) -> dict[str, float]:
+        """Train one step; return its metrics, with those of an evaluation if it is due."""
         metrics = self._task.train_step(batch, self._step)
         is_last = self._step == self._recipe.steps
         if self._step % self._recipe.evaluate.every == 0 or is_last:
             metrics |= self._task.evaluate()
-        times = {
+        return metrics
+
+    def _times(self, begin: float, waiting: float) -> dict[str, float]:
+        return {
             "seconds": round(time.perf_counter() - begin, 5),
             "waiting": round(waiting, 5),
             "images": self._task.batch_size,
             "memory_mb": peak_memory(self._task.device) // 2**20,
         }
-        return metrics, times
 
     def _save(self, run: RunFolder) -> None:
         state = self.state()
@@ -218,11 +245,12 @@ class _RunLog:
         return open(self._run.path / name, "a", encoding="utf-8", buffering=1)
 
 
-def _any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether ``flag`` is set on any rank: all must stop at the same step."""
+def _any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Return for each flag whether it is set on any rank: all must stop at the same step."""
     if distributed.world_size() == 1:
-        return flag
-    return bool(distributed.all_reduce(torch.tensor([float(flag)], device=device)))
+        return flags
+    counts = distributed.all_reduce(torch.tensor(flags, dtype=torch.float32, device=device))
+    return [count > 0 for count in counts.tolist()]
 
 
 @contextmanager

@@ -1,11 +1,20 @@
 """Files are whole or not there."""
 
+import os
 from pathlib import Path
 
+import filelock
 import pytest
 
 from smalto.core.errors import RunError
-from smalto.core.files import atomic_path, name_hash, remove_leftovers, write_atomic
+from smalto.core.files import (
+    atomic_path,
+    exclusive,
+    name_hash,
+    remove_folder,
+    remove_leftovers,
+    write_atomic,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -48,6 +57,36 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
         assert sorted(tmp_path.iterdir()) == sorted(
             [*keep, tmp_path / ".a.smalto-abcd_123", new.parent]
         )
+
+
+def test_a_writer_killed_while_it_cleans_up_leaves_nothing_for_good(tmp_path: Path) -> None:
+    unlocked = tmp_path / ".a.smalto-abcd_123"
+    unlocked.mkdir()
+    remove_leftovers(tmp_path)
+    assert unlocked.exists()  # its writer may be about to lock it
+    os.utime(unlocked, (0, 0))
+    remove_leftovers(tmp_path)
+    assert not unlocked.exists()
+
+
+def test_a_folder_is_removed_at_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t" / "data").mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda path, **options: None)  # as a kill would
+        remove_folder(tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drive_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise NotImplementedError("flock is not implemented here")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    lock = filelock.FileLock(tmp_path / "lock")
+    with pytest.raises(RunError, match="cannot be locked"), exclusive(lock, "busy"):
+        pass
 
 
 def test_leftovers_of_one_name(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 
 from smalto.core.allocator import glibc
+from smalto.images import worker_pool
 from smalto.images.image_file import ImageFile
+from smalto.images.reading import BadImage
 from smalto.images.shared_memory import BYTES
 from smalto.images.worker_pool import ReaderPool
 
@@ -89,6 +92,31 @@ def test_the_death_of_a_worker_mixes_nothing_up(monkeypatch: pytest.MonkeyPatch)
             assert isinstance(outcome, tuple)
             assert outcome[1] == file.name
             assert numpy.array_equal(outcome[0], noise(file)[0])
+
+
+def test_a_crash_starts_few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    started: list[int] = []
+    start = worker_pool._start_workers
+
+    def count(number: int, shared: Any) -> Any:
+        started.append(number)
+        return start(number, shared)
+
+    monkeypatch.setattr(worker_pool, "_start_workers", count)
+    files = [ImageFile(f"{n}", "crash" if n == 5 else "") for n in range(40)]
+    with ReaderPool(2, crash_or_name) as pool:
+        outcomes = [outcome for _, outcome in pool.in_order(files, 4)]
+    assert [outcome for outcome in outcomes if not isinstance(outcome, BadImage)] == [
+        f"{n}" for n in range(40) if n != 5
+    ]
+    assert sorted(started) in ([1, 1, 2, 2], [1, 2, 2])
+
+
+def crash_or_name(file: ImageFile) -> str:
+    if file.path == "crash":
+        os._exit(1)
+    return file.name
 
 
 JOB = """

@@ -177,6 +177,36 @@ def test_overwrite_spares_files_that_are_not_of_the_store(tokenizer: Path, tmp_p
     smalto.tokenize(tmp_path / "photos", tokenizer, tmp_path / "t", workers=0, overwrite=True)
 
 
+def test_overwrite_spares_what_a_user_put_into_a_run(
+    tmp_path: Path, tiny_recipe: TokenizerRecipe
+) -> None:
+    images = write_images(tmp_path / "images", 4)
+    train = lambda: smalto.train(  # noqa: E731
+        images, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0, overwrite=True
+    )
+    train()
+    for name in ("checkpoints/best", "tokens.lance"):
+        path = tmp_path / "run" / name
+        path.mkdir()
+        with pytest.raises(RunError, match=rf"not of the run \({path.name}\)"):
+            train()
+        path.rmdir()
+    train()
+
+
+def test_a_damaged_store_can_be_replaced(tokenizer: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 4)
+    smalto.tokenize(images, tokenizer, tmp_path / "t", workers=0)
+    for name in ("head.json", "_versions"):
+        path = tmp_path / "t" / name
+        shutil.rmtree(path) if path.is_dir() else path.write_text("{")
+        smalto.tokenize(images, tokenizer, tmp_path / "t", workers=0, overwrite=True)
+        assert len(TokenStore.open(tmp_path / "t")) == 4
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RunError, match="is not a token store"):
+        smalto.tokenize(images, tokenizer, tmp_path / "mine", workers=0, overwrite=True)
+
+
 def test_stray_files_are_left_alone(tmp_path: Path, tiny_recipe: TokenizerRecipe) -> None:
     store = TokenStore.create(tmp_path / "t", store_header())
     store.append(token_rows(4))

@@ -55,7 +55,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault | None], Counter[
 
     monkeypatch.setattr(archives, "open", open_, raising=False)
     monkeypatch.setattr(retries, "PAUSES", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(retries, "_is_away", False)
+    monkeypatch.setattr(retries, "_hopeless", set())
 
     def inject(fault: Fault | None) -> Counter[str]:
         present[0] = fault
@@ -85,6 +85,17 @@ class FailingRead(io.FileIO):
 def os_error(name: str) -> OSError:
     number = getattr(errno, name)
     return OSError(number, os.strerror(number), "a.png")
+
+
+def from_photo_12_on() -> Fault:
+    """The source vanishes while the thirteenth image is read."""
+    gone: list[str] = []
+
+    def vanish(name: str, times: int) -> OSError | None:
+        gone.extend([name] if name >= "photo12.png" else [])
+        return os_error("ENOENT") if gone else None
+
+    return vanish
 
 
 @pytest.fixture
@@ -165,7 +176,7 @@ def test_a_source_that_vanishes_stops_the_job_and_keeps_what_is_done(
     job: Any, faults: Any, tmp_path: Path
 ) -> None:
     job("calm")
-    opened = faults(lambda file, times: os_error("ENOENT") if file >= "photo12.png" else None)
+    opened = faults(from_photo_12_on())
     with pytest.raises(DataError, match=r"images in a row could not be read.*is connected"):
         job()
     assert max(opened.values()) == 1 + len(retries.PAUSES)
@@ -214,7 +225,7 @@ def test_a_zip_is_opened_again_after_a_fault(
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(retries, "PAUSES", (0.0,))
-    monkeypatch.setattr(retries, "_is_away", False)
+    monkeypatch.setattr(retries, "_hopeless", set())
     monkeypatch.setattr(zipfile.ZipFile, "open", open_)
     assert isinstance(retries.read_with_retries(read_image, file), numpy.ndarray)
 
@@ -251,7 +262,7 @@ def test_an_evaluation_names_it_and_stops_when_the_source_is_gone(
     metrics = run().metrics
     assert metrics.num_images == 47
     assert metrics.skipped == (("photo03.png", "unreadable: input/output error"),)
-    faults(lambda file, times: os_error("ENOENT") if file >= "photo12.png" else None)
+    faults(from_photo_12_on())
     with pytest.raises(DataError, match="images in a row could not be read"):
         run()
 
@@ -291,3 +302,68 @@ def test_an_image_that_stays_unreadable_does_not_stop_training(faults: Any, tmp_
         images = ImageFiles(files, pool, 2**20)
         seen = [[images.get(index) is None for index in range(3)] for _ in range(50)]
     assert seen == [[True, False, False]] * 50
+
+
+def test_a_drive_that_is_away_for_many_images_and_back_does_not_end_the_job(
+    faults: Any, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "images", 200, 16, 16)
+    smalto.SimpleVQVAE(16, 8, 8).save(tmp_path / "tokenizer")
+    run = lambda: smalto.tokenize(  # noqa: E731
+        tmp_path / "images", tmp_path / "tokenizer", tmp_path / "t", workers=0
+    )
+    opened = iter(range(10_000))
+    faults(lambda name, times: os_error("EIO") if 50 <= next(opened) < 93 else None)
+    done = run()
+    assert len(done.unreadable) > retries.UNREADABLE_IN_A_ROW
+    assert done.num_images + len(done.unreadable) == 200
+    faults(None)
+    run()
+    assert len(TokenStore.open(tmp_path / "t")) == 200
+
+
+def test_files_that_stay_unreadable_do_not_end_the_job(faults: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 99, 16, 16)
+    smalto.SimpleVQVAE(16, 8, 8).save(tmp_path / "tokenizer")
+    paused: list[float] = []
+    faults(lambda name, times: os_error("EACCES") if "photo20" < name < "photo80" else None)
+    retries.time.sleep, sleep = paused.append, retries.time.sleep  # type: ignore[assignment]
+    try:
+        done = smalto.tokenize(
+            tmp_path / "images", tmp_path / "tokenizer", tmp_path / "t", workers=0
+        )
+    finally:
+        retries.time.sleep = sleep
+    assert (done.num_images, len(done.unreadable)) == (39, 60)
+    assert len(paused) == len(retries.PAUSES)  # not for each of the 60
+
+
+def test_a_position_beyond_all_files_is_damage() -> None:
+    with pytest.raises(BadImage, match=r"^damaged: ") as bad, bad_image_errors():
+        raise os_error("EINVAL")
+    assert not isinstance(bad.value, UnreadableImage)
+
+
+def test_a_source_that_is_gone_leaves_no_empty_store(faults: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 60, 16, 16)
+    smalto.SimpleVQVAE(16, 8, 8).save(tmp_path / "tokenizer")
+    faults(lambda name, times: os_error("EIO"))
+    for size in (None, 16):  # another kind of tokens in the second attempt
+        with pytest.raises(DataError, match="could not be read"):
+            smalto.tokenize(
+                tmp_path / "images",
+                tmp_path / "tokenizer",
+                tmp_path / "t",
+                workers=0,
+                size=size,
+            )
+        assert not (tmp_path / "t").exists()
+
+
+def test_a_listed_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    files, _ = find_images(write_images(tmp_path / "images", 3, 16, 16))
+    smalto.SimpleVQVAE(16, 8, 8).save(tmp_path / "tokenizer")
+    (tmp_path / "images" / "photo01.png").unlink()
+    done = smalto.tokenize(files, tmp_path / "tokenizer", tmp_path / "t", workers=0)
+    assert done.num_images == 2
+    assert done.unreadable == [Skipped("photo01.png", "unreadable: no such file or directory")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout
 from smalto.images.image_file import Skipped
 from smalto.store.check import check_store
+from smalto.store.lance_table import LanceTable
 from smalto.store.schema import StoreHeader, TokenRow, row_id, split_id
 from smalto.store.token_store import TokenStore
 from tests.conftest import store_header, token_rows
@@ -212,3 +214,17 @@ def test_an_empty_store_is_a_store(tmp_path: Path) -> None:
     store = TokenStore.create(tmp_path / "t", store_header())
     assert (len(store), store.classes(), store.ids(), check_store(store).ok) == (0, [], [], True)
     assert store.rows()["tokens"].shape == (0, 6)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_full_disk_is_not_called_damage(
+    replace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    store.append(token_rows(3))
+    monkeypatch.setattr(
+        LanceTable, "_check_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
+    with pytest.raises(OSError, match="full") as error:
+        store.append(token_rows(3, first=0 if replace else 3), replace=replace)
+    assert error.value.errno == errno.ENOSPC

@@ -36,7 +36,7 @@ def test_a_shard_reads_its_own_files_where_no_reader_did(
     transform = Transform(stride=4, size=16, flip=True)
     alone = encode_shard(files, transform, inference)
     shards = list(encode_locally(files, transform, inference, workers=0))
-    assert alone.num_files == 7
+    assert len(alone.files) == 7
     assert [error.skipped.name for error in alone.errors] == ["bad.png"]
     read = [row for shard in shards for row in shard.rows]
     assert [row.id for row in alone.rows] == [row.id for row in read]

@@ -24,7 +24,7 @@ from smalto.training.random_state import seeded
 from smalto.training.recipe import Recipe, change_recipe, recipe_toml
 from smalto.training.run_folder import RunFolder, Split, read_jsonl
 from smalto.training.task import MonitoredMetric
-from smalto.training.trainer import Trainer
+from smalto.training.trainer import Interrupted, Trainer
 from tests.conftest import ENVIRONMENT
 from tests.contract.test_processes import in_processes, join
 
@@ -102,13 +102,19 @@ class LinearTask:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def train(path: Path, steps: int, pause: float = 0.0, fails_at: int = 0) -> LinearTask:
+def train(
+    path: Path,
+    steps: int,
+    pause: float = 0.0,
+    fails_at: int = 0,
+    progress: Progress | None = None,
+) -> LinearTask:
     """Start the run, or resume it if it exists."""
     settings = {"steps": steps, "checkpoint.every": 5, "evaluate.every": 10}
     recipe = change_recipe(ToyRecipe(), settings)
     task, batches = LinearTask(), RandomBatches(fails_at)
     with seeded(0, CPU):
-        trainer = Trainer(task, batches, path, recipe, Slow(pause))
+        trainer = Trainer(task, batches, path, recipe, progress or Slow(pause))
         if path.exists():
             run = RunFolder(path)
             checkpoint = run.restore(
@@ -188,3 +194,22 @@ def test_all_processes_stop_when_one_cannot_make_its_batch(tmp_path: Path) -> No
     assert "another process could not make its part of the batch" in str(first)
     assert second == "the drive is away"
     assert RunFolder(tmp_path / "run").steps() == [5, 8]
+
+
+class StopAtTheEnd(Slow):
+    """Sends SIGTERM during the last of 20 steps."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.steps = 0
+
+    def advance(self, number: int = 1, **metrics: float) -> None:
+        self.steps += number
+        if self.steps == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_during_the_last_step_stops_what_follows(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped after step 20"):
+        train(tmp_path / "run", 20, progress=StopAtTheEnd())
+    assert RunFolder(tmp_path / "run").steps()[-1] == 20

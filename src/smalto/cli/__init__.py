@@ -13,7 +13,7 @@ from typing import Any
 from smalto.cli.shared import fail
 from smalto.cli.verbs import app
 from smalto.core.errors import RenamedSettingWarning, SmaltoError
-from smalto.core.signals import STOP_SIGNALS, exit_status, stop_word
+from smalto.core.signals import exit_status, handled_signals, stop_word
 from smalto.core.text import printable_lines
 
 
@@ -24,9 +24,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Python may swallow a KeyboardInterrupt while torch is being imported. No work can be lost yet,
     # so the process exits immediately.
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-            signal.signal(number, _leave_at_once)
+    for number in handled_signals():
+        signal.signal(number, _leave_at_once)
     show_renamed_settings_in_one_line()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -36,9 +35,6 @@ def main() -> None:
         app()
     except SmaltoError as error:
         fail(str(error), 1)
-    except KeyboardInterrupt as stopped:
-        number = getattr(stopped, "number", signal.SIGINT)
-        fail(stop_word(number), exit_status(number))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         disk_full = error.errno == errno.ENOSPC

@@ -115,7 +115,8 @@ def compact(
 
     store = TokenStore.open(path)
     before = store_metadata(store)
-    store.compact(timedelta(hours=keep_hours))
+    with console_progress():
+        store.compact(timedelta(hours=keep_hours))
     after = store_metadata(store)
     print_rows(
         [

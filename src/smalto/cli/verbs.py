@@ -509,7 +509,8 @@ def convert(
         "using_znorm": using_znorm,
         "quant_resi": quant_resi,
     }
-    result = run(source, out, to, overwrite=overwrite, **settings)  # type: ignore[arg-type]
+    with console_progress():
+        result = run(source, out, to, overwrite=overwrite, **settings)  # type: ignore[arg-type]
     say(f"{result.path}\n" + "\n".join(result.notes))
 
 

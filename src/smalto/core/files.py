@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from smalto.core.text import printable
 _MARK = ".smalto-"  # in the names of temporary folders, before eight random characters
 _TEMPORARY = re.compile(r"\..*" + re.escape(_MARK) + "[a-z0-9_]{8}")
 _LOCK = "writer.lock"  # held by the process that made the folder
+_SECONDS_TO_LOCK = 60  # after this a folder without a lock was abandoned
 _CONTENTS = {_LOCK, "new", "old"}  # "old": what a rename has replaced
 
 
@@ -47,18 +49,66 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         RunError: a folder that is not empty has appeared at ``path``.
     """
+    with _temporary_folder(path) as folder:
+        yield folder / "new"
+        _rename(folder / "new", path)
+        sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder: at one moment it is there, at the next it is not.
+
+    What an interruption leaves has a temporary name, and is removed by ``remove_leftovers``.
+    """
+    with _temporary_folder(path) as folder:
+        os.replace(path, folder / "old")
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a locked folder beside ``path``, and remove it at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=_prefix(path.name), dir=path.parent))
     lock = filelock.FileLock(folder / _LOCK, thread_local=False)
     with suppress(OSError, NotImplementedError):  # some network drives have no locks
         lock.acquire()
     try:
-        yield folder / "new"
-        _rename(folder / "new", path)
-        sync_folder(path.parent)
+        yield folder
     finally:
+        _clear(folder)
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(lock: filelock.BaseFileLock, message: str) -> Iterator[None]:
+    """Hold a lock for the duration of the block; never wait for it.
+
+    Raises:
+        RunError: another process holds it, with ``message``; or the file system has no locks.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunError(message) from None
+    except (OSError, NotImplementedError) as error:
+        raise RunError(
+            f"{lock.lock_file} cannot be locked ({error}). Name a place on another drive."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _clear(folder: Path) -> None:
+    """Remove the contents of a temporary folder but for its lock, which marks it as ours."""
+    for name in _CONTENTS - {_LOCK}:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _rename(new: Path, path: Path) -> None:
@@ -171,9 +221,12 @@ def _remove_if_abandoned(folder: Path) -> None:
     """Remove a temporary folder unless its writer is alive or it holds anything else."""
     try:
         names = {path.name for path in folder.iterdir()}
+        if not names and time.time() - folder.stat().st_mtime > _SECONDS_TO_LOCK:
+            folder.rmdir()  # killed before it was locked
         if _LOCK not in names or names - _CONTENTS or (folder / _LOCK).is_symlink():
             return
         with filelock.FileLock(folder / _LOCK, timeout=0):
+            _clear(folder)
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, NotImplementedError, filelock.Timeout):
         return  # it has gone since, or its writer is alive
@@ -185,18 +238,18 @@ def foreign_names(folder: Path, own: Collection[str]) -> list[str]:
     return sorted(name for name in names if not _TEMPORARY.fullmatch(name))
 
 
-def check_replaceable(path: Path, own: Collection[str], what: str) -> None:
+def check_replaceable(path: Path, foreign: list[str], what: str) -> None:
     """Check that a folder holds nothing but our own files before it is replaced as a whole.
 
     Args:
         path: the folder.
-        own: the names that belong to it.
+        foreign: the names in it that are not ours.
         what: it is, for the message, such as "run".
 
     Raises:
-        RunError: it holds something else.
+        RunError: there are such names.
     """
-    if foreign := foreign_names(path, own):
+    if foreign:
         raise RunError(
             f"{path} holds files that are not of the {what} ({', '.join(foreign[:3])}), so "
             "--overwrite does not replace it. Move them, or name another --out."

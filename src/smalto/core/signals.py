@@ -41,24 +41,31 @@ def raise_stopped(number: int, frame: Any) -> None:
     raise Stopped(number)
 
 
+def handled_signals() -> list[int]:
+    """Return the stop signals that are not ignored, as SIGHUP is by nohup.
+
+    SIGINT is always among them. Shells ignore it for what they start with ``&``, but ``kill -INT``
+    asks the process to end.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    ignored = {n for n, handler in before.items() if handler in (signal.SIG_IGN, None)}
+    return [number for number in STOP_SIGNALS if number == signal.SIGINT or number not in ignored]
+
+
 @contextmanager
 def stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handle the stop signals for the duration of the block; outside the main thread do nothing.
 
-    A SIGHUP that is ignored, as by nohup, stays ignored.
+    A SIGHUP or SIGTERM that is ignored stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        number: signal.getsignal(number)
-        for number in STOP_SIGNALS
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
-    }
+    before = {number: signal.getsignal(number) for number in handled_signals()}
     for number in before:
         signal.signal(number, handler)
     try:
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)

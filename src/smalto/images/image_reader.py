@@ -87,11 +87,11 @@ class ImageReader:
                 if isinstance(image, BadImage):
                     skipped = Skipped(file.name, str(image))
                     self.skipped.append(skipped)
-                    check.add([skipped] if skipped.is_unreadable else [], not skipped.is_unreadable)
+                    check.add(file, skipped.reason if skipped.is_unreadable else "")
                     if check.is_gone:
                         raise check.error("Then run the same command again.")
                     continue
-                check.add([], 1)
+                check.add(file)
                 yield file.name, to_tensor(image.views[0])
 
 

@@ -96,9 +96,9 @@ class ImageFiles(ImageSet):
                 self.prefetch([index])
             outcome = self._load(index)
             if isinstance(outcome, UnreadableImage):
-                self._note_unreadable(Skipped(self.names[index], str(outcome)))
+                self._note_unreadable(self._files[index], str(outcome))
                 return None
-            self._check.add([], 1)
+            self._check.add(self._files[index])
             if isinstance(outcome, BadImage):
                 self.skipped.append(Skipped(self.names[index], str(outcome)))
             image = None if isinstance(outcome, BadImage) else to_tensor(outcome)
@@ -110,15 +110,15 @@ class ImageFiles(ImageSet):
             self._requested.pop(index, None)
         return self._cache[index]
 
-    def _note_unreadable(self, image: Skipped) -> None:
+    def _note_unreadable(self, file: ImageFile, reason: str) -> None:
         """Record an image that cannot be read now; raise DataError if the source is gone.
 
         An image that stays unreadable counts once: in later epochs it may be the only one that is
         not in the cache.
         """
-        if image.name not in self.unreadable:
-            self._check.add([image], 0)
-        self.unreadable[image.name] = image.reason
+        if file.name not in self.unreadable:
+            self._check.add(file, reason)
+        self.unreadable[file.name] = reason
         if self._check.is_gone:
             raise self._check.error("Then start or resume the run.")
 

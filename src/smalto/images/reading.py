@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,9 @@ from smalto.images.pillow_plugins import check_jxl_size
 LONGER_SIDE = 768
 DeepGray = Literal["full", "range"]
 
+PERMISSION_DENIED = f"{UNREADABLE}: {os.strerror(errno.EACCES).lower()}"
+# Errors of the system that a damaged file causes: a position in it beyond all files.
+_OF_THE_FILE = (errno.EINVAL, errno.EOVERFLOW)
 _ORIENTATION = 0x0112  # of EXIF
 _DARK = 1 / 16  # an image that stays below this share of white: 12 of 16 bits, or fewer
 
@@ -158,7 +163,7 @@ def bad_image_errors() -> Iterator[None]:
     except MemoryError:
         raise UnreadableImage(f"{UNREADABLE}: not enough memory") from None
     except Exception as error:  # on a damaged file, anything from struct.error to SyntaxError
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, *_OF_THE_FILE):
             reason = (error.strerror or type(error).__name__).lower()
             raise UnreadableImage(f"{UNREADABLE}: {reason}") from None
         message = " ".join(str(error).split())[:120] or type(error).__name__

@@ -7,67 +7,86 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from smalto.core.errors import DataError
-from smalto.images.image_file import ImageFile, Skipped
-from smalto.images.reading import BadImage, UnreadableImage
+from smalto.images.archives import open_file
+from smalto.images.image_file import ImageFile
+from smalto.images.reading import PERMISSION_DENIED, BadImage, UnreadableImage, bad_image_errors
 
 T = TypeVar("T")
 
 PAUSES = (0.1, 0.4, 1.5)  # seconds before each further attempt
-UNREADABLE_IN_A_ROW = 32  # images: by then the source is gone
+UNREADABLE_IN_A_ROW = 32  # images: by then the source may be gone
 
-_is_away = False  # in this process: the last file could not be read even with pauses
+_hopeless: set[str] = set()  # in this process: reasons for which pauses have not helped
 
 
 def read_with_retries(read: Callable[[ImageFile], T], file: ImageFile) -> T | BadImage:
     """Read a file; return its BadImage if it cannot be read.
 
     What the system cannot read is tried again after growing pauses. If that failed for a file, the
-    following ones are tried once each until one is read: their drive is away. A damaged file is
-    read twice, because a drive may return part of a file without an error.
+    following ones with the same reason are tried once each until one is read: their drive is away.
+    A permission that is missing once is not waited for again. A damaged file is read twice, because
+    a drive may return part of a file without an error.
     """
-    global _is_away
-    pauses = iter(() if _is_away else PAUSES)
+    pauses = iter(PAUSES)
     first: BadImage | None = None
     while True:
         try:
             image = read(file)
         except UnreadableImage as bad:
             pause = next(pauses, None)
-            if pause is None:
-                _is_away = True
+            if pause is None or str(bad) in _hopeless:
+                _hopeless.add(str(bad))
                 return bad
             time.sleep(pause)
         except BadImage as bad:
-            _is_away = False
+            _hopeless.intersection_update({PERMISSION_DENIED})
             if first is not None or not str(bad).startswith("damaged"):
                 return bad
             first = bad
         else:
-            _is_away = False
+            _hopeless.intersection_update({PERMISSION_DENIED})
             return image
 
 
 class SourceCheck:
-    """Counts the images in a row that cannot be read, to tell when their source is gone."""
+    """Counts the images in a row that cannot be read, to tell when their source is gone.
+
+    Attributes:
+        is_gone: whether so many images in a row could not be read, and neither could one that was
+            read before.
+    """
 
     def __init__(self) -> None:
-        self.in_a_row = 0
-        self.reason = ""
+        self.is_gone = False
+        self._in_a_row = 0
+        self._reason = ""
+        self._read_before: ImageFile | None = None
 
-    def add(self, unreadable: list[Skipped], num_others: int) -> None:
-        """Take what became of some images that were read together."""
-        self.in_a_row = 0 if num_others else self.in_a_row + len(unreadable)
-        if unreadable:
-            self.reason = unreadable[-1].reason
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether so many images in a row could not be read that no further one will be."""
-        return self.in_a_row >= UNREADABLE_IN_A_ROW
+    def add(self, file: ImageFile, unreadable: str = "") -> None:
+        """Take what became of the next image: the reason why it could not be read, or none."""
+        if self.is_gone:
+            return
+        if not unreadable:
+            self._in_a_row = 0
+            self._read_before = file
+            return
+        self._in_a_row += 1
+        self._reason = unreadable
+        if self._in_a_row % UNREADABLE_IN_A_ROW == 0:
+            before = self._read_before
+            self.is_gone = before is None or not _can_be_opened(before)
 
     def error(self, advice: str) -> DataError:
         """Return the error to stop with."""
         return DataError(
-            f"stopped: {self.in_a_row} images in a row could not be read ({self.reason}). Check "
+            f"stopped: {self._in_a_row} images in a row could not be read ({self._reason}). Check "
             f"that their drive or network is connected. {advice}"
         )
+
+
+def _can_be_opened(file: ImageFile) -> bool:
+    try:
+        with bad_image_errors(), open_file(file) as stream:
+            return bool(stream.read(1))
+    except BadImage:
+        return False

@@ -13,7 +13,7 @@ from smalto.core.text import printable
 from smalto.images import emoji
 from smalto.images.bundled import CREDITS, HELD_OUT, SOURCE, bundled_photographs
 from smalto.images.finding import find_images, modified_ns, walk_images
-from smalto.images.image_file import ImageFile, Skipped
+from smalto.images.image_file import UNREADABLE, ImageFile, Skipped
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ def walk_source(source: str | Path | list[ImageFile]) -> Iterator[ImageFile | Sk
         yield from walk_images(source)
         return
     for file in files:
-        status = os.stat(file.path)
+        try:
+            status = os.stat(file.path)
+        except OSError as error:
+            yield Skipped(file.name, f"{UNREADABLE}: {(error.strerror or '').lower()}")
+            continue
         yield file._replace(size=file.size or status.st_size, modified=modified_ns(status))
 
 

@@ -23,7 +23,9 @@ from smalto.images.reading import BadImage
 from smalto.images.retries import read_with_retries
 from smalto.images.shared_memory import Packed, SharedBuffers, run_and_pack, use_shared_buffers
 
-_OF_THE_TERMINAL = set(STOP_SIGNALS) - {signal.SIGTERM}
+_TERMINAL_SIGNALS = set(STOP_SIGNALS) - {signal.SIGTERM}
+# Spawned, not forked: torch's threads do not survive a fork.
+_SPAWN = multiprocessing.get_context("spawn")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,15 +47,16 @@ class ReaderPool(Generic[T]):
         self.workers = workers
         self._read = read
         self._running: _Workers | None = None
+        self._alone: ProcessPoolExecutor | None = None  # reads files whose worker crashed
 
     def submit(self, files: list[ImageFile]) -> ReadJob[T]:
         """Start to read files in one worker; without workers ``ReadJob.result`` reads them."""
         if not self.workers:
             return ReadJob(self, files, None, None, None)
-        buffers = self._start().buffers
-        slot = buffers.take()
-        future = self._submit(run_and_pack, slot, read_each, self._read, files)
-        return ReadJob(self, files, future, buffers, slot)
+        workers = self._start()
+        slot = workers.buffers.take()
+        future = _submit(workers.pool, run_and_pack, slot, read_each, self._read, files)
+        return ReadJob(self, files, future, workers.buffers, slot)
 
     def in_order(
         self, files: Iterable[ImageFile], together: int = 1
@@ -79,6 +82,7 @@ class ReaderPool(Generic[T]):
         if self._running is not None:
             self._running.pool.shutdown(cancel_futures=True)
             self._running = None
+        self._close_alone()
 
     def __enter__(self) -> ReaderPool[T]:
         return self
@@ -95,48 +99,45 @@ class ReaderPool(Generic[T]):
         """Read files in this process."""
         return read_each(self._read, files)
 
+    def forget(self, buffers: SharedBuffers) -> None:
+        """Start new workers for the next jobs, unless those of these buffers were replaced."""
+        if self._running is not None and self._running.buffers is buffers:
+            self._running.pool.shutdown(cancel_futures=True)
+            self._running = None
+
     def retry_alone(self, file: ImageFile) -> T | BadImage:
-        """Read a file whose worker crashed in a worker that reads nothing else.
+        """Read a file whose worker crashed, or another one beside it, in a worker of its own.
 
         Raises:
             DataError: workers cannot start.
         """
-        self.close()
+        if self._alone is None:
+            self._alone = _start_workers(1, None)
+            try:
+                _submit(self._alone, int).result()
+            except BrokenProcessPool:
+                self._close_alone()
+                raise DataError(
+                    "the reading workers cannot start. In a script of your own put the call under "
+                    "`if __name__ == '__main__':`, because workers import the "
+                    "script; or pass workers=0."
+                ) from None
         try:
-            self._submit(int).result()
+            return _submit(self._alone, read_each, self._read, [file]).result()[0]
         except BrokenProcessPool:
-            self.close()
-            raise DataError(
-                "the reading workers cannot start. In a script of your own put the call under "
-                "`if __name__ == '__main__':`, because workers import the "
-                "script; or pass workers=0."
-            ) from None
-        try:
-            return self._submit(read_each, self._read, [file]).result()[0]
-        except BrokenProcessPool:
-            self.close()
+            self._close_alone()
             return BadImage("damaged: it crashed the reader")
+
+    def _close_alone(self) -> None:
+        if self._alone is not None:
+            self._alone.shutdown(cancel_futures=True)
+            self._alone = None
 
     def _start(self) -> _Workers:
         if self._running is None:
-            # Spawned, not forked: torch's threads do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            buffers = SharedBuffers(context, 2 * self.workers + 1)
-            pool = ProcessPoolExecutor(
-                self.workers, context, initializer=_begin_worker, initargs=(buffers.array,)
-            )
-            self._running = _Workers(pool, buffers)
+            buffers = SharedBuffers(_SPAWN, 2 * self.workers + 1)
+            self._running = _Workers(_start_workers(self.workers, buffers.array), buffers)
         return self._running
-
-    def _submit(self, job: Callable[..., R], *arguments: Any) -> Future[R]:
-        pool = self._start().pool
-        with _signals_blocked():  # submitting may start a worker
-            try:
-                return pool.submit(job, *arguments)
-            except BrokenProcessPool:  # it broke since: this job is retried too
-                broken: Future[R] = Future()
-                broken.set_exception(BrokenProcessPool())
-                return broken
 
 
 class ReadJob(Generic[T]):
@@ -175,6 +176,7 @@ class ReadJob(Generic[T]):
         try:
             packed = self._future.result()
         except (BrokenProcessPool, CancelledError):  # a worker crashed, this job's or another's
+            self._pool.forget(self._buffers)
             return [self._pool.retry_alone(file) for file in self.files]
         outcomes: list[T | BadImage] = self._buffers.unpack(self._slot, packed)
         return outcomes
@@ -190,8 +192,23 @@ def read_each(read: Callable[[ImageFile], T], files: list[ImageFile]) -> list[T 
     return [read_with_retries(read, file) for file in files]
 
 
+def _start_workers(number: int, shared: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(number, _SPAWN, initializer=_begin_worker, initargs=(shared,))
+
+
+def _submit(pool: ProcessPoolExecutor, job: Callable[..., R], *arguments: Any) -> Future[R]:
+    with _signals_blocked():  # submitting may start a worker
+        try:
+            return pool.submit(job, *arguments)
+        except BrokenProcessPool:  # it broke since: this job is retried too
+            broken: Future[R] = Future()
+            broken.set_exception(BrokenProcessPool())
+            return broken
+
+
 def _begin_worker(shared: Any) -> None:
-    use_shared_buffers(shared)
+    if shared is not None:
+        use_shared_buffers(shared)
     keep_middle_sized_blocks()
     _exit_with_parent()
 
@@ -220,7 +237,7 @@ def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TERMINAL)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL_SIGNALS)
     try:
         yield
     finally:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import Precision
-from smalto.core.errors import ConfigError, DataError, RunError
+from smalto.core.errors import ConfigError, DataError, RunError, SmaltoError
 from smalto.core.files import name_hash, named_path
 from smalto.core.progress import Progress
 from smalto.images.image_file import ImageFile, Skipped, summary
@@ -49,6 +48,7 @@ class Tokenized:
         skipped: bad images, those known from before included.
         unreadable: files and folders that the system could not read now. They are not recorded:
             the next run tries them again.
+        num_bad: how many of ``skipped`` are damaged; formats that smalto does not read are not.
         notes: name and note of images that a user should look at.
     """
 
@@ -61,7 +61,14 @@ class Tokenized:
     changed: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     unreadable: list[Skipped] = field(default_factory=list)
+    num_bad: int = 0
     notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def skip(self, images: Iterable[Skipped]) -> None:
+        """Add bad images."""
+        for image in images:
+            self.skipped.append(image)
+            self.num_bad += not image.is_unread_format
 
 
 @retain_freed_memory()
@@ -154,32 +161,28 @@ def tokenize(
     files = itertools.chain(first, files)
     is_new = overwrite or not out.exists()
     store = _open_or_create(out, header, overwrite)
-    counted = threading.Event()
-    with store.writing():
-        if others := store.other_files():
-            progress.message(f"left alone in {out}: {', '.join(others[:8])} (not of the store)")
-        progress.start("tokenizing", None, "images")
-        count = threading.Thread(target=_count, args=(source, progress, counted), daemon=True)
-        count.start()
-        try:
-            plan = Plan(store, _shuffled(files) if shuffle else files, update)
-            done = _run(
-                store,
-                plan,
-                transform,
-                inference,
-                num_workers,
-                max_errors,
-                update,
-                progress,
-            )
-        finally:
-            counted.set()
-        if store.num_small_files > SOME_SMALL_FILES:
-            store.compact(lazily=True)
-        done.num_rows = len(store)
-        if is_new and not done.num_rows:  # an empty store would fix the kind of the next attempt
-            shutil.rmtree(out)
+    try:
+        with store.writing():
+            if others := store.other_files():
+                progress.message(f"left alone in {out}: {', '.join(others[:8])} (not of the store)")
+            progress.start("tokenizing", None, "images")
+            with _counting(source, progress):
+                plan = Plan(store, _shuffled(files) if shuffle else files, update)
+                done = _run(
+                    store,
+                    plan,
+                    transform,
+                    inference,
+                    num_workers,
+                    max_errors,
+                    update,
+                    progress,
+                )
+            store.merge_small_files(SOME_SMALL_FILES)
+            done.num_rows = len(store)
+    finally:
+        if is_new:
+            _remove_if_empty(store)
     progress.finish()
     if not done.num_rows:
         reasons = summary([*done.unreadable, *done.skipped])
@@ -206,7 +209,7 @@ def _run(
         """Take what the plan has passed, and stop it after too many bad images."""
         nonlocal passed
         _record_plan_errors(plan, writer, done)
-        progress.advance(plan.num_passed - passed, images=0, errors=_num_bad(done))
+        progress.advance(plan.num_passed - passed, images=0, errors=done.num_bad)
         passed = plan.num_passed
         if _is_over_limit(done, plan, max_errors) or check.is_gone:
             plan.stop()  # what is being encoded is still committed
@@ -221,10 +224,12 @@ def _run(
             done.num_images += len(shard.names)
             done.num_tokens += sum(len(row.tokens) for row in shard.rows)
             done.notes += shard.notes
-            done.skipped += [error.skipped for error in shard.errors]
+            done.skip(error.skipped for error in shard.errors)
             done.unreadable += shard.unreadable
-            check.add(shard.unreadable, shard.num_files - len(shard.unreadable))
-            progress.advance(shard.num_files, images=len(shard.names), errors=_num_bad(done))
+            reasons = dict(shard.unreadable)
+            for file in shard.files:
+                check.add(file, reasons.get(file.name, ""))
+            progress.advance(len(shard.files), images=len(shard.names), errors=done.num_bad)
             catch_up()
         catch_up()
     if plan.recovered:
@@ -234,7 +239,7 @@ def _run(
         raise check.error("What was tokenized is kept; then run the same command again.")
     if _is_over_limit(done, plan, max_errors):
         raise DataError(
-            f"stopped at {_num_bad(done)} bad images among the first {plan.num_seen:,}: is this "
+            f"stopped at {done.num_bad} bad images among the first {plan.num_seen:,}: is this "
             f"the right folder? {summary(done.skipped, 3)} What was tokenized is kept; resume with "
             "a larger --max-errors."
         )
@@ -249,23 +254,18 @@ def _record_plan_errors(plan: Plan, writer: StoreWriter, done: Tokenized) -> Non
             continue
         if not plan.is_recorded(error):
             writer.put_error(*error)
-        done.skipped.append(error.skipped)
-    done.skipped += plan.known_errors
+        done.skip([error.skipped])
+    done.skip(plan.known_errors)
     plan.errors.clear()
     plan.known_errors.clear()
 
 
-def _num_bad(done: Tokenized) -> int:
-    """Images that are damaged; formats that smalto does not read are named, and not counted."""
-    return sum(not skipped.is_unread_format for skipped in done.skipped)
-
-
 def _is_over_limit(done: Tokenized, plan: Plan, max_errors: int | None) -> bool:
-    """Whether there are too many bad images; those known from before do not count."""
+    """Return whether there are too many bad images; those known from before do not count."""
     limit = max_errors
     if limit is None:
         limit = max(MIN_ERROR_LIMIT, int(ERROR_SHARE * plan.num_seen))
-    return _num_bad(done) - plan.num_known_errors > limit
+    return done.num_bad - plan.num_known_errors > limit
 
 
 def _is_store(source: str | Path) -> bool:
@@ -275,7 +275,7 @@ def _is_store(source: str | Path) -> bool:
 def _open_or_create(out: Path, header: StoreHeader, overwrite: bool) -> TokenStore:
     """Open the store to write to if it holds such tokens; otherwise create one."""
     if out.exists() and overwrite:
-        TokenStore.open(out).remove()
+        TokenStore.remove(out)
     if out.exists():
         store = TokenStore.open(out)
         store.header.check_same(header, out)
@@ -287,16 +287,34 @@ def _shuffled(files: Iterator[ImageFile | Skipped]) -> Iterator[ImageFile | Skip
     return iter(sorted(files, key=lambda item: name_hash(item.name, "shuffle")))
 
 
-def _count(
-    source: str | Path | list[ImageFile], progress: Progress, counted: threading.Event
-) -> None:
-    """Count the images during the job, so that the time left can be estimated."""
-    number = 0
-    for item in walk_source(source):
-        number += isinstance(item, ImageFile)
-        if counted.is_set():
-            return
-    progress.set_total(number)
+@contextlib.contextmanager
+def _counting(source: str | Path | list[ImageFile], progress: Progress) -> Iterator[None]:
+    """Count the images during the block, so that the time left can be estimated."""
+    ended = threading.Event()
+
+    def count() -> None:
+        number = 0
+        with contextlib.suppress(OSError, DataError):  # the job reports it
+            for item in walk_source(source):
+                number += isinstance(item, ImageFile)
+                if ended.is_set():
+                    return
+            progress.set_total(number)
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _remove_if_empty(store: TokenStore) -> None:
+    """Remove a new store without rows, which would fix the kind of the next attempt."""
+    with contextlib.suppress(OSError, SmaltoError):  # it was removed during the job
+        if not len(store):
+            TokenStore.remove(store.path)
 
 
 def _copy(

@@ -506,6 +506,8 @@ def _errors_named(path: Path) -> Iterator[None]:
     except SmaltoError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Lance's own have none
+            raise
         raise _explained(path, str(error)) from None
     except BaseException as error:
         # A panic in Rust arrives as PanicException, which does not derive from Exception.

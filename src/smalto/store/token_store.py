@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,10 @@ from smalto.core.files import (
     atomic_path,
     check_replaceable,
     check_writable,
+    exclusive,
     foreign_names,
     parse_json,
+    remove_folder,
     remove_leftovers,
 )
 from smalto.core.identity import TokenizerIdentity
@@ -321,35 +322,35 @@ class TokenStore:
             RunError: another process holds the writer lock.
         """
         first = not self._lock.is_locked
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise RunError(
-                f"another process is writing to {self.path}. Wait until it has finished, or name "
-                "another --out."
-            ) from None
-        try:
+        with _held(self._lock, self.path):
             if first:
                 remove_leftovers(self.path)
                 self._table.begin_writing()
                 self._errors().begin_writing()
             yield
-        finally:
-            self._lock.release()
 
     def other_files(self) -> list[str]:
         """Return the names in the store's folder that are not of the store; they are left alone."""
         return foreign_names(self.path, _OWN_NAMES) + self._table.foreign_manifests()
 
-    def remove(self) -> None:
-        """Remove the store from disk.
+    @staticmethod
+    def remove(path: str | Path) -> None:
+        """Remove a store from disk, even if it is damaged.
 
         Raises:
-            RunError: another process writes to it, or its folder holds other files.
+            RunError: it is not a store, another process writes to it, or its folder holds other
+                files.
         """
-        with self.writing():
-            check_replaceable(self.path, _OWN_NAMES, "token store")
-            shutil.rmtree(self.path)
+        path = Path(path)
+        if not path.is_dir() or not any((path / name).exists() for name in TABLE_NAMES):
+            raise RunError(
+                f"{path} is not a token store, so --overwrite does not replace it. Name another "
+                "--out."
+            )
+        with _held(filelock.FileLock(path / _LOCK, thread_local=False), path):
+            remove_leftovers(path)
+            check_replaceable(path, foreign_names(path, _OWN_NAMES), "token store")
+            remove_folder(path)
 
     def append(
         self,
@@ -434,6 +435,11 @@ class TokenStore:
             self._table.compact(keep, lazily)
             self._errors().compact(keep, lazily)
 
+    def merge_small_files(self, most: int) -> None:
+        """Compact while the store is being written, if it has more small files than ``most``."""
+        if self.num_small_files > most:
+            self.compact(lazily=True)
+
     def tables(self) -> Iterator[pyarrow.Table | DataError]:
         """Yield all rows as Arrow tables in order; an error instead of rows that cannot be read."""
         return self._table.batches()
@@ -497,3 +503,13 @@ def _tokens_and_labels(
         each[:] = tokens
         tokens = each
     return tokens, compute.fill_null(numbers, -1).to_numpy(zero_copy_only=False).astype(numpy.int64)
+
+
+@contextmanager
+def _held(lock: filelock.BaseFileLock, path: Path) -> Iterator[None]:
+    """Hold a store's writer lock for the duration of the block."""
+    message = (
+        f"another process is writing to {path}. Wait until it has finished, or name another --out."
+    )
+    with exclusive(lock, message):
+        yield

@@ -124,5 +124,5 @@ class StoreWriter:
         if tables:
             self._store.append_table(pyarrow.concat_tables(tables), replace=replace)
         self._store.add_errors(errors)
-        if tables and self._store.num_small_files > MANY_SMALL_FILES:
-            self._store.compact(lazily=True)
+        if tables:
+            self._store.merge_small_files(MANY_SMALL_FILES)

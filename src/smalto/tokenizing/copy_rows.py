@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from smalto.core.progress import Progress
 from smalto.store.schema import TokenRow
 from smalto.store.token_store import TokenStore
-from smalto.store.writer import ROWS_PER_COMMIT, SOME_SMALL_FILES
+from smalto.store.writer import MANY_SMALL_FILES, ROWS_PER_COMMIT, SOME_SMALL_FILES
 
 
 @dataclass
@@ -42,8 +42,8 @@ def copy_rows(source: TokenStore, store: TokenStore, update: bool, progress: Pro
             copied.num_rows += len(new)
             copied.num_tokens += sum(len(row.tokens) for row in new)
             progress.advance(len(rows))
-        if store.num_small_files > SOME_SMALL_FILES:
-            store.compact(lazily=True)
+            store.merge_small_files(MANY_SMALL_FILES)
+        store.merge_small_files(SOME_SMALL_FILES)
     progress.finish()
     return copied
 

@@ -34,7 +34,7 @@ class Shard(NamedTuple):
         unreadable: the images that the system could not read now.
         names: of the images in ``rows``.
         notes: name and note of images that a user should look at.
-        num_files: all of them.
+        files: all of them.
     """
 
     rows: list[TokenRow]
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
     unreadable: list[Skipped]
     names: list[str]
     notes: list[tuple[str, str]]
-    num_files: int
+    files: Sequence[ImageFile]
 
 
 def encode_shard(
@@ -86,7 +86,7 @@ def encode_shard(
         rows += _rows(file, image, seen, tokens, transform, inference)
         names.append(file.name)
         notes += [(file.name, image.note)] if image.note else []
-    return Shard(rows, errors, unreadable, names, notes, len(files))
+    return Shard(rows, errors, unreadable, names, notes, files)
 
 
 def _encode_views(views: list[Tensor], inference: InferenceTokenizer) -> list[tuple[Tensor, bool]]:

@@ -19,6 +19,7 @@ from smalto.core.files import (
     atomic_path,
     check_replaceable,
     check_writable,
+    exclusive,
     foreign_names,
     parse_json,
     read_json,
@@ -41,7 +42,6 @@ LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 OWN_NAMES = frozenset(
     {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, START_FOLDER, *LOGS}
     | {"config.json", "model.safetensors", "checkpoints", REPORT_FILE, "tensorboard"}
-    | {"tokens.lance", "decoded"}  # of a demo
 )
 
 
@@ -150,7 +150,7 @@ class RunFolder:
         if not is_empty:
             with RunFolder(path).locked():  # a run in training has temporary files beside its own
                 remove_leftovers(path)
-                check_replaceable(path, OWN_NAMES, "run")
+                check_replaceable(path, RunFolder(path).other_files(), "run")
         if Path.cwd().is_relative_to(path.resolve()):
             raise RunError(f"{path} is the current folder or a parent of it. Name another --out.")
         check_writable(path)
@@ -164,18 +164,12 @@ class RunFolder:
         Raises:
             RunError: another process holds it.
         """
-        lock = filelock.FileLock(self.path / LOCK_FILE, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise RunError(
-                f"{self.path} is being trained by another process. Wait for it, stop it, or name "
-                "another --out."
-            ) from None
-        try:
+        message = (
+            f"{self.path} is being trained by another process. Wait for it, stop it, or name "
+            "another --out."
+        )
+        with exclusive(filelock.FileLock(self.path / LOCK_FILE), message):
             yield
-        finally:
-            lock.release()
 
     def split(self) -> Split:
         """Read ``split.json``. Raises RunError if it is damaged."""

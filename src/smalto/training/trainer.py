@@ -117,6 +117,7 @@ class Trainer:
                 due = self._step % recipe.checkpoint.every == 0 and "skipped" not in metrics
                 if due or self._step == recipe.steps:
                     self._save(run)
+            self._raise_if_stopped(run, _any_rank([bool(stop)], self._task.device)[0], stop)
         self._progress.finish()
         if not has_learned:
             raise RunError(
@@ -134,7 +135,8 @@ class Trainer:
         failure = None
         batch = None
         try:
-            batch = next(self._batches)
+            if not stop:
+                batch = next(self._batches)
         except Exception as error:  # of the images, or of the user's dataset
             failure = error
         stopping, failing = _any_rank([bool(stop), failure is not None], self._task.device)
@@ -148,6 +150,12 @@ class Trainer:
                 "another process could not make its part of the batch; its error message gives "
                 f"the reason. The run is saved after step {self._step}: resume with --resume."
             )
+        self._raise_if_stopped(run, stopping, stop)
+        raise AssertionError("a rank stops or fails")
+
+    def _raise_if_stopped(self, run: RunFolder, stopping: bool, stop: list[int]) -> None:
+        if not stopping:
+            return
         if distributed.rank() == 0:
             run.event("interrupted", step=self._step)
         raise Interrupted(self._step, *stop)

@@ -33,6 +33,7 @@ from smalto.store.exports.var_tensors import read_var, write_var
 from smalto.store.exports.webdataset_shards import read_webdataset, write_webdataset
 from smalto.store.schema import TokenRow
 from smalto.store.token_store import TokenStore
+from smalto.store.writer import MANY_SMALL_FILES, SOME_SMALL_FILES
 
 __all__ = ["FORMATS", "ExportFormat", "ExportHeader", "export_store", "import_store"]
 
@@ -187,8 +188,10 @@ def _append_rows(store: TokenStore, export: Path, header: ExportHeader, progress
             store.append(group)
         except (ValueError, TypeError, OverflowError, AttributeError) as error:
             raise _damaged(export, error) from None
+        store.merge_small_files(MANY_SMALL_FILES)
         num_rows += len(group)
         progress.advance(len(group))
+    store.merge_small_files(SOME_SMALL_FILES)
     return num_rows
 
 

@@ -18,7 +18,7 @@ State = Mapping[str, Tensor]
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def read_weights(path: str | Path) -> Any:
     """Return the content of a ``.pth`` or ``.safetensors`` file, on the CPU.
 
     ``.pth`` files are read with ``torch.load(weights_only=True)``.
@@ -29,7 +29,13 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+        problem = (
+            "is a folder"
+            if path.is_dir()
+            else "is not a regular file"
+            if path.exists()
+            else "does not exist"
+        )
         raise DataError(
             f"{path} {problem}; expected a .pth or .safetensors file of weights. Name such a file."
         )
@@ -42,6 +48,8 @@ def read_checkpoint(path: str | Path) -> Any:
             ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load raises many types for damaged files
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             raise DataError(

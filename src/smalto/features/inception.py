@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalto.core.files import file_sha256
-from smalto.core.weight_files import read_checkpoint
+from smalto.core.weight_files import read_weights
 from smalto.features.frozen import PooledNetwork, check_state, fold_norm
 
 _NORM_EPS = 1e-3
@@ -42,7 +42,7 @@ class Inception(PooledNetwork):
     dim = 2048
 
     def __init__(self, path: str | Path) -> None:
-        state = read_checkpoint(path)
+        state = read_weights(path)
         super().__init__(file_sha256(path))
         state = {
             key: value for key, value in state.items() if not key.endswith("num_batches_tracked")

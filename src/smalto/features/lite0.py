@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smalto.core.errors import MissingExtra
 from smalto.core.files import file_sha256
-from smalto.core.weight_files import read_checkpoint
+from smalto.core.weight_files import read_weights
 from smalto.features.frozen import (
     PerceptualNetwork,
     PooledNetwork,
@@ -57,7 +57,7 @@ class Lite0(PerceptualNetwork, PooledNetwork):
 
     def __init__(self, path: str | Path | None = None) -> None:
         path = Path(path) if path is not None else _packaged()
-        state = read_checkpoint(path)
+        state = read_weights(path)
         super().__init__(file_sha256(path))
         check_state(state, expected_shapes(), str(path), "weights of EfficientNet-lite0")
         for convolution, norm in _pairs():

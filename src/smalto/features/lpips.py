@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalto.core.files import file_sha256
-from smalto.core.weight_files import read_checkpoint
+from smalto.core.weight_files import read_weights
 from smalto.features.frozen import PerceptualNetwork, check_state, unit_difference
 
 # (slice, index in VGG, width) of each convolution. LPIPS compares the output of each slice, and
@@ -39,7 +39,7 @@ class LPIPS(PerceptualNetwork):
     name = "lpips-vgg"
 
     def __init__(self, path: str | Path) -> None:
-        state = dict(read_checkpoint(path))
+        state = dict(read_weights(path))
         super().__init__(file_sha256(path))
         for key in [key for key in state if isinstance(key, str) and key.startswith("lins.")]:
             del state[key]  # lpips registers its five last layers twice

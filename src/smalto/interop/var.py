@@ -18,7 +18,7 @@ from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, DataError, InputError, describe
 from smalto.core.layout import TokenLayout, as_grids
-from smalto.core.weight_files import State, find_state, read_checkpoint
+from smalto.core.weight_files import State, find_state, read_weights
 from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.token_blocks import PatchHws
@@ -60,7 +60,7 @@ def load_tokenizer(
     """
     if isinstance(path_or_state_dict, (str, Path)):
         source = str(path_or_state_dict)
-        checkpoint = read_checkpoint(path_or_state_dict)
+        checkpoint = read_weights(path_or_state_dict)
     else:
         source = "the state dict"
         checkpoint = path_or_state_dict

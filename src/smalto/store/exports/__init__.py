@@ -205,4 +205,6 @@ def _read_rows(export: Path, header: ExportHeader) -> Iterator[TokenRow]:
 
 def _damaged(export: Path, error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None:
+        return DataError(f"{export} cannot be read: {reason}. Check its drive, then try again.")
     return DataError(f"{export} is damaged: {reason}. Export the token store again.")

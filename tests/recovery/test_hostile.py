@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import torch
 
 import smalto
 from smalto.core.errors import ConfigError, DataError, RunError, SmaltoError
+from smalto.core.weight_files import read_weights
 from smalto.pipelines.info import store_metadata
 from smalto.store.check import check_store
-from smalto.store.exports import export_store
+from smalto.store.exports import export_store, import_store
 from smalto.store.token_store import TokenStore
+from smalto.training.recipe import parse_setting
 from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import RunFolder, read_log
 from smalto.training.tokenizer_recipe import TokenizerRecipe
@@ -203,7 +207,7 @@ def test_a_damaged_store_can_be_replaced(tokenizer: Path, tmp_path: Path) -> Non
         smalto.tokenize(images, tokenizer, tmp_path / "t", workers=0, overwrite=True)
         assert len(TokenStore.open(tmp_path / "t")) == 4
     (tmp_path / "mine").mkdir()
-    with pytest.raises(RunError, match="is not a token store"):
+    with pytest.raises(DataError, match="is not a token store"):
         smalto.tokenize(images, tokenizer, tmp_path / "mine", workers=0, overwrite=True)
 
 
@@ -216,7 +220,7 @@ def test_stray_files_are_left_alone(tmp_path: Path, tiny_recipe: TokenizerRecipe
     store.append(token_rows(4, first=4))
     store.compact()
     assert stray.read_text() == "mine"
-    assert store_metadata(store)["other files"] == "notes.md, mine.manifest"
+    assert store_metadata(store)["other files"] == "notes.md, _versions/mine.manifest"
     write_images(tmp_path / "photos", 6)
     smalto.train(tmp_path / "photos", tiny_recipe, out=tmp_path / "r", device="cpu", workers=0)
     for name in ("step-²", "step-9", "step-mine", "notes"):
@@ -341,3 +345,70 @@ def test_a_tampered_export_is_named(format: str, tmp_path: Path) -> None:
         else:  # some formats hold labels and layouts in their rows too
             assert check_store(TokenStore.open(tmp_path / "i")).ok
             shutil.rmtree(tmp_path / "i")
+
+
+@pytest.mark.parametrize("format", ["numpy", "var", "parquet", "webdataset"])
+def test_a_pipe_in_an_export_is_named(format: str, tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    store.append(token_rows(3))
+    export_store(store, format, tmp_path / "e")
+    file = next(path for path in sorted((tmp_path / "e").rglob("*")) if path.suffix != ".json")
+    file = next(file.iterdir()) if file.is_dir() else file
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        import_store(tmp_path / "e", tmp_path / "back")
+
+
+def test_weights_in_two_types_are_refused(tokenizer: Path) -> None:
+    change_weights(tokenizer, lambda tensor: tensor.half() if tensor.ndim == 1 else tensor)
+    with pytest.raises(RunError, match="expected one type in all of the encoder"):
+        smalto.load(tokenizer)
+
+
+def test_a_compressed_weight_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(4)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+        bomb.writestr("more", bytes(2**26))
+    with pytest.raises(DataError, match="is compressed and unpacks to"):
+        read_weights(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("text", ["seed = " + "9" * 5000, ".".join(["a"] * 2000) + " = 1"])
+def test_huge_numbers_and_depths_in_a_recipe(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(ConfigError):
+        load_recipe(tmp_path / "recipe.toml")
+    with pytest.raises(ConfigError):
+        load_recipe(None, dict([parse_setting("optimizer.lr=" + "[" * 3000)]))
+
+
+def test_strays_in_the_folders_of_a_store_survive(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    for first in (0, 3, 6):
+        store.append(token_rows(3, first=first))
+    strays = [tmp_path / "t" / "data" / "my-copy.lance", tmp_path / "t" / "_indices" / "mine"]
+    strays[0].write_bytes(b"mine")
+    strays[1].mkdir(parents=True)
+    store.compact(timedelta(0))
+    assert all(path.exists() for path in strays)
+    assert store.other_files() == ["_indices/mine", "data/my-copy.lance"]
+    with pytest.raises(RunError, match="not of the token store"):
+        TokenStore.remove(tmp_path / "t")
+
+
+def test_a_users_folder_among_the_checkpoints_is_left_alone(
+    tmp_path: Path, tiny_recipe: TokenizerRecipe
+) -> None:
+    images = write_images(tmp_path / "images", 4)
+    smalto.train(images, tiny_recipe, out=tmp_path / "run", device="cpu", workers=0)
+    mine = tmp_path / "run" / "checkpoints" / "step-99999999"
+    mine.mkdir()
+    (mine / "notes.txt").touch()
+    smalto.resume(tmp_path / "run", settings={"steps": 7}, device="cpu", workers=0)
+    assert (mine / "notes.txt").exists()

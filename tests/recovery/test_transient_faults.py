@@ -6,6 +6,7 @@ import builtins
 import errno
 import io
 import os
+import tarfile
 import time
 import zipfile
 from collections import Counter
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy
 import pytest
+from PIL import Image
 
 import smalto
 from smalto.core.errors import DataError
-from smalto.images import archives, retries
+from smalto.images import archives, patience, retries
 from smalto.images.finding import find_images
 from smalto.images.image_file import Skipped
 from smalto.images.image_set import ImageFiles
@@ -56,6 +58,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault | None], Counter[
     monkeypatch.setattr(archives, "open", open_, raising=False)
     monkeypatch.setattr(retries, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(retries, "_hopeless", set())
+    monkeypatch.setattr(patience, "PAUSES", (0.0, 0.0, 0.0))
 
     def inject(fault: Fault | None) -> Counter[str]:
         present[0] = fault
@@ -226,6 +229,7 @@ def test_a_zip_is_opened_again_after_a_fault(
 
     monkeypatch.setattr(retries, "PAUSES", (0.0,))
     monkeypatch.setattr(retries, "_hopeless", set())
+    monkeypatch.setattr(patience, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(zipfile.ZipFile, "open", open_)
     assert isinstance(retries.read_with_retries(read_image, file), numpy.ndarray)
 
@@ -367,3 +371,80 @@ def test_a_listed_file_that_is_gone_is_named(tmp_path: Path) -> None:
     done = smalto.tokenize(files, tmp_path / "tokenizer", tmp_path / "t", workers=0)
     assert done.num_images == 2
     assert done.unreadable == [Skipped("photo01.png", "unreadable: no such file or directory")]
+
+
+class FailsFrom(io.FileIO):
+    """A file that cannot be read at its end, where a zip has its directory, and a TIFF its tags."""
+
+    def read(self, size: int | None = -1) -> bytes | None:
+        if self.tell() > 100:
+            raise os_error("EIO")
+        return super().read(-1 if size is None else min(size, 100))
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tif", "tar"])
+def test_errors_that_libraries_hide_are_not_a_verdict(
+    suffix: str, faults: Any, tmp_path: Path
+) -> None:
+    photo = write_images(tmp_path / "one", 1) / "photo00.png"
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / f"a.{suffix}"
+    if suffix == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(photo, "a.png")
+    elif suffix == "tar":
+        with tarfile.open(path, "w") as tar:
+            tar.add(photo, "a.png")
+    else:
+        Image.open(photo).save(path)
+    smalto.SimpleVQVAE(16, 8, 8).save(tmp_path / "tokenizer")
+    run = lambda: smalto.tokenize(  # noqa: E731
+        tmp_path / "images", tmp_path / "tokenizer", tmp_path / "t", workers=0
+    )
+    faults(lambda name, times: FailsFrom if name.startswith("a.") else None)
+    with pytest.raises(DataError, match=r"unreadable"):
+        run()
+    faults(None)
+    assert run().num_images == 1
+
+
+def test_short_reads_are_not_a_verdict(job: Any, faults: Any, tmp_path: Path) -> None:
+    faults(lambda name, times: 200 if name == "photo03.png" else None)
+    ((name, reason),) = job().unreadable
+    assert (name, reason) == ("photo03.png", retries.SHORT)
+    faults(None)
+    assert job().num_images == 1
+
+
+def test_an_old_store_stays_if_its_source_is_gone(job: Any, faults: Any, tmp_path: Path) -> None:
+    job()
+    before = rows_of(tmp_path / "t")
+    faults(lambda name, times: os_error("EIO"))
+    with pytest.raises(DataError, match="could not be read"):
+        job(overwrite=True)
+    assert rows_of(tmp_path / "t") == before
+    faults(None)
+    assert job(overwrite=True).num_images == 48
+    assert [path.name for path in tmp_path.glob(".t*")] == []
+
+
+def test_listing_is_tried_again(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([True, True, False, True])
+    scandir = os.scandir
+    monkeypatch.setattr(patience, "PAUSES", (0.0, 0.0, 0.0))
+
+    def scan(path: Any = ".") -> Any:
+        if str(path).endswith("images") and next(failures, False):
+            raise os_error("EIO")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert job().num_images == 48
+
+
+def test_an_update_names_what_it_could_not_compare(job: Any, faults: Any, tmp_path: Path) -> None:
+    job()
+    os.utime(tmp_path / "images" / "photo03.png", (0, 0))
+    faults(lambda name, times: os_error("EIO"))
+    done = job(update=True)
+    assert done.unreadable == [Skipped("photo03.png", "unreadable: input/output error")]

@@ -239,3 +239,24 @@ def test_a_position_of_the_first_version_is_read(store: Path) -> None:
     later = loader(store)
     later.load_state_dict(earlier | {"shuffle": "blocks", "epoch": 3, "batches": 2})
     assert later.state_dict() == state | {"epoch": 3, "batches": 2}
+
+
+def test_rows_that_were_replaced_end_an_epoch_instead_of_mixing_it_up(tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "t", store_header())
+    for first in range(0, 40, 10):
+        store.append(token_rows(10, first=first))
+    dataset = TokenDataset(tmp_path / "t", 4, shuffle="rows")
+    loader = TokenLoader(dataset)
+    position = loader.state_dict()
+    batches = iter(dataset)
+    next(batches)
+    store.append(token_rows(10, first=40), replace=True)  # new rows only: the others keep places
+    next(batches)
+    store.append(token_rows(10), replace=True)
+    store.compact(timedelta(0))
+    with pytest.raises(InputError, match="were replaced after the data set was created"):
+        list(batches)
+    store.append(token_rows(10, first=20), replace=True)
+    now = TokenLoader(TokenDataset(tmp_path / "t", 4, shuffle="rows"))
+    with pytest.raises(InputError, match=r"got num_(rows|replacements)"):
+        now.load_state_dict(position)

@@ -67,8 +67,8 @@ class CNNAutoencoderConfig(Config):
                 f"ch must be a multiple of {NUM_GROUPS}, the number of normalization groups; "
                 f"got {self.ch}."
             )
-        if min(self.ch_mult) < 1:
-            raise ValueError(f"ch_mult must be integers of at least 1; got {self.ch_mult}.")
+        if min(self.ch_mult) < 1 or max(self.ch_mult) > 1024:
+            raise ValueError(f"ch_mult must be integers from 1 to 1024; got {self.ch_mult}.")
         return self
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 from smalto.cli.shared import fail
 from smalto.cli.verbs import app
 from smalto.core.errors import RenamedSettingWarning, SmaltoError
-from smalto.core.signals import exit_status, handled_signals, stop_word
+from smalto.core.signals import handled_signals, leave_at_once
 from smalto.core.text import printable_lines
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     # Python may swallow a KeyboardInterrupt while torch is being imported. No work can be lost yet,
     # so the process exits immediately.
     for number in handled_signals():
-        signal.signal(number, _leave_at_once)
+        signal.signal(number, leave_at_once)
     show_renamed_settings_in_one_line()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -48,11 +48,6 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         fail("out of memory. Try a smaller --batch, --size or --codebook-size.", 1)
-
-
-def _leave_at_once(number: int, frame: Any) -> None:
-    os.write(2, f"smalto: {stop_word(number)}\n".encode())
-    os._exit(exit_status(number))
 
 
 def _refuse_empty_arguments(arguments: list[str]) -> None:

@@ -79,6 +79,11 @@ def verify(
             f"the first at {row.first}"
         )
     say(f"{rows.num_checked:,} of {rows.num_rows:,} rows checked, {rows.num_problems:,} problems")
+    if sampled.unreadable:
+        say(
+            f"{len(sampled.unreadable):,} images could not be read now, such as "
+            f"{sampled.unreadable[0]}: check their drive or network, and verify again"
+        )
     if sampled.num_rows or sampled.not_found or sampled.changed:
         say(
             f"{sampled.num_rows:,} rows ({sampled.num_tokens:,} tokens) encoded again: "
@@ -102,7 +107,9 @@ def compact(
     keep_hours: Annotated[
         float,
         typer.Option(
-            min=0, help="Keep replaced files this long for processes that read the store."
+            min=0,
+            max=24 * 36_500,
+            help="Keep replaced files this long for processes that read the store.",
         ),
     ] = 1.0,
 ) -> None:

@@ -65,6 +65,21 @@ def remove_folder(path: Path) -> None:
 
 
 @contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """Move a folder away for the duration of the block.
+
+    At its end it is removed if something new is at ``path``, and otherwise put back.
+    """
+    with _temporary_folder(path) as folder:
+        os.replace(path, folder / "old")
+        try:
+            yield
+        finally:
+            if not path.exists():
+                os.replace(folder / "old", path)
+
+
+@contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
     """Yield a locked folder beside ``path``, and remove it at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +209,8 @@ def check_writable(path: Path) -> None:
         raise RunError(f"{printable(str(path))} is not UTF-8. Name another path.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() and not path.exists():
+            raise RunError(f"{path} is a link to nothing. Remove it, or name another path.")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".try."):
             pass
         path.is_dir()  # raises OSError if the name is too long

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+SECONDS_TO_CLEAN_UP = 4.0
+_first: tuple[int, float] | None = None  # the first signal that raised Stopped, and when
 _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
@@ -37,8 +41,24 @@ def exit_status(number: int) -> int:
 
 
 def raise_stopped(number: int, frame: Any) -> None:
-    """Signal handler that raises Stopped."""
-    raise Stopped(number)
+    """Signal handler that raises Stopped for the first signal.
+
+    Further ones are ignored while the process cleans up: an exception in the middle of that could
+    leave workers that nobody ends. After SECONDS_TO_CLEAN_UP the process exits at once.
+    """
+    global _first
+    if _first is None:
+        _first = number, time.monotonic()
+        raise Stopped(number)
+    if time.monotonic() - _first[1] > SECONDS_TO_CLEAN_UP:
+        os._exit(exit_status(_first[0]))
+
+
+def leave_at_once(number: int, frame: Any) -> None:
+    """Signal handler that exits with one line; silent if an earlier signal was reported."""
+    if _first is None:
+        os.write(2, f"smalto: {stop_word(number)}\n".encode())
+    os._exit(exit_status(_first[0] if _first else number))
 
 
 def handled_signals() -> list[int]:

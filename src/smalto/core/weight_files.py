@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def read_weights(path: str | Path) -> Any:
             raise DataError(
                 f"{path} cannot be read: {error}. Restore the file from a copy."
             ) from None
+    if zipfile.is_zipfile(path):  # torch does not compress; a compressed file may be a bomb
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > path.stat().st_size + 2**24:
+            raise DataError(
+                f"{path} is compressed and unpacks to {unpacked:,} bytes; expected a file that "
+                "torch.save wrote. Restore the file from a copy."
+            )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
@@ -71,6 +80,11 @@ def weight_problem(state: State) -> str:
             return f"{name} is {describe(tensor)}; expected float32, float64, float16 or bfloat16"
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"{name} holds NaN or infinite values; expected finite weights"
+    for part in ("encoder.", "decoder."):
+        dtypes = {t.dtype: name for name, t in state.items() if name.startswith(part)}
+        if len(dtypes) > 1:
+            others = ", ".join(f"{name} in {dtype}" for dtype, name in dtypes.items())
+            return f"got {others}; expected one type in all of the {part[:-1]}"
     return ""
 
 

@@ -5,14 +5,18 @@ No torch here.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
 import tarfile
+import threading
+import weakref
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from smalto.core.errors import MissingExtra
 from smalto.core.files import parse_json
@@ -23,7 +27,70 @@ ARCHIVES = (".zip", ".tar", ".parquet")
 LARGEST_MEMBER = 2**30  # bytes, unpacked: larger than any image, smaller than a bomb
 _LARGEST_LABEL = 1024  # bytes
 _LARGEST_JSON = 2**20  # bytes
+# Errors of the system that a damaged file causes: a position in it before or beyond all bytes.
+OF_THE_FILE = (errno.EINVAL, errno.EOVERFLOW)
+_BUFFER = 2**18  # bytes
 _JSON_LABELS = ("label", "cls", "class", "class_id", "category")
+
+
+class _WatchedFile(io.RawIOBase):
+    """File that remembers an error of the system: zipfile and Pillow report it as damage."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+
+    def readinto(self, buffer: Any) -> int:
+        with _remembered():
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with _remembered():
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+_hidden = threading.local()  # error: the last one of the system in this thread
+
+
+@contextmanager
+def _remembered() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            _hidden.error = error
+        raise
+
+
+def take_read_error() -> OSError | None:
+    """Return the last error of the system in this thread, and forget it.
+
+    Its ``errno`` tells whether a file that looks damaged could not be read.
+    """
+    error: OSError | None = getattr(_hidden, "error", None)
+    _hidden.error = None
+    return error
+
+
+def _watched(path: str) -> BinaryIO:
+    """Open a file so that ``take_read_error`` sees errors of the system."""
+    with _remembered():
+        return io.BufferedReader(_WatchedFile(open(path, "rb")), _BUFFER)
 
 
 def is_archive(path: str) -> bool:
@@ -41,6 +108,7 @@ def members(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
         MissingExtra: pyarrow, which parquet files need, is not installed.
     """
     prefix = f"{archive.name}/" if archive.name else ""
+    take_read_error()
     try:
         found = {
             member.name or member.member: (member, reason)
@@ -68,15 +136,16 @@ def members(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
         EOFError,
         NotImplementedError,  # from zipfile, on unknown compression methods
     ) as error:
-        is_of_the_system = isinstance(error, OSError) and error.errno is not None
-        kind = UNREADABLE if is_of_the_system else "damaged"
+        hidden = take_read_error()
+        is_of_the_system = isinstance(error, OSError) and error.errno not in (None, *OF_THE_FILE)
+        kind = UNREADABLE if is_of_the_system or hidden else "damaged"
         yield Skipped(archive.name or archive.path, f"{kind} archive: {error}")
 
 
 def open_file(file: ImageFile) -> BinaryIO:
     """Open a file wherever it is; a member of an archive is read into memory."""
     if not file.member:
-        return open(file.path, "rb")
+        return _watched(file.path)
     if file.row_group >= 0:
         return io.BytesIO(
             parquet.read_cell(file.path, file.row_group, file.member, file.offset, file.element)
@@ -85,10 +154,10 @@ def open_file(file: ImageFile) -> BinaryIO:
         try:
             with _open_zip(file.path).open(file.member) as inside:
                 return io.BytesIO(inside.read(LARGEST_MEMBER))
-        except OSError:  # a drive that was away leaves open files that fail for good
+        except (OSError, zipfile.BadZipFile):  # a drive that was away leaves files that always fail
             _opened.cache_clear()
             raise
-    with open(file.path, "rb") as archive:
+    with _watched(file.path) as archive:
         archive.seek(file.offset)
         return io.BytesIO(archive.read(file.size))
 
@@ -105,7 +174,7 @@ def _tar_members(archive: ImageFile) -> Iterator[tuple[ImageFile, str]]:
     cls_labels: dict[str, str] = {}
     json_labels: dict[str, str] = {}
     found = []
-    with tarfile.open(archive.path, "r:") as tar:
+    with _watched(archive.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for info in tar:
             if info.isdir():
                 continue
@@ -182,4 +251,11 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 @functools.lru_cache(maxsize=8)
 def _opened(path: str, modified: int, size: int) -> zipfile.ZipFile:
     """Open a zip once per process: its directory takes longer to read than an image."""
-    return zipfile.ZipFile(path)
+    file = _watched(path)
+    try:
+        archive = zipfile.ZipFile(file)
+    except BaseException:
+        file.close()
+        raise
+    weakref.finalize(archive, file.close)
+    return archive

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from smalto.core.errors import DataError
@@ -24,6 +25,7 @@ from smalto.images.image_formats import (
     reason_by_suffix,
     suffix_of,
 )
+from smalto.images.patience import patiently
 
 _DEEPEST = 500
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -42,6 +44,10 @@ def find_images(source: str | Path) -> tuple[list[ImageFile], list[Skipped]]:
             found.append(file)
         else:
             skipped.append(file)
+    if not found and any(file.is_unreadable for file in skipped):
+        raise DataError(
+            f"{source} cannot be read now. {summary(skipped)} Check its drive or network."
+        )
     if not found:
         raise DataError(
             f"{source} holds no image; expected {READABLE}. {summary(skipped) or 'It is empty.'}"
@@ -86,40 +92,57 @@ def modified_ns(status: os.stat_result) -> int:
 
 def _walk(folder: Path) -> Iterator[ImageFile | Skipped]:
     seen: set[tuple[int, int]] = set()
-    unreadable: list[OSError] = []
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
-        yield from _unreadable(unreadable, folder)
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder
-            folders.clear()
+    waiting = [str(folder)]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            status = patiently(partial(os.stat, parent))
+            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders, files = patiently(partial(_list, parent))
+        except OSError as error:
+            place = os.path.relpath(parent, folder)
+            yield Skipped(place, f"{UNREADABLE} folder: {error.strerror}")
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # os.walk recurses, so deeper folders would exceed Python's recursion limit.
         if folders and os.path.relpath(parent, folder).count(os.sep) >= _DEEPEST:
             yield Skipped(
                 os.path.relpath(parent, folder),
                 f"folder nested more than {_DEEPEST} levels deep",
             )
-            folders.clear()
-        for file in sorted(files):
-            if not file.startswith("."):
-                path = os.path.join(parent, file)
-                name = os.path.relpath(path, folder).replace(os.sep, "/")
-                yield ImageFile(name, path, label=folder_label(name))
-    yield from _unreadable(unreadable, folder)
+            folders = []
+        for file in files:
+            path = os.path.join(parent, file)
+            name = os.path.relpath(path, folder).replace(os.sep, "/")
+            yield ImageFile(name, path, label=folder_label(name))
+        waiting += [os.path.join(parent, name) for name in reversed(folders)]
 
 
-def _unreadable(errors: list[OSError], folder: Path) -> Iterator[Skipped]:
-    while errors:
-        error = errors.pop()
-        yield Skipped(
-            os.path.relpath(error.filename, folder), f"{UNREADABLE} folder: {error.strerror}"
-        )
+def _list(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and files in a folder that are not hidden, sorted."""
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if _is_folder(entry) else files).append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself; ``_checked`` names it
+        return False
 
 
 def _walk_archive(archive: ImageFile) -> Iterator[ImageFile | Skipped]:
-    for member in members(archive._replace(modified=modified_ns(os.stat(archive.path)))):
+    try:
+        status = patiently(partial(os.stat, archive.path))
+    except OSError as error:
+        yield Skipped(archive.name or archive.path, f"{UNREADABLE} archive: {error.strerror}")
+        return
+    for member in members(archive._replace(modified=modified_ns(status))):
         yield _checked(member) if isinstance(member, ImageFile) else member
 
 
@@ -138,7 +161,7 @@ def _checked(file: ImageFile) -> ImageFile | Skipped:
 
 def _checked_on_disk(file: ImageFile) -> ImageFile | Skipped:
     try:
-        status = os.stat(file.path)
+        status = patiently(partial(os.stat, file.path))
     except OSError as error:
         kind = "broken link" if os.path.islink(file.path) else UNREADABLE
         return Skipped(file.name, f"{kind}: {error.strerror}")
@@ -149,16 +172,20 @@ def _checked_on_disk(file: ImageFile) -> ImageFile | Skipped:
     if file.path.lower().endswith(_COMPRESSED_TARS):
         return Skipped(file.name, "compressed tar: unpack it, or write it as a plain .tar")
     suffix = suffix_of(file.path)
-    reason = reason_by_suffix(suffix) if suffix else reason_by_head(_head(file.path))
+    try:
+        reason = reason_by_suffix(suffix) if suffix else reason_by_head(_head(file.path))
+    except OSError as error:
+        return Skipped(file.name, f"{UNREADABLE}: {error.strerror}")
     if reason:
         return Skipped(file.name, reason)
     return file._replace(size=status.st_size, modified=modified_ns(status))
 
 
 def _head(path: str) -> bytes:
-    """Return the first bytes of a file; none if it cannot be read."""
-    try:
+    """Return the first bytes of a file."""
+
+    def read() -> bytes:
         with open(path, "rb") as file:
             return file.read(HEAD_BYTES)
-    except OSError:
-        return b""
+
+    return patiently(read)

@@ -14,7 +14,7 @@ import numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from smalto.images.archives import open_file
+from smalto.images.archives import OF_THE_FILE, open_file, take_read_error
 from smalto.images.image_file import NOT_AN_IMAGE, UNREADABLE, ImageFile
 from smalto.images.image_formats import FORMAT_NAMES, HEAD_BYTES, pillow_formats, suffix_of
 from smalto.images.pillow_plugins import check_jxl_size
@@ -23,8 +23,6 @@ LONGER_SIDE = 768
 DeepGray = Literal["full", "range"]
 
 PERMISSION_DENIED = f"{UNREADABLE}: {os.strerror(errno.EACCES).lower()}"
-# Errors of the system that a damaged file causes: a position in it beyond all files.
-_OF_THE_FILE = (errno.EINVAL, errno.EOVERFLOW)
 _ORIENTATION = 0x0112  # of EXIF
 _DARK = 1 / 16  # an image that stays below this share of white: 12 of 16 bits, or fewer
 
@@ -149,24 +147,30 @@ def read_stream(
 def bad_image_errors() -> Iterator[None]:
     """Turn every exception inside the block into a BadImage with a reason.
 
-    Errors of the system, which have an ``errno``, become an UnreadableImage. Decoders raise OSError
-    without one.
+    Errors of the system, which have an ``errno``, become an UnreadableImage, also if a library has
+    turned them into its own. Decoders raise OSError without one.
     """
+    take_read_error()
     try:
         yield
+    except UnreadableImage:
+        raise
     except BadImage:
+        if (error := take_read_error()) is not None:
+            raise UnreadableImage(f"{UNREADABLE}: {(error.strerror or '').lower()}") from None
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"oversized: more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels") from None
-    except UnidentifiedImageError:
-        raise BadImage(NOT_AN_IMAGE) from None
     except MemoryError:
         raise UnreadableImage(f"{UNREADABLE}: not enough memory") from None
-    except Exception as error:  # on a damaged file, anything from struct.error to SyntaxError
-        if isinstance(error, OSError) and error.errno not in (None, *_OF_THE_FILE):
-            reason = (error.strerror or type(error).__name__).lower()
+    except Exception as raised:  # on a damaged file, anything from struct.error to SyntaxError
+        cause: Exception = take_read_error() or raised
+        if isinstance(cause, OSError) and cause.errno not in (None, *OF_THE_FILE):
+            reason = (cause.strerror or type(cause).__name__).lower()
             raise UnreadableImage(f"{UNREADABLE}: {reason}") from None
-        message = " ".join(str(error).split())[:120] or type(error).__name__
+        if isinstance(raised, UnidentifiedImageError):
+            raise BadImage(NOT_AN_IMAGE) from None
+        message = " ".join(str(raised).split())[:120] or type(raised).__name__
         raise BadImage(f"damaged: {message}") from None
 
 

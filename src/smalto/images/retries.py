@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from smalto.core.errors import DataError
 from smalto.images.archives import open_file
-from smalto.images.image_file import ImageFile
+from smalto.images.image_file import NOT_AN_IMAGE, UNREADABLE, ImageFile
+from smalto.images.patience import PAUSES
 from smalto.images.reading import PERMISSION_DENIED, BadImage, UnreadableImage, bad_image_errors
 
 T = TypeVar("T")
 
-PAUSES = (0.1, 0.4, 1.5)  # seconds before each further attempt
 UNREADABLE_IN_A_ROW = 32  # images: by then the source may be gone
 
+SHORT = f"{UNREADABLE}: the drive returned less than the whole file"
 _hopeless: set[str] = set()  # in this process: reasons for which pauses have not helped
 
 
@@ -40,12 +42,26 @@ def read_with_retries(read: Callable[[ImageFile], T], file: ImageFile) -> T | Ba
             time.sleep(pause)
         except BadImage as bad:
             _hopeless.intersection_update({PERMISSION_DENIED})
-            if first is not None or not str(bad).startswith("damaged"):
-                return bad
-            first = bad
+            if first is None and str(bad).startswith("damaged"):
+                first = bad
+                continue
+            may_be_short = first is not None or str(bad) == NOT_AN_IMAGE
+            return UnreadableImage(SHORT) if may_be_short and _is_short(file) else bad
         else:
             _hopeless.intersection_update({PERMISSION_DENIED})
             return image
+
+
+def _is_short(file: ImageFile) -> bool:
+    """Return whether reading a file gives fewer bytes than the file system says it has."""
+    if file.member:
+        return False
+    try:
+        size = os.stat(file.path).st_size
+        with open_file(file) as stream:
+            return sum(map(len, iter(lambda: stream.read(2**20), b""))) < size
+    except OSError:
+        return True
 
 
 class SourceCheck:

@@ -135,7 +135,8 @@ class ReaderPool(Generic[T]):
 
     def _start(self) -> _Workers:
         if self._running is None:
-            buffers = SharedBuffers(_SPAWN, 2 * self.workers + 1)
+            with _signals_blocked():  # this may start the process that watches shared memory
+                buffers = SharedBuffers(_SPAWN, 2 * self.workers + 1)
             self._running = _Workers(_start_workers(self.workers, buffers.array), buffers)
         return self._running
 

@@ -18,7 +18,7 @@ from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, DataError, InputError, describe
 from smalto.core.layout import TokenLayout, as_grids
-from smalto.core.weight_files import State, find_state, read_weights
+from smalto.core.weight_files import State, find_state, read_weights, weight_problem
 from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.token_blocks import PatchHws
@@ -80,6 +80,8 @@ def load_tokenizer(
     assert isinstance(quantizer, MultiScaleVQConfig)
     expected[HITS] = torch.Size((len(quantizer.grids), quantizer.codebook_size))
     _compare(expected, state, source)
+    if problem := weight_problem(state):
+        raise ConfigError(f"{source}: {problem}. Use another checkpoint.")
     tokenizer.load_state_dict(
         {key: state[name].detach().clone() for key, name in names.items()}, assign=True
     )
@@ -341,15 +343,12 @@ def _check_tensors(state: State, source: str) -> None:
     """Raise ConfigError unless all values are dense floating-point tensors of one dtype."""
     dtype = state[_MARKS[1]].dtype if isinstance(state[_MARKS[1]], Tensor) else None
     for key, tensor in state.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        plain = plain and not tensor.is_meta and not tensor.is_nested
         if not plain or not tensor.is_floating_point() or (key != HITS and tensor.dtype != dtype):
             raise ConfigError(
                 f"{source}: {key!r} is {describe(tensor)}, expected a plain tensor of {dtype}, "
                 f"the dtype of {_MARKS[1]!r}."
-            )
-        if not bool(tensor.isfinite().all()):
-            raise ConfigError(
-                f"{source}: {key!r} holds NaN or infinite values. Use an earlier checkpoint."
             )
 
 

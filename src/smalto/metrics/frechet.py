@@ -20,6 +20,9 @@ from smalto.core.files import read_regular
 
 ENOUGH = 2048  # images; with fewer, the distance depends mostly on their number
 
+_LARGEST_STATISTICS = 2**29  # bytes: of 8,192 features
+_LARGEST = 1e30  # of a mean or a covariance
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -111,7 +114,13 @@ def read_statistics(path: str | Path) -> Gaussian:
         DataError: the file cannot be read, or does not hold such statistics.
     """
     try:
-        with numpy.load(io.BytesIO(read_regular(path)), allow_pickle=False) as file:
+        data = io.BytesIO(read_regular(path))
+        with zipfile.ZipFile(data) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _LARGEST_STATISTICS:
+                raise ValueError
+        with numpy.load(data, allow_pickle=False) as file:
+            if any(file[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
+                raise TypeError
             mean, covariance = (
                 torch.from_numpy(numpy.asarray(file[name], dtype=numpy.float64))
                 for name in ("mu", "sigma")
@@ -134,11 +143,14 @@ def read_statistics(path: str | Path) -> Gaussian:
     if (
         mean.ndim != 1
         or covariance.shape != (len(mean), len(mean))
-        or not (mean.isfinite().all() and covariance.isfinite().all())
+        or not (mean.abs() < _LARGEST).all()
+        or not (covariance.abs() < _LARGEST).all()
+        or not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6)
+        or (covariance.diagonal() < 0).any()
     ):
         raise DataError(
             f"{path}: got mu {list(mean.shape)} and sigma {list(covariance.shape)}; expected "
-            "finite mu [D] and sigma [D, D]. Name a file of statistics of one network."
+            "finite mu [D] and a covariance sigma [D, D]. Name a file of statistics of one network."
         )
     return Gaussian(mean, covariance)
 

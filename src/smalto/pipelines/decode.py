@@ -15,7 +15,7 @@ from torch import Tensor
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import Precision
 from smalto.core.errors import RunError
-from smalto.core.files import atomic_path, check_writable, named_path
+from smalto.core.files import atomic_path, check_writable, named_path, remove_leftovers
 from smalto.core.layout import TokenLayout
 from smalto.core.progress import Progress
 from smalto.images.image_reader import default_workers
@@ -75,6 +75,8 @@ def decode(
             "--overwrite."
         )
     check_writable(folder / "image.png")
+    for place in {path.parent for path in paths if path.parent.is_dir()}:
+        remove_leftovers(place)
     progress.start("decoding", len(paths), "images")
     number = default_workers(workers)
     with ThreadPoolExecutor(max(1, number)) as writers:

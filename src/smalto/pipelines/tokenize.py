@@ -159,30 +159,17 @@ def tokenize(
     if not (first := list(itertools.islice(files, 1))):  # before a store is made, or replaced
         raise DataError(f"{name} is empty: name a folder of images.")
     files = itertools.chain(first, files)
-    is_new = overwrite or not out.exists()
-    store = _open_or_create(out, header, overwrite)
-    try:
-        with store.writing():
-            if others := store.other_files():
-                progress.message(f"left alone in {out}: {', '.join(others[:8])} (not of the store)")
-            progress.start("tokenizing", None, "images")
-            with _counting(source, progress):
-                plan = Plan(store, _shuffled(files) if shuffle else files, update)
-                done = _run(
-                    store,
-                    plan,
-                    transform,
-                    inference,
-                    num_workers,
-                    max_errors,
-                    update,
-                    progress,
-                )
-            store.merge_small_files(SOME_SMALL_FILES)
-            done.num_rows = len(store)
-    finally:
-        if is_new:
-            _remove_if_empty(store)
+    with _destination(out, header, overwrite) as store, store.writing():
+        if others := store.other_files():
+            progress.message(f"left alone in {out}: {', '.join(others[:8])} (not of the store)")
+        progress.start("tokenizing", None, "images")
+        with _counting(source, progress):
+            plan = Plan(store, _shuffled(files) if shuffle else files, update)
+            done = _run(
+                store, plan, transform, inference, num_workers, max_errors, update, progress
+            )
+        store.merge_small_files(SOME_SMALL_FILES)
+        done.num_rows = len(store)
     progress.finish()
     if not done.num_rows:
         reasons = summary([*done.unreadable, *done.skipped])
@@ -272,15 +259,26 @@ def _is_store(source: str | Path) -> bool:
     return (named_path(source, "the source of images") / "head.json").is_file()
 
 
-def _open_or_create(out: Path, header: StoreHeader, overwrite: bool) -> TokenStore:
-    """Open the store to write to if it holds such tokens; otherwise create one."""
-    if out.exists() and overwrite:
-        TokenStore.remove(out)
-    if out.exists():
+@contextlib.contextmanager
+def _destination(out: Path, header: StoreHeader, overwrite: bool) -> Iterator[TokenStore]:
+    """Open the store to write to if it holds such tokens; otherwise create one.
+
+    A new store without rows is removed at the end: it would fix the kind of the next attempt. With
+    ``overwrite`` the old one is put back then.
+    """
+    if out.exists() and not overwrite:
         store = TokenStore.open(out)
         store.header.check_same(header, out)
-        return store
-    return TokenStore.create(out, header)
+        yield store
+        return
+    with TokenStore.replaced(out) if out.exists() else contextlib.nullcontext():
+        store = TokenStore.create(out, header)
+        try:
+            yield store
+        finally:
+            with contextlib.suppress(OSError, SmaltoError):  # it was removed during the job
+                if not len(store):
+                    TokenStore.remove(out)
 
 
 def _shuffled(files: Iterator[ImageFile | Skipped]) -> Iterator[ImageFile | Skipped]:
@@ -310,13 +308,6 @@ def _counting(source: str | Path | list[ImageFile], progress: Progress) -> Itera
         thread.join()
 
 
-def _remove_if_empty(store: TokenStore) -> None:
-    """Remove a new store without rows, which would fix the kind of the next attempt."""
-    with contextlib.suppress(OSError, SmaltoError):  # it was removed during the job
-        if not len(store):
-            TokenStore.remove(store.path)
-
-
 def _copy(
     source: TokenStore,
     inference: InferenceTokenizer,
@@ -334,13 +325,14 @@ def _copy(
         )
     if out.resolve() == source.path.resolve():
         raise ConfigError(f"{out} cannot be its own source. Name another --out.")
-    store = _open_or_create(out, source.header, overwrite)
-    copied = copy_rows(source, store, update, progress)
+    with _destination(out, source.header, overwrite) as store:
+        copied = copy_rows(source, store, update, progress)
+        num_rows = len(store)
     return Tokenized(
         out,
         num_images=copied.num_rows,
         num_tokens=copied.num_tokens,
         num_known=copied.num_known,
-        num_rows=len(store),
+        num_rows=num_rows,
         changed=copied.changed,
     )

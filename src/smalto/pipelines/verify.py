@@ -14,7 +14,7 @@ from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
 from smalto.core.errors import ConfigError, InputError
 from smalto.core.progress import Progress
-from smalto.images.reading import BadImage
+from smalto.images.reading import BadImage, UnreadableImage
 from smalto.images.retries import read_with_retries
 from smalto.images.sources import locate
 from smalto.images.tensors import to_unit_range, views_of
@@ -56,7 +56,8 @@ class SampleCheck:
         num_rows: rows that were encoded again; ``num_tokens``: their tokens.
         damaged: rows that the tokenizer would not have written.
         ties: rows that differ only at ties: two codes are equally near up to rounding.
-        not_found: names of images that no longer exist in the source, or cannot be read.
+        not_found: names of images that no longer exist in the source, or are damaged.
+        unreadable: names of images that the system could not read now.
         changed: names of images whose files have changed since they were tokenized.
     """
 
@@ -65,6 +66,7 @@ class SampleCheck:
     damaged: list[Difference] = field(default_factory=list)
     ties: list[Difference] = field(default_factory=list)
     not_found: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
 
@@ -182,6 +184,9 @@ def _images_of(
         progress.advance()
         of_file = rows.pop(file.name)
         prepared = read_with_retries(transform.prepare, file)
+        if isinstance(prepared, UnreadableImage):
+            found.unreadable.append(file.name)
+            continue
         if isinstance(prepared, BadImage):
             found.not_found.append(file.name)
             continue

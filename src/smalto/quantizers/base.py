@@ -269,7 +269,7 @@ def color_codes(codes: Tensor) -> Tensor:
 
     Similar codes have similar colors.
     """
-    centered = codes.detach().cpu().float()
+    centered = codes.detach().cpu().float().clamp(-1e9, 1e9)  # whose products are finite
     centered = centered - centered.mean(dim=0)
     if centered.shape[1] < 3:
         centered = nn.functional.pad(centered, (0, 3 - centered.shape[1]))

@@ -24,6 +24,7 @@ Shuffle = Literal["chunks", "rows", "none"]
 TokensAndLabels = tuple[numpy.ndarray, numpy.ndarray]
 _DECIDE_THE_ORDER = (
     "num_rows",
+    "num_replacements",
     "world_size",
     "seed",
     "batch_size",
@@ -72,6 +73,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         epoch: number of the epoch, from 0.
         first_batch: index of the first batch to yield.
         num_rows: rows of the store when the data set was created.
+        num_replacements: commits that had replaced rows by then.
         classes: names of the labels, sorted.
 
     Raises:
@@ -121,6 +123,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         self.epoch = 0
         self.first_batch = 0
         self.num_rows = len(store)
+        self.num_replacements = store.num_replacements
         self.classes = store.classes()
         self._store: TokenStore | None = store
         self._process = os.getpid()
@@ -145,6 +148,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         if self._store is None:
             self._store = TokenStore.open(self.path)
             self._process = os.getpid()
+            self._check_order(self._store)
         if self._process != os.getpid():
             raise InputError(
                 "got a process that was forked from the one that opened the store, in which Lance "
@@ -173,7 +177,16 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             store.refresh()
             if store.version == version:
                 raise
+            self._check_order(store)
             return read(self._opened(), *where, self.classes)
+
+    def _check_order(self, store: TokenStore) -> None:
+        """Raise InputError if rows were replaced since: others may be at their indices now."""
+        if store.num_replacements != self.num_replacements:
+            raise InputError(
+                f"rows of {self.path} were replaced after the data set was created, which changes "
+                "their order. Create the TokenDataset again, and start the epoch again."
+            )
 
     def _share(self) -> tuple[int, int]:
         """Return start and stop of this process's share of the epoch's rows."""
@@ -355,7 +368,8 @@ class TokenLoader:
 def _upgrade_position(state: dict[str, Any]) -> dict[str, Any]:
     """Return a position that was saved under earlier names of the settings under present ones."""
     names = {"block_rows": "chunk_rows", "blocks_mixed": "chunks_mixed"}
-    renamed = {names.get(key, key): value for key, value in state.items()}
+    renamed: dict[str, Any] = {"num_replacements": 0}
+    renamed |= {names.get(key, key): value for key, value in state.items()}
     if renamed.get("shuffle") == "blocks":
         renamed["shuffle"] = "chunks"
     return renamed

@@ -40,6 +40,17 @@ _PIECE_BYTES = 2**21
 _HEAD = "head.json"
 _FOLDERS = ("data", "_versions", "_indices", "_deletions", "_transactions")
 TABLE_NAMES = frozenset({_HEAD, *_FOLDERS})  # all that a table's folder holds
+# The names that Lance gives in each folder; a suffix such as #1 marks a file that is being written.
+_NAMES = {
+    folder: re.compile(rf"({names})(#\d+)?|\.tmp.*")
+    for folder, names in {
+        "data": r"[0-9a-f]{16,}\.lance",
+        "_versions": r"\d+\.manifest|latest_version_hint\.json",
+        "_indices": r"[0-9a-f-]{36}",
+        "_deletions": r"\d+-\d+-\d+\.(arrow|bin)",
+        "_transactions": r"\d+-[0-9a-f-]{36}\.txn",
+    }.items()
+}
 # Footer of Lance's files: three offsets, numbers of buffers and columns, version, magic.
 _FOOTER = struct.Struct("<QQQIIHH4s")
 
@@ -127,10 +138,14 @@ class LanceTable:
         """Return the version number, which increases with every commit."""
         return int(self._dataset.version)
 
-    def foreign_manifests(self) -> list[str]:
-        """Return the names among the manifests that are not Lance's; they are left alone."""
-        files = (self.path / "_versions").glob("*.manifest")
-        return sorted(file.name for file in files if _version_of(file) is None)
+    def foreign_files(self) -> list[str]:
+        """Return the names in the table's folders that Lance does not give; they are left alone."""
+        return foreign_files(self.path)
+
+    @property
+    def num_replacements(self) -> int:
+        """Return how many commits have replaced or removed rows, which may change their order."""
+        return int(_read_head(self.path)["replacements"])
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -187,16 +202,19 @@ class LanceTable:
                 .when_not_matched_insert_all()
             )
             transaction, _ = merge.execute_uncommitted(rows)
-            self._check_whole(transaction.operation.new_fragments)
+            operation = transaction.operation
+            self._check_whole(operation.new_fragments)
             self._dataset = lance.LanceDataset.commit(self._dataset, transaction)
-        self._write_head()
+        self._write_head(
+            replaces=bool(operation.updated_fragments + operation.removed_fragment_ids)
+        )
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove rows by id, in one commit."""
         with _errors_named(self.path):
             self._dataset.delete(_is_one_of(ids))
             self._dataset.checkout_latest()
-        self._write_head()
+        self._write_head(replaces=True)
 
     def take(self, indices: Sequence[int], columns: list[str] | None = None) -> pyarrow.Table:
         """Return rows by index, for increasing indices."""
@@ -279,8 +297,10 @@ class LanceTable:
             self._dataset.checkout_latest()
         if self.version != version:
             self._write_head()
+        # Lance cannot tell a foreign file from one that was written and never committed.
+        is_ours = not self.foreign_files()
         with _errors_named(self.path):
-            self._dataset.cleanup_old_versions(older_than=keep, delete_unverified=True)
+            self._dataset.cleanup_old_versions(older_than=keep, delete_unverified=is_ours)
 
     def _join_options(self) -> Any:
         """Return options for compaction in small batches.
@@ -352,8 +372,11 @@ class LanceTable:
                     raise _cut_short(path)
                 _sync_file(path)
 
-    def _write_head(self) -> None:
+    def _write_head(self, replaces: bool = False) -> None:
         """Record the version just committed as the newest in ``head.json``.
+
+        Args:
+            replaces: whether the commit has replaced or removed rows.
 
         Raises:
             OSError: the version cannot be read; its manifest is removed.
@@ -369,8 +392,26 @@ class LanceTable:
             raise _cut_short(manifest)
         _sync_file(manifest)
         sync_folder(manifest.parent)
-        head = {"version": self.version, "rows": len(self), "manifest": file_sha256(manifest)}
+        head: dict[str, Any] = {
+            "version": self.version,
+            "rows": len(self),
+            "manifest": file_sha256(manifest),
+        }
+        before = _read_head(self.path)["replacements"] if self.version > 1 else 0
+        if replaces or before:
+            head["replacements"] = before + replaces
         write_atomic(self.path / _HEAD, json.dumps(head) + "\n")
+
+
+def foreign_files(path: Path) -> list[str]:
+    """Return the names, below the path of a table, that Lance does not give, sorted."""
+    return sorted(
+        f"{folder}/{entry.name}"
+        for folder, own in _NAMES.items()
+        if (path / folder).is_dir()
+        for entry in os.scandir(path / folder)
+        if not own.fullmatch(entry.name)
+    )
 
 
 def _uri(path: Path) -> str:
@@ -449,6 +490,7 @@ def _read_head(path: Path) -> dict[str, Any]:
             "version": int(head["version"]),
             "rows": int(head["rows"]),
             "manifest": str(head["manifest"]),
+            "replacements": int(head.get("replacements", 0)),
         }
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(

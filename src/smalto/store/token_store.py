@@ -27,12 +27,13 @@ from smalto.core.files import (
     parse_json,
     remove_folder,
     remove_leftovers,
+    set_aside,
 )
 from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout
 from smalto.images.image_file import Skipped
 from smalto.images.transforms import Transform
-from smalto.store.lance_table import ROWS_PER_FILE, TABLE_NAMES, LanceTable
+from smalto.store.lance_table import ROWS_PER_FILE, TABLE_NAMES, LanceTable, foreign_files
 from smalto.store.schema import (
     NUMBERS,
     StoreHeader,
@@ -186,6 +187,11 @@ class TokenStore:
         return self._table.version
 
     @property
+    def num_replacements(self) -> int:
+        """Return how many commits have replaced rows, which may change the order of rows."""
+        return self._table.num_replacements
+
+    @property
     def num_small_files(self) -> int:
         """Return the approximate number of data files that ``compact`` would join."""
         return self._table.num_fragments - len(self) // ROWS_PER_FILE
@@ -331,7 +337,7 @@ class TokenStore:
 
     def other_files(self) -> list[str]:
         """Return the names in the store's folder that are not of the store; they are left alone."""
-        return foreign_names(self.path, _OWN_NAMES) + self._table.foreign_manifests()
+        return _other_files(self.path)
 
     @staticmethod
     def remove(path: str | Path) -> None:
@@ -342,15 +348,22 @@ class TokenStore:
                 files.
         """
         path = Path(path)
-        if not path.is_dir() or not any((path / name).exists() for name in TABLE_NAMES):
-            raise RunError(
-                f"{path} is not a token store, so --overwrite does not replace it. Name another "
-                "--out."
-            )
-        with _held(filelock.FileLock(path / _LOCK, thread_local=False), path):
-            remove_leftovers(path)
-            check_replaceable(path, foreign_names(path, _OWN_NAMES), "token store")
+        with _removable(path):
             remove_folder(path)
+
+    @staticmethod
+    @contextmanager
+    def replaced(path: str | Path) -> Iterator[None]:
+        """Move a store away for the duration of the block, even if it is damaged.
+
+        At the end it is removed if a new one is at its place, and otherwise put back.
+
+        Raises:
+            RunError: like ``remove``.
+        """
+        path = Path(path)
+        with _removable(path), set_aside(path):
+            yield
 
     def append(
         self,
@@ -503,6 +516,25 @@ def _tokens_and_labels(
         each[:] = tokens
         tokens = each
     return tokens, compute.fill_null(numbers, -1).to_numpy(zero_copy_only=False).astype(numpy.int64)
+
+
+@contextmanager
+def _removable(path: Path) -> Iterator[None]:
+    """Hold the writer lock of a store that may be removed; raise RunError if it may not."""
+    if not path.is_dir() or not any((path / name).exists() for name in TABLE_NAMES):
+        raise DataError(
+            f"{path} is not a token store, so --overwrite does not replace it. Name another --out."
+        )
+    with _held(filelock.FileLock(path / _LOCK, thread_local=False), path):
+        remove_leftovers(path)
+        check_replaceable(path, _other_files(path), "token store")
+        yield
+
+
+def _other_files(path: Path) -> list[str]:
+    """Return the names in a store's folders that are not of the store."""
+    errors = [f"{_ERRORS}/{name}" for name in foreign_files(path / _ERRORS)]
+    return foreign_names(path, _OWN_NAMES) + foreign_files(path) + errors
 
 
 @contextmanager

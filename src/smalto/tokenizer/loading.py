@@ -79,7 +79,7 @@ def load(folder: str | Path) -> ImageTokenizer:
     except RuntimeError as error:
         raise RunError(
             f"{folder / 'model.safetensors'} does not fit config.json beside it. Copy both files "
-            f"again from the same checkpoint. {error}"
+            f"again from the same checkpoint. {' '.join(str(error).split())[:500]}"
         ) from None
     return tokenizer.eval()
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from smalto.images.archives import open_file
 from smalto.images.image_file import NOT_AN_IMAGE, ImageFile, Skipped
-from smalto.images.reading import BadImage, UnreadableImage, bad_image_errors
+from smalto.images.reading import UnreadableImage, bad_image_errors
+from smalto.images.retries import read_with_retries
 from smalto.images.transforms import content_digest
 from smalto.store.schema import row_id
 from smalto.store.token_store import TokenStore
@@ -106,7 +107,12 @@ class Plan:
 
     def _is_missing(self, file: ImageFile, stored: tuple[int, int, bytes] | None) -> bool:
         reason, *before = self._errors_before.get(file.name, ("", 0, 0))
-        if stored is not None and not has_changed(file, *stored):
+        try:
+            changed = stored is not None and has_changed(file, *stored)
+        except UnreadableImage as bad:
+            self.errors.append(FileError(Skipped(file.name, str(bad))))
+            changed = False  # as far as can be told now
+        if stored is not None and not changed:
             self.num_known += 1
             if reason:
                 self.recovered.append(file.name)
@@ -128,6 +134,9 @@ def has_changed(file: ImageFile, size: int, modified: int, digest: bytes) -> boo
     """Return whether a file is not the one that was tokenized.
 
     Size and time decide; the contents are compared only if the time alone differs.
+
+    Raises:
+        UnreadableImage: they cannot be read now.
     """
     if not size and not digest:
         return False  # a row that was not made from a file
@@ -135,10 +144,12 @@ def has_changed(file: ImageFile, size: int, modified: int, digest: bytes) -> boo
         return False
     if file.size != size:
         return True
-    try:
-        with bad_image_errors(), open_file(file) as stream:
-            return content_digest(stream) != digest
-    except UnreadableImage:
-        return False  # as far as can be told now
-    except BadImage:
-        return True
+    found = read_with_retries(_digest, file)
+    if isinstance(found, UnreadableImage):
+        raise found
+    return found != digest
+
+
+def _digest(file: ImageFile) -> bytes:
+    with bad_image_errors(), open_file(file) as stream:
+        return content_digest(stream)

@@ -57,6 +57,11 @@ def write_checkpoint(
         write_atomic(new / SUMS_FILE, "".join(sums))
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder was written as a checkpoint, even if it is damaged by now."""
+    return any((folder / name).exists() for name in (SUMS_FILE, STATE_FILE, "model.safetensors"))
+
+
 def read_checkpoint(folder: Path, step: int) -> Checkpoint:
     """Read a checkpoint.
 

@@ -33,7 +33,10 @@ class OptimizerConfig(Config):
     decay: bool = Field(True, description="cosine decay to zero at the last step")
     clip: float = Field(0.0, ge=0, description="maximum norm of the gradient; 0: no clipping")
     accumulate: int = Field(
-        1, ge=1, description="micro-batches that a process splits its batch into, to save memory"
+        1,
+        ge=1,
+        le=2**20,
+        description="micro-batches that a process splits its batch into, to save memory",
     )
     ema_decay: float = Field(
         0.0,
@@ -133,7 +136,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         )
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, or a number of thousands of digits
         return key.strip(), None if value.strip() == NONE else value.strip()
 
 

@@ -48,13 +48,13 @@ def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         tables: dict[str, Any] = tomllib.loads(read_regular(path).decode())
+        return dict(replace_values(tables, NONE, None))
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error.strerror}).") from None
     except RecursionError:
         raise ConfigError(f"the recipe {path} is nested too deeply.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of tomllib, of decoding, or a number of thousands of digits
         raise ConfigError(f"the recipe {path} is not valid TOML: {error}.") from None
-    return dict(replace_values(tables, NONE, None))
 
 
 def _merge(base: Any, over: Any) -> Any:

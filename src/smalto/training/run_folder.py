@@ -17,6 +17,7 @@ import filelock
 from smalto.core.errors import RunError
 from smalto.core.files import (
     atomic_path,
+    check_regular,
     check_replaceable,
     check_writable,
     exclusive,
@@ -27,7 +28,7 @@ from smalto.core.files import (
     sync_tree,
     write_atomic,
 )
-from smalto.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from smalto.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint, write_checkpoint
 from smalto.training.earlier_formats import upgrade_split
 
 RECIPE_FILE = "recipe.toml"
@@ -38,6 +39,7 @@ LOCK_FILE = ".lock"
 START_FOLDER = "start"  # the model that fine-tuning started from
 _CHECKPOINT = re.compile(r"step-([0-9]{8,})")
 _OWN_CHECKPOINT = re.compile(r"(damaged-)?step-[0-9]{8,}")  # other names in the folder are not ours
+_LARGEST = 2**1000  # an integer that is still a float
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 OWN_NAMES = frozenset(
     {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, START_FOLDER, *LOGS}
@@ -197,13 +199,17 @@ class RunFolder:
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, ascending."""
         folders = (self.path / "checkpoints").glob("step-*")
-        found = [_CHECKPOINT.fullmatch(folder.name) for folder in folders if folder.is_dir()]
+        found = [_CHECKPOINT.fullmatch(folder.name) for folder in folders if is_checkpoint(folder)]
         return sorted(int(match[1]) for match in found if match)
 
     def other_files(self) -> list[str]:
         """Return the names in the run's folders that are not of the run; they are left alone."""
         checkpoints = self.path / "checkpoints"
-        own = {path.name for path in checkpoints.glob("*") if _OWN_CHECKPOINT.fullmatch(path.name)}
+        own = {
+            path.name
+            for path in checkpoints.glob("*")
+            if _OWN_CHECKPOINT.fullmatch(path.name) and is_checkpoint(path)
+        }
         return [*foreign_names(self.path, OWN_NAMES), *foreign_names(checkpoints, own)]
 
     def restore(self, check_model: Callable[[Path], object]) -> Checkpoint:
@@ -245,6 +251,9 @@ class RunFolder:
             split: from here on.
             steps: the step at which the run ends.
         """
+        for log in LOGS:
+            if (self.path / log).exists():
+                check_regular(self.path / log)
         for folder in (self.path, self.path / "checkpoints"):
             remove_leftovers(folder)
         write_atomic(self.path / RECIPE_FILE, recipe)
@@ -305,7 +314,10 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _is_of_a_step(row: dict[str, Any]) -> bool:
-    numbers = all(isinstance(value, (int, float)) for value in row.values())
+    numbers = all(
+        isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
+        for value in row.values()
+    )
     return numbers and isinstance(row.get("step"), int)
 
 
@@ -328,7 +340,8 @@ def read_split(path: Path) -> Split:
         split = Split(data["source"], data["num_images"], data.get("digest", ""), data["held_out"])
         types = (str, int, str, list)
         values = (split.source, split.num_images, split.digest, split.held_out)
-        if not all(map(isinstance, values, types)):
+        is_text = all(isinstance(name, str) for name in split.held_out)
+        if not all(map(isinstance, values, types)) or not is_text:
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(

@@ -19,7 +19,7 @@ from smalto.core import distributed
 from smalto.core.device import peak_memory
 from smalto.core.errors import RunError
 from smalto.core.progress import Progress
-from smalto.core.signals import Stopped, stop_signals
+from smalto.core.signals import raise_stopped, stop_signals
 from smalto.training.checkpoint import Checkpoint
 from smalto.training.monitor import WINDOW, TrainingMonitor
 from smalto.training.random_state import random_state, set_random_state
@@ -271,7 +271,7 @@ def _stop_requests() -> Iterator[list[int]]:
 
     def request(number: int, frame: Any) -> None:
         if received:
-            raise Stopped(number)
+            raise_stopped(number, frame)
         received.append(number)
 
     with stop_signals(request):

@@ -114,6 +114,7 @@ def import_store(
             f"{export}: got the export format {header.format!r}; expected one of "
             f"{', '.join(FORMATS)}. Export the token store again in one of them."
         )
+    _check_regular_files(export)
     _check_new(out)
     check_writable(out)
     remove_leftovers(out.parent, out.name)
@@ -171,6 +172,15 @@ def _shard_size(format: str, num_rows: int, rows_per_shard: int | None) -> int |
 def _check_new(out: Path) -> None:
     if out.exists():
         raise RunError(f"got {out}, which exists already; expected a new folder. Choose another.")
+
+
+def _check_regular_files(export: Path) -> None:
+    """Raise DataError if a file is a pipe or a device, from which reading may never end."""
+    for path in sorted(export.rglob("*")):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(
+                f"{path} is a pipe or a device; expected a file. Export the token store again."
+            )
 
 
 def _rows(store: TokenStore, progress: Progress) -> Iterator[TokenRow]:

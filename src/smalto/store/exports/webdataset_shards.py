@@ -50,8 +50,8 @@ def read_webdataset(header: ExportHeader, folder: Path) -> Iterator[TokenRow]:
             tokens = numpy.zeros(0, header.store.dtype)
             for member in tar:
                 file = tar.extractfile(member)
-                if file is None:
-                    raise ValueError(f"{path.name}: {member.name} is not a file")
+                if file is None or member.issparse() or member.size > path.stat().st_size:
+                    raise ValueError(f"{path.name}: {member.name} is not a whole file")
                 if member.name.endswith(".tokens.npy"):
                     tokens = numpy.load(io.BytesIO(file.read()), allow_pickle=False)
                 elif member.name.endswith(".json"):  # the last member of a sample

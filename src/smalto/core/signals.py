@@ -44,7 +44,7 @@ def raise_stopped(number: int, frame: Any) -> None:
     """Signal handler that raises Stopped for the first signal.
 
     Further ones are ignored while the process cleans up: an exception in the middle of that could
-    leave workers that nobody ends. After SECONDS_TO_CLEAN_UP the process exits at once.
+    leave workers running. After SECONDS_TO_CLEAN_UP the process exits at once.
     """
     global _first
     if _first is None:

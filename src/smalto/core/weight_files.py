@@ -77,9 +77,9 @@ def weight_problem(state: State) -> str:
     """Return what makes the weights of a model unusable; empty if nothing."""
     for name, tensor in state.items():
         if tensor.dtype.is_complex or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
-            return f"{name} is {describe(tensor)}; expected float32, float64, float16 or bfloat16"
+            return f"{name!r} is {describe(tensor)}; expected float32, float64, float16 or bfloat16"
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            return f"{name} holds NaN or infinite values; expected finite weights"
+            return f"{name!r} holds NaN or infinite values; expected finite weights"
     for part in ("encoder.", "decoder."):
         dtypes = {t.dtype: name for name, t in state.items() if name.startswith(part)}
         if len(dtypes) > 1:

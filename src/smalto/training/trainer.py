@@ -128,8 +128,8 @@ class Trainer:
     def _next_batch(self, run: RunFolder, stop: list[int]) -> Any:
         """Return the next batch.
 
-        If a rank must stop or cannot make its part, save the run as it is without the batch and
-        raise on all ranks.
+        If a rank must stop or cannot make its part, save the run as before the batch and raise on
+        all ranks.
         """
         position = self._batches.state_dict()
         failure = None

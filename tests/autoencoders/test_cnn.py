@@ -182,7 +182,7 @@ def test_blocks_begin_as_the_identity() -> None:
 
 
 def test_downsampling_looks_over_the_lower_right_edge() -> None:
-    block = Downsample(1)
+    block = Downsample(1, 1)
     nn.init.ones_(block.conv.weight)
     nn.init.zeros_(block.conv.bias)
     x = torch.arange(16.0).view(1, 1, 4, 4)
@@ -225,7 +225,7 @@ def test_gradient_checkpointing_changes_no_number(part: str) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 2)])
 def test_folded_upsampling_is_the_plain_one(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    plain = Upsample(6).double()
+    plain = Upsample(6, 6).double()
     folded = copy.deepcopy(plain)
     folded.fold()
     x = torch.randn(2, 6, *size, dtype=torch.float64)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,27 +20,43 @@ from smalto.autoencoders.layers import (
     NUM_GROUPS,
     AttentionBlock,
     Downsample,
+    FromPatches,
+    GroupNorm,
+    Norm,
     ResBlock,
+    RMSNorm,
+    ToPatches,
     Upsample,
     check_layer_initialization,
     conv3x3,
-    normalize,
 )
+from smalto.autoencoders.locality import input_range
 from smalto.core.config import Config
+
+
+def _is(default: object) -> Callable[[object], bool]:
+    """Return whether a value is the default: settings that are newer than saved files are written
+    only if they are used, so that configurations and fingerprints stay as they were.
+    """
+    return lambda value: value == default
 
 
 class CNNAutoencoderConfig(Config):
     """Settings of the convolutional autoencoder: residual blocks at halving resolutions.
 
     Images [B, in_channels, H, W] <-> latents [B, latent_dim, H/stride, W/stride], with
-    stride = 2^(levels - 1).
+    stride = patch · 2^(levels - 1). The defaults are VQGAN's. With ``norm = "rms"`` and without
+    attention the autoencoder is local: each token depends on a bounded part of the image.
     """
 
     kind: Literal["cnn"] = "cnn"
     in_channels: int = Field(3, ge=1, le=4096, description="channels of the images")
     latent_dim: int = Field(32, ge=1, le=65536, description="channels of the latents (C)")
     ch: int = Field(
-        128, ge=NUM_GROUPS, le=8192, description="width at full resolution, a multiple of 32"
+        128, ge=1, le=8192, description="width of the first level; a multiple of 32 for norm group"
+    )
+    decoder_ch: int | None = Field(
+        None, ge=1, le=8192, description="the same of the decoder; none: ch", exclude_if=_is(None)
     )
     ch_mult: tuple[int, ...] = Field(
         (1, 1, 2, 2, 4),
@@ -59,27 +76,77 @@ class CNNAutoencoderConfig(Config):
         3, description="kernel size of the convolutions on both sides of the quantizer"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks")
+    norm: Literal["group", "rms"] = Field(
+        "group",
+        description="group: over 32 groups of channels and the whole map, as in published weights; "
+        "rms: over the channels at each position",
+        exclude_if=_is("group"),
+    )
+    shortcuts: bool = Field(
+        False,
+        description="parameter-free shortcuts around down- and upsampling (DC-AE); the width "
+        "changes there",
+        exclude_if=_is(False),
+    )
+    patch: Literal[1, 2, 4] = Field(
+        1,
+        description="side of the patches of pixels that become channels first: a quarter or a "
+        "sixteenth of the positions",
+        exclude_if=_is(1),
+    )
+    local_statistics: int = Field(
+        0,
+        ge=0,
+        le=2**16,
+        description="for norm group: take its statistics over windows of so many latent positions "
+        "a side (TLC), not over the whole map; changes the tokens. 0: off",
+        exclude_if=_is(0),
+    )
 
     @model_validator(mode="after")
     def _widths_fit(self) -> CNNAutoencoderConfig:
-        if self.ch % NUM_GROUPS:
-            raise ValueError(
-                f"ch must be a multiple of {NUM_GROUPS}, the number of normalization groups; "
-                f"got {self.ch}."
-            )
         if min(self.ch_mult) < 1 or max(self.ch_mult) > 1024:
             raise ValueError(f"ch_mult must be integers from 1 to 1024; got {self.ch_mult}.")
+        for name, ch in (("ch", self.ch), ("decoder_ch", self.decoder_ch or self.ch)):
+            if self.norm == "group" and ch % NUM_GROUPS:
+                raise ValueError(
+                    f"{name} must be a multiple of {NUM_GROUPS}, the number of normalization "
+                    f"groups; got {ch}."
+                )
+        if self.norm != "group" and self.local_statistics:
+            raise ValueError(
+                f'local_statistics is for norm "group"; got norm {self.norm!r}, which looks at one '
+                "position at a time. Set local_statistics to 0."
+            )
+        for width, lower in itertools.pairwise(self.ch_mult):
+            if self.shortcuts and 4 * width % lower:
+                raise ValueError(
+                    "with shortcuts the width of each level must divide four times that of the "
+                    f"level before; got ch_mult {self.ch_mult}."
+                )
         return self
 
     @property
     def stride(self) -> int:
         """Pixels per latent position, along height and width alike."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, from the full to the lowest resolution."""
+        """Channels of each level of the encoder, from the first to the lowest resolution."""
         return [self.ch * m for m in self.ch_mult]
+
+    @property
+    def decoder_widths(self) -> list[int]:
+        """Channels of each level of the decoder, from the last to the lowest resolution."""
+        return [(self.decoder_ch or self.ch) * m for m in self.ch_mult]
+
+    def norm_of(self, level: int) -> Norm:
+        """Return the normalization of a level, which builds a layer for some width."""
+        if self.norm == "rms":
+            return RMSNorm
+        positions = self.stride // self.patch >> level  # of the level, per latent position
+        return partial(GroupNorm, window=self.local_statistics * positions)
 
     def build_encoder(self) -> CNNEncoder:
         """Return a new encoder.
@@ -125,20 +192,29 @@ class CheckpointedNetwork(nn.Module, ABC):
         return x
 
 
-def _level(widths: list[int], config: CNNAutoencoderConfig, lowest: bool) -> nn.ModuleDict:
+    def input_range(self, first: int, last: int) -> tuple[int, int]:
+        for step in reversed(list(self.steps())):
+            first, last = input_range(step, first, last)
+        return first, last
+
+
+def _level(widths: list[int], config: CNNAutoencoderConfig, level: int) -> nn.ModuleDict:
     """Return the residual blocks of one level; at the lowest one attention follows each."""
-    blocks = [ResBlock(a, b, config.dropout) for a, b in itertools.pairwise(widths)]
-    attention = [AttentionBlock(width) for width in widths[1:] if lowest and config.attention]
+    norm = config.norm_of(level)
+    has_attention = config.attention and level == len(config.ch_mult) - 1
+    blocks = [ResBlock(a, b, config.dropout, norm) for a, b in itertools.pairwise(widths)]
+    attention = [AttentionBlock(width, norm) for width in widths[1:] if has_attention]
     return nn.ModuleDict({"block": nn.ModuleList(blocks), "attn": nn.ModuleList(attention)})
 
 
 def _middle(width: int, config: CNNAutoencoderConfig) -> nn.ModuleDict:
-    first = ResBlock(width, width, config.dropout)
-    last = ResBlock(width, width, config.dropout)
+    norm = config.norm_of(len(config.ch_mult) - 1)
+    first = ResBlock(width, width, config.dropout, norm)
+    last = ResBlock(width, width, config.dropout, norm)
     return nn.ModuleDict(
         {
             "block_1": first,
-            **({"attn_1": AttentionBlock(width)} if config.attention else {}),
+            **({"attn_1": AttentionBlock(width, norm)} if config.attention else {}),
             "block_2": last,
         }
     )
@@ -157,24 +233,26 @@ class CNNEncoder(CheckpointedNetwork):
 
     def __init__(self, config: CNNAutoencoderConfig) -> None:
         super().__init__()
-        self.conv_in = conv3x3(config.in_channels, config.ch)
+        widths = config.widths
+        self.patches = ToPatches(config.patch)
+        self.conv_in = conv3x3(config.in_channels * config.patch**2, widths[0])
         self.down = nn.ModuleList()
-        width = config.ch
-        for number, out in enumerate(config.widths):
-            lowest = number == len(config.widths) - 1
-            level = _level([width] + [out] * config.num_res_blocks, config, lowest)
-            if not lowest:
-                level["downsample"] = Downsample(out)
-            self.down.append(level)
+        width = widths[0]
+        for number, out in enumerate(widths):
+            level = _level([width] + [out] * config.num_res_blocks, config, number)
             width = out
+            if number < len(widths) - 1:
+                width = widths[number + 1] if config.shortcuts else out
+                level["downsample"] = Downsample(out, width, config.shortcuts)
+            self.down.append(level)
         self.mid = _middle(width, config)
-        self.norm_out = normalize(width)
+        self.norm_out = config.norm_of(len(widths) - 1)(width)
         self.silu = nn.SiLU(inplace=True)
         self.conv_out = conv3x3(width, config.latent_dim)
         self.quant_conv = _quant_conv(config)
 
     def steps(self) -> Iterator[nn.Module]:
-        yield self.conv_in
+        yield from (self.patches, self.conv_in)
         for level in self.down:
             yield from _in_order(level)  # type: ignore[arg-type]
         yield from self.mid.values()
@@ -189,29 +267,31 @@ class CNNDecoder(CheckpointedNetwork):
 
     def __init__(self, config: CNNAutoencoderConfig) -> None:
         super().__init__()
-        width = config.widths[-1]
+        widths = config.decoder_widths
+        width = widths[-1]
         self.post_quant_conv = _quant_conv(config)
         self.conv_in = conv3x3(config.latent_dim, width)
         self.mid = _middle(width, config)
         levels = []
-        for number, out in reversed(list(enumerate(config.widths))):
-            lowest = number == len(config.widths) - 1
-            level = _level([width] + [out] * (config.num_res_blocks + 1), config, lowest)
-            if number:
-                level["upsample"] = Upsample(out)
-            levels.append(level)
+        for number, out in reversed(list(enumerate(widths))):
+            level = _level([width] + [out] * (config.num_res_blocks + 1), config, number)
             width = out
+            if number:
+                width = widths[number - 1] if config.shortcuts else out
+                level["upsample"] = Upsample(out, width, config.shortcuts)
+            levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = normalize(width)
+        self.norm_out = config.norm_of(0)(width)
         self.silu = nn.SiLU(inplace=True)
-        self.conv_out = conv3x3(width, config.in_channels)
+        self.conv_out = conv3x3(width, config.in_channels * config.patch**2)
+        self.patches = FromPatches(config.patch)
 
     def steps(self) -> Iterator[nn.Module]:
         yield from (self.post_quant_conv, self.conv_in)
         yield from self.mid.values()
         for level in reversed(list(self.up)):
             yield from _in_order(level)  # type: ignore[arg-type]
-        yield from (self.norm_out, self.silu, self.conv_out)
+        yield from (self.norm_out, self.silu, self.conv_out, self.patches)
 
 
 def _quant_conv(config: CNNAutoencoderConfig) -> nn.Conv2d:

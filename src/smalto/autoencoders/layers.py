@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.autoencoders.locality import input_range
 from smalto.core.errors import RunError
 
 NUM_GROUPS = 32
@@ -40,15 +43,65 @@ class GroupNorm(nn.GroupNorm):
     """Group normalization that accepts one value per group, which torch refuses in training.
 
     The output for a map of one position and one channel per group is the bias.
+
+    Args:
+        width: channels.
+        window: side of the square of positions whose statistics normalize a position (TLC, Chu et
+            al. 2022, arXiv 2112.04491); at the borders the nearest whole window. 0: the whole map.
     """
 
+    def __init__(self, width: int, window: int = 0) -> None:
+        super().__init__(NUM_GROUPS, width, eps=1e-6)
+        self.window = window
+        self.is_local = window > 0
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if not self.window or max(x.shape[2:]) <= self.window:
+            return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        groups = x.unflatten(1, (self.num_groups, -1)).float()
+        mean = _window_mean(groups.mean(dim=2), self.window)
+        square = _window_mean(groups.square().mean(dim=2), self.window)
+        scale = (square - mean.square()).clamp_min(0).add(self.eps).rsqrt()
+        normalized = ((groups - mean.unsqueeze(2)) * scale.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+        return normalized * self.weight[:, None, None] + self.bias[:, None, None]
+
+    def input_range(self, first: int, last: int) -> tuple[int, int]:
+        return first - self.window, last + self.window
 
 
-def normalize(width: int) -> nn.GroupNorm:
-    """Return the normalization of VQGAN for ``width`` channels."""
-    return GroupNorm(NUM_GROUPS, width, eps=1e-6)
+def _window_mean(maps: Tensor, window: int) -> Tensor:
+    """Return for each position of maps [B, G, h, w] the mean over its window."""
+    for dim in (2, 3):
+        length = maps.shape[dim]
+        side = min(window, length)
+        sums = F.pad(maps.double().cumsum(dim), (1, 0) if dim == 3 else (0, 0, 1, 0))
+        whole = sums.narrow(dim, side, length - side + 1) - sums.narrow(dim, 0, length - side + 1)
+        starts = torch.arange(length, device=maps.device) - side // 2
+        maps = whole.index_select(dim, starts.clamp(0, length - side)) / side
+    return maps.float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the channels at each position (arXiv 1910.07467).
+
+    Each position is divided by the root mean square of its channels, so the layer does not look at
+    other positions.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
+        scale = (size.square() / x.shape[1] + 1e-6).rsqrt().to(x.dtype)
+        weight, bias = (v.to(x.dtype)[:, None, None] for v in (self.weight, self.bias))
+        return torch.addcmul(bias, x * scale, weight)
+
+
+Norm = Callable[[int], nn.Module]  # width -> a normalization
 
 
 def conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
@@ -70,11 +123,13 @@ class ResBlock(nn.Module):
     more after 300 steps of var-small than torch's default initialization.
     """
 
-    def __init__(self, in_width: int, out_width: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, dropout: float = 0.0, norm: Norm = GroupNorm
+    ) -> None:
         super().__init__()
-        self.norm1 = normalize(in_width)
+        self.norm1 = norm(in_width)
         self.conv1 = conv3x3(in_width, out_width)
-        self.norm2 = normalize(out_width)
+        self.norm2 = norm(out_width)
         self.conv2 = conv3x3(out_width, out_width)
         self.dropout = nn.Dropout(dropout)
         _init_zero(self.conv2)
@@ -87,6 +142,11 @@ class ResBlock(nn.Module):
         h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
         return h.add_(self.nin_shortcut(x))
 
+    def input_range(self, first: int, last: int) -> tuple[int, int]:
+        for layer in (self.conv2, self.norm2, self.conv1, self.norm1):
+            first, last = input_range(layer, first, last)
+        return first, last
+
 
 class AttentionBlock(nn.Module):
     """Self-attention over all positions with one head of ``width`` channels, plus a shortcut.
@@ -94,9 +154,11 @@ class AttentionBlock(nn.Module):
     The output projection is initialized to zero, so that the block starts as the identity.
     """
 
-    def __init__(self, width: int) -> None:
+    is_local = False
+
+    def __init__(self, width: int, norm: Norm = GroupNorm) -> None:
         super().__init__()
-        self.norm = normalize(width)
+        self.norm = norm(width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj_out = nn.Conv2d(width, width, 1)
         _init_zero(self.proj_out)
@@ -113,14 +175,27 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width: a 3x3 convolution of stride 2, padded at the right and bottom."""
+    """Half the height and width: a 3x3 convolution of stride 2, padded at the right and bottom.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        in_width, out_width: channels.
+        shortcut: add the input, whose 2x2 patches become channels and whose channels are averaged
+            in groups (DC-AE, Chen et al. 2024, arXiv 2410.10733).
+    """
+
+    def __init__(self, in_width: int, out_width: int, shortcut: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
+        self.conv = nn.Conv2d(in_width, out_width, 3, stride=2)
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        h = self.conv(F.pad(x, (0, 1, 0, 1)))
+        if not self.shortcut:
+            return h
+        return h + F.pixel_unshuffle(x, 2).unflatten(1, (h.shape[1], -1)).mean(dim=2)
+
+    def input_range(self, first: int, last: int) -> tuple[int, int]:
+        return 2 * first, 2 * last + 2
 
 
 class Upsample(nn.Module):
@@ -129,13 +204,18 @@ class Upsample(nn.Module):
     Several of the nine taps always meet copies of one pixel. ``fold`` adds those taps up in
     advance. Four 2x2 convolutions of the small map result, one for each position in a 2x2 patch of
     the large map, with less than half of the multiplications.
+
+    Args:
+        in_width, out_width: channels.
+        shortcut: add the input, whose channels are repeated and become 2x2 patches (DC-AE).
     """
 
     folded: Tensor | None
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, in_width: int, out_width: int, shortcut: bool = False) -> None:
         super().__init__()
-        self.conv = conv3x3(width, width)
+        self.conv = conv3x3(in_width, out_width)
+        self.shortcut = shortcut
         self.register_buffer("folded", None, persistent=False)  # [4·C, C, 2, 2]
 
     @torch.no_grad()
@@ -158,10 +238,20 @@ class Upsample(nn.Module):
         self.folded = positions.flatten(0, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        h = self._convolve(x)
+        if not self.shortcut:
+            return h
+        return h + F.pixel_shuffle(x.repeat_interleave(4 * h.shape[1] // x.shape[1], dim=1), 2)
+
+    def input_range(self, first: int, last: int) -> tuple[int, int]:
+        return (first - 1) // 2, (last + 1) // 2
+
+    def _convolve(self, x: Tensor) -> Tensor:
         if self.folded is None:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         assert self.conv.bias is not None
-        batch, width, rows, columns = x.shape
+        batch, _, rows, columns = x.shape
+        width = self.conv.out_channels
         bias = self.conv.bias.repeat(4)
         positions = F.conv2d(x, self.folded, bias, padding=1).split(width, dim=1)
         out = torch.empty(
@@ -177,3 +267,17 @@ class Upsample(nn.Module):
             down, right = divmod(number, 2)
             out[:, :, down::2, right::2] = values[:, :, down : down + rows, right : right + columns]
         return out
+
+
+class ToPatches(nn.PixelUnshuffle):
+    """Patches of side ``downscale_factor`` become channels."""
+
+    def input_range(self, first: int, last: int) -> tuple[int, int]:
+        return first * self.downscale_factor, last * self.downscale_factor + self.downscale_factor - 1
+
+
+class FromPatches(nn.PixelShuffle):
+    """Channels become patches of side ``upscale_factor``."""
+
+    def input_range(self, first: int, last: int) -> tuple[int, int]:
+        return first // self.upscale_factor, last // self.upscale_factor

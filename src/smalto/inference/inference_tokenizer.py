@@ -90,7 +90,7 @@ class InferenceTokenizer:
         with memory_errors(self.device, len(images)):
             images = images.to(self.device)
             self.tokenizer.check_images(images)
-            latents = self.tokenizer.latents(images)
+            latents = self.tokenizer.tiled_latents(images)
             tokens = self.tokenizer.quantize.encode(latents)
             return tokens.cpu(), latents.isfinite().flatten(1).all(dim=1).cpu()
 

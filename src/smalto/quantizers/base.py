@@ -71,6 +71,7 @@ class Quantizer(nn.Module, ABC):
         latent_dim: channels of the latents, C.
         code_dim: dimension of one code, D.
         is_progressive: whether the tokens of the first grids alone decode to a coarser result.
+        is_local: whether a token depends on the latents at its own position alone.
         may_leave_parameters_unused: whether a forward pass may leave some parameters without a
             gradient (DistributedDataParallel must then search for them).
     """
@@ -79,6 +80,7 @@ class Quantizer(nn.Module, ABC):
     latent_dim: int
     code_dim: int
     is_progressive = False
+    is_local = False
     may_leave_parameters_unused = False
 
     @abstractmethod

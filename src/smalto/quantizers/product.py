@@ -55,6 +55,8 @@ class ProductVQ(Quantizer):
         heads: one single-grid quantizer each; with shared codebooks the same one for all.
     """
 
+    is_local = True
+
     def __init__(self, config: ProductVQConfig) -> None:
         super().__init__()
         if not isinstance(config, ProductVQConfig):

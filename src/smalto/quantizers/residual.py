@@ -70,6 +70,7 @@ class ResidualVQ(Quantizer):
     """
 
     is_progressive = True
+    is_local = True
 
     def __init__(self, config: ResidualVQConfig) -> None:
         super().__init__()

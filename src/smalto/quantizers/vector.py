@@ -124,6 +124,8 @@ class VectorQuantizer(ExplicitCodes, Quantizer):
         ConfigError: a setting out of range, or two that exclude each other.
     """
 
+    is_local = True
+
     def __init__(
         self,
         num_embeddings: int,

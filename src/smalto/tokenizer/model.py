@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smalto.autoencoders import AutoencoderConfig, SimpleAutoencoderConfig
 from smalto.autoencoders.layers import Upsample
+from smalto.autoencoders.locality import input_range, is_local, run_in_tiles
 from smalto.core.config import Config
 from smalto.core.device import Precision
 from smalto.core.errors import ConfigError, InputError, describe
@@ -154,7 +155,7 @@ class ImageTokenizer(nn.Module):
                 tokenizer's.
         """
         self.check_images(images)
-        return self.quantize.encode(self.latents(images), layout)
+        return self.quantize.encode(self.tiled_latents(images), layout)
 
     @torch.no_grad()
     def token_gaps(self, images: Tensor, tokens: Tensor, layout: TokenLayout) -> Tensor:
@@ -164,7 +165,7 @@ class ImageTokenizer(nn.Module):
         ``Quantizer.token_gaps``.
         """
         self.check_images(images)
-        return self.quantize.token_gaps(self.latents(images), tokens, layout)
+        return self.quantize.token_gaps(self.tiled_latents(images), tokens, layout)
 
     def decode(self, tokens: Tensor, layout: TokenLayout, *, clamp: bool = True) -> Tensor:
         """Tokens int64 [B, L] -> images [B, C, H, W], clamped to [-1, 1] unless ``clamp=False``.
@@ -179,8 +180,10 @@ class ImageTokenizer(nn.Module):
                 layout's.
         """
         quantized = self.quantize.decode(tokens, layout)
-        images = self.decoder(quantized.to(_dtype(self.decoder))).to(quantized.dtype)
-        return images.clamp(-1, 1) if clamp else images
+        images = run_in_tiles(
+            self.decoder, quantized.to(_dtype(self.decoder)), quantized.dtype, up=self.stride
+        )
+        return images.clamp_(-1, 1) if clamp else images
 
     def for_inference(self, precision: Precision = "float32") -> Self:
         """Return a copy that encodes and decodes faster and cannot be trained.
@@ -358,6 +361,27 @@ class ImageTokenizer(nn.Module):
         return [*(self.decode(tokens[:, :n], layout, clamp=clamp) for n in earlier), last]
 
     @property
+    def receptive_field(self) -> int | None:
+        """Side in pixels of the square of the image that a token depends on.
+
+        None if it depends on the whole image.
+        """
+        if not self.is_local:
+            return None
+        first, last = input_range(self.encoder, 0, 0)
+        return last - first + 1
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each token depends on a bounded part of the image, its receptive field.
+
+        The tokens of a part of an image are then those of the whole, away from the part's borders.
+        This needs an autoencoder without attention and without statistics over the whole map, and
+        a quantizer that looks at one position at a time.
+        """
+        return self.quantize.is_local and is_local(self.encoder) and is_local(self.decoder)
+
+    @property
     def is_progressive(self) -> bool:
         """Whether the tokens of the first grids alone decode to an image.
 
@@ -403,6 +427,14 @@ class ImageTokenizer(nn.Module):
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> latents [B, D, h, w], in the encoder's precision."""
         return self.encoder(images.to(_dtype(self.encoder)))
+
+    def tiled_latents(self, images: Tensor) -> Tensor:
+        """Return ``latents(images)``; a local encoder runs on tiles of a large image in turn.
+
+        Memory then grows with the tile and not with the image.
+        """
+        dtype = _dtype(self.encoder)
+        return run_in_tiles(self.encoder, images.to(dtype), dtype, down=self.stride)
 
     def save(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``.

@@ -1,4 +1,4 @@
-"""Local autoencoders: receptive fields are exact, and tiles of an image give what the whole gives."""
+"""Local autoencoders: receptive fields are exact, and tiles give what the whole image gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smalto.autoencoders import CNNAutoencoderConfig, SimpleAutoencoderConfig, locality
 from smalto.autoencoders.layers import GroupNorm, RMSNorm
-from smalto.autoencoders.locality import input_range, is_local, run_in_tiles
+from smalto.autoencoders.locality import input_range, run_in_tiles
 from smalto.quantizers import MultiScaleVQConfig, ResidualVQConfig, VectorQuantizerConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 
@@ -135,15 +135,21 @@ def test_a_network_that_is_not_local_runs_on_the_whole_map() -> None:
     assert torch.equal(tiled, encoder(images))
 
 
-def test_rms_norm_is_torchs() -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rms_norm_is_torchs(memory_format: torch.memory_format) -> None:
     norm = RMSNorm(6).double()
     with torch.no_grad():
         norm.weight.uniform_(), norm.bias.uniform_()
-    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64).to(memory_format=memory_format)
+    x.requires_grad_()
     other = x.movedim(1, -1)
     expected = nn.functional.rms_norm(other, (6,), norm.weight, eps=1e-6) + norm.bias
-    torch.testing.assert_close(norm(x), expected.movedim(-1, 1), rtol=1e-6, atol=1e-6)
-    assert torch.autograd.gradcheck(norm, x, eps=1e-6, atol=1e-4)
+    torch.testing.assert_close(norm(x), expected.movedim(-1, 1), rtol=1e-12, atol=1e-12)
+    inputs = [x, norm.weight, norm.bias]
+    weights = torch.randn_like(x)
+    found = torch.autograd.grad((norm(x) * weights).sum(), inputs)
+    wanted = torch.autograd.grad((expected.movedim(-1, 1) * weights).sum(), inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("window", [3, 4, 9])

@@ -191,7 +191,6 @@ class CheckpointedNetwork(nn.Module, ABC):
             )
         return x
 
-
     def input_range(self, first: int, last: int) -> tuple[int, int]:
         for step in reversed(list(self.steps())):
             first, last = input_range(step, first, last)

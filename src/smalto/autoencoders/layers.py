@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from smalto.autoencoders.locality import input_range
 from smalto.core.errors import RunError
@@ -94,11 +96,38 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _RMSNorm.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))  # type: ignore[no-untyped-call]
+        return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The norm with its own gradient, which needs half the passes over memory of autograd's.
+
+    A training step of photos-vqgan-small in bf16 and channels-last: 623 ms, with autograd's 702 ms,
+    with group norm 649 ms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
-        scale = (size.square() / x.shape[1] + 1e-6).rsqrt().to(x.dtype)
-        weight, bias = (v.to(x.dtype)[:, None, None] for v in (self.weight, self.bias))
-        return torch.addcmul(bias, x * scale, weight)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            squares = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).square()
+        else:  # the norm is five times as slow if channels are not innermost
+            squares = x.square().sum(dim=1, keepdim=True, dtype=dtype)
+        scale = (squares / x.shape[1] + 1e-6).rsqrt().to(x.dtype)
+        ctx.save_for_backward(x, scale, weight)
+        return torch.addcmul(bias[:, None, None], x * scale, weight[:, None, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale, weight = ctx.saved_tensors
+        normalized = x * scale
+        product = gradient * normalized
+        weight = weight[:, None, None]
+        mean = (product * weight).sum(dim=1, keepdim=True) / x.shape[1]
+        of_x = torch.addcmul(gradient * weight, normalized, mean, value=-1).mul_(scale)
+        return of_x, product.sum((0, 2, 3)), gradient.sum((0, 2, 3))
 
 
 Norm = Callable[[int], nn.Module]  # width -> a normalization
@@ -273,7 +302,10 @@ class ToPatches(nn.PixelUnshuffle):
     """Patches of side ``downscale_factor`` become channels."""
 
     def input_range(self, first: int, last: int) -> tuple[int, int]:
-        return first * self.downscale_factor, last * self.downscale_factor + self.downscale_factor - 1
+        return (
+            first * self.downscale_factor,
+            last * self.downscale_factor + self.downscale_factor - 1,
+        )
 
 
 class FromPatches(nn.PixelShuffle):

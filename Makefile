@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: .venv help run test test-slow check bench clean
+.PHONY: .venv help run test test-slow photos check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ test: .venv check ## set up, then style, types, imports and the default tests
 
 test-slow: .venv ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+photos: .venv ## fetch 454 photographs under free licenses from Debian's packages into data/photos
+	PYTHON="$(CURDIR)/$(BIN)/python" datasets/photos.sh
 
 check: .venv ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -11,20 +11,20 @@ from smalto.tokenizer import ImageTokenizer
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 
 
-def trained(recipe: TokenizerRecipe, run: Path) -> ImageTokenizer:
+def trained(recipe: TokenizerRecipe, run: Path, source: str = "bundled") -> ImageTokenizer:
     if not (run / "metrics.json").is_file():
         if run.is_dir():
             smalto.resume(run, progress=Lines())
         else:
-            smalto.train("bundled", recipe, out=run, progress=Lines())
+            smalto.train(source, recipe, out=run, progress=Lines())
     return smalto.load(run)
 
 
 class Lines(Progress):
     """A line every hundred steps."""
 
-    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
-        print(task, total, unit, flush=True)
+    def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        print(title, total, unit, flush=True)
         self.done = done
 
     def advance(self, number: int = 1, **metrics: Any) -> None:

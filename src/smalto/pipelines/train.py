@@ -12,7 +12,7 @@ from torch import Tensor
 from smalto.core import distributed
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
-from smalto.core.errors import ConfigError
+from smalto.core.errors import ConfigError, RunError
 from smalto.core.files import named_path
 from smalto.core.progress import Progress
 from smalto.evaluation.evaluator import Evaluation, evaluate_tokenizer
@@ -99,6 +99,10 @@ def train(
     with distributed.process_group(target):
         progress = _rank_zero_progress(progress)
         if distributed.rank() == 0:
+            if isinstance(data, (str, Path)) and Path(data).resolve().is_relative_to(out.resolve()):
+                raise RunError(
+                    f"the images lie inside {out}, the run to create. Name another --out."
+                )
             RunFolder.check_free(out, overwrite)
         with open_training_images(data, recipe, workers) as images:
             trained = start_run(

@@ -11,7 +11,7 @@ import torch
 
 from smalto.core import distributed
 from smalto.core.config import parse_config
-from smalto.core.errors import ConfigError, RunError
+from smalto.core.errors import ConfigError
 from smalto.core.progress import Progress
 from smalto.core.text import printable
 from smalto.images.crops import CropStream
@@ -64,8 +64,6 @@ def start_run(
         start: fine-tune this tokenizer.
         start_name: where it came from.
     """
-    if Path(images.source).is_relative_to(out.resolve()):
-        raise RunError(f"the images lie inside {out}, the run to create. Name another --out.")
     if start is not None:
         recipe = _for_finetuning(recipe, start, start_name)
     check_data(images, recipe)

@@ -66,7 +66,7 @@ def test_weights_of_other_types_are_refused(dtype: torch.dtype, tokenizer: Path)
 
 def test_images_without_finite_latents_count_as_bad(tokenizer: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 4)
-    change_weights(tokenizer, lambda tensor: tensor * 1e30)
+    change_weights(tokenizer, lambda tensor: tensor * 1e14)
     with pytest.raises(DataError, match="4 not encodable"):
         smalto.tokenize(tmp_path / "photos", tokenizer, tmp_path / "t", workers=0)
 
@@ -358,6 +358,18 @@ def test_a_pipe_in_an_export_is_named(format: str, tmp_path: Path) -> None:
     os.mkfifo(file)
     with pytest.raises(DataError, match="is a pipe or a device"):
         import_store(tmp_path / "e", tmp_path / "back")
+
+
+@pytest.mark.parametrize("part", ["encoder", "quantize", "decoder"])
+def test_weights_that_overflow_are_refused(part: str, tokenizer: Path) -> None:
+    model = smalto.load(tokenizer)
+    with torch.no_grad():
+        next(getattr(model, part).parameters()).fill_(1e38)
+    with pytest.raises(RunError, match=r"holds values of 1e\+15 or more"):
+        model.save(tokenizer)
+    change_weights(tokenizer, lambda tensor: torch.full_like(tensor, 1e38))
+    with pytest.raises(RunError, match=r"holds values of 1e\+15 or more"):
+        smalto.load(tokenizer)
 
 
 def test_weights_in_two_types_are_refused(tokenizer: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from smalto.core.errors import DataError, describe
 
 State = Mapping[str, Tensor]
+_LARGEST = 1e15  # a quantizer ignores vectors with such values, so all tokens would be 0
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -80,6 +81,8 @@ def weight_problem(state: State) -> str:
             return f"{name!r} is {describe(tensor)}; expected float32, float64, float16 or bfloat16"
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"{name!r} holds NaN or infinite values; expected finite weights"
+        if tensor.is_floating_point() and bool((tensor.abs() >= _LARGEST).any()):
+            return f"{name!r} holds values of {_LARGEST:g} or more; expected weights of a network"
     for part in ("encoder.", "decoder."):
         dtypes = {t.dtype: name for name, t in state.items() if name.startswith(part)}
         if len(dtypes) > 1:

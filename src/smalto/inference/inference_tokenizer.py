@@ -14,6 +14,7 @@ from smalto.core.errors import ConfigError, DataError
 from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout
 from smalto.core.progress import Progress
+from smalto.quantizers.latents import usable
 from smalto.tokenizer import ImageTokenizer, load
 
 
@@ -82,17 +83,17 @@ class InferenceTokenizer:
 
     @torch.no_grad()
     def encode_finite(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images like ``encode``; return tokens, and whether the latents are finite, bool
+        """Encode images like ``encode``; return tokens, and whether the latents are usable, bool
         [B].
 
-        Tokens of latents that are not finite mean nothing.
+        The quantizer ignores latents that are not finite, or huge: their tokens mean nothing.
         """
         with memory_errors(self.device, len(images)):
             images = images.to(self.device)
             self.tokenizer.check_images(images)
             latents = self.tokenizer.tiled_latents(images)
             tokens = self.tokenizer.quantize.encode(latents)
-            return tokens.cpu(), latents.isfinite().flatten(1).all(dim=1).cpu()
+            return tokens.cpu(), usable(latents).flatten(1).all(dim=1).cpu()
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, layout: TokenLayout) -> Tensor:

@@ -88,6 +88,8 @@ class Lite0(PerceptualNetwork, PooledNetwork):
     def _maps(self, images: Tensor) -> list[Tensor]:
         """Return the output of each residual block."""
         scaled = (images * 127.5 + 0.5) / 128  # trained on (v - 127) / 128 for v in [0, 255]
+        # Channels innermost: distance and gradient of 8 crops of 96 pixels in 107, not 175 ms.
+        scaled = scaled.contiguous(memory_format=torch.channels_last)
         x = F.relu6(self._same(scaled, "_conv_stem", 2))
         maps = []
         for number, (_, stride, width) in enumerate(_BLOCKS):

@@ -323,3 +323,18 @@ def test_other_warnings_are_shown_as_before(
     warnings.showwarning(other, FutureWarning, "file.py", 2)
     assert capsys.readouterr().err == "smalto: old\n"
     assert shown == [(other, FutureWarning, "file.py", 2)]
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_it_waits_politely_unless_the_user_says_how(
+    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that both are put back after the test
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    smalto.cli.wait_politely()
+    expected = own or {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

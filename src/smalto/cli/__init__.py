@@ -19,9 +19,7 @@ from smalto.core.text import printable_lines
 
 def main() -> None:
     """Run the command line: a user's mistake exits with status 1 and one line, Ctrl-C with 130."""
-    # The threads of torch wait by spinning. If another such process shares the cores, a step can
-    # then take several times as long. The variable must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_politely()
     # Python may swallow a KeyboardInterrupt while torch is being imported. No work can be lost yet,
     # so the process exits immediately.
     for number in handled_signals():
@@ -48,6 +46,17 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         fail("out of memory. Try a smaller --batch, --size or --codebook-size.", 1)
+
+
+def wait_politely() -> None:
+    """Make OpenMP's threads spin for microseconds before they sleep, unless the user has set it.
+
+    By default they spin for milliseconds: two processes on the same two cores then take 12 times as
+    long for a step. Without any spinning a search takes 1.5 times as long (benchmarks/waiting.py).
+    GNU's OpenMP reads GOMP_SPINCOUNT, others OMP_WAIT_POLICY. Both do so when torch is imported.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ |= {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _refuse_empty_arguments(arguments: list[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,10 @@ from smalto.autoencoders.layers import GroupNorm, RMSNorm
 from smalto.autoencoders.locality import input_range, run_in_tiles
 from smalto.quantizers import MultiScaleVQConfig, ResidualVQConfig, VectorQuantizerConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
+from smalto.training.recipe_file import load_recipe
+from tests.conftest import ENVIRONMENT
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 SMALL: dict[str, Any] = {"ch": 8, "latent_dim": 4, "num_res_blocks": 1, "attention": False}
 RMS = SMALL | {"norm": "rms", "ch_mult": (1, 2)}
@@ -115,6 +122,56 @@ def test_a_tokenizer_that_is_local_tiles_its_images(
     gaps = tokenizer.token_gaps(images, tokenizer.encode(images), layout)
     assert gaps.max() < 1e-6
     torch.testing.assert_close(tokenizer.decode(tokens, layout), image, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_tiles_of_every_local_recipe_are_the_whole(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_recipe(path).tokenizer
+    tokenizer = config.build().eval().requires_grad_(False)
+    assert tokenizer.is_local == (config.quantizer.kind != "multiscale" and not uses_group(config))
+    if not tokenizer.is_local:
+        return
+    for parameter in tokenizer.parameters():
+        if not parameter.any():  # else most residual blocks would be the identity
+            nn.init.normal_(parameter, std=0.02)
+    images = torch.rand(1, 3, 96, 136) * 2 - 1
+    tokens, layout = tokenizer.encode(images), tokenizer.layout(96, 136)
+    image = tokenizer.decode(tokens, layout)
+    monkeypatch.setattr(locality, "TILE", 48)
+    monkeypatch.setattr(locality, "WHOLE", 32 * 32)
+    different = tokenizer.encode(images) != tokens
+    assert tokenizer.token_gaps(images, tokenizer.encode(images), layout)[different].sum() < 1e-4
+    torch.testing.assert_close(tokenizer.decode(tokens, layout), image, rtol=0, atol=1e-4)
+
+
+def uses_group(config: TokenizerConfig) -> bool:
+    return getattr(config.autoencoder, "norm", "") == "group"
+
+
+def test_a_photograph_of_24_megapixels_fits_into_a_gibibyte() -> None:
+    program = """
+import resource, torch
+from smalto.tokenizer import TokenizerConfig
+from smalto.autoencoders import CNNAutoencoderConfig
+from smalto.quantizers import VectorQuantizerConfig
+
+autoencoder = CNNAutoencoderConfig(
+    ch=32, ch_mult=(1, 1), patch=4, latent_dim=16, num_res_blocks=1, attention=False, norm="rms"
+)
+quantizer = VectorQuantizerConfig(codebook_size=64, latent_dim=16)
+tokenizer = TokenizerConfig(autoencoder=autoencoder, quantizer=quantizer).build().for_inference()
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image = torch.rand(1, 3, 4000, 6000)
+tokens = tokenizer.encode(image)
+assert tokenizer.decode(tokens, tokenizer.layout(4000, 6000)).shape == image.shape
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 1024, f"{done.stdout.strip()} MiB"
 
 
 def test_others_say_that_they_are_not_local() -> None:

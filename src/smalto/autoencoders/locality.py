@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TILE = 512  # pixels along each side of a tile, besides what it needs of its neighbors
+TILE = 384  # pixels along each side of a tile, besides what it needs of its neighbors
 WHOLE = 2**20  # pixels of the largest image that is not tiled
 
 

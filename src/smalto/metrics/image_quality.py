@@ -8,6 +8,7 @@ from torch import Tensor
 from smalto.core.errors import InputError, MissingExtra, describe
 
 MIN_MS_SSIM_SIDE = 176  # halved four times it is 11 pixels, the size of the window
+_PIXELS_AT_ONCE = 2**22  # of each image, so that temporary copies stay small
 BORDER = 5  # half of the window of SSIM, 11 pixels
 
 
@@ -23,7 +24,12 @@ def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
         InputError: the tensors differ in shape, or are not floating point [B, C, H, W].
     """
     _check(reconstruction, images)
-    error = (reconstruction.float().clamp(-1, 1) - images.float()).square().mean(dim=(1, 2, 3))
+    height, width = images.shape[2:]
+    error = torch.zeros(len(images), device=images.device)
+    rows = max(1, _PIXELS_AT_ONCE // max(width, 1))
+    for a, b in zip(reconstruction.split(rows, 2), images.split(rows, 2), strict=True):
+        squares = (a.float().clamp(-1, 1) - b.float()).square()
+        error = error + squares.mean(dim=(1, 2, 3)) * (a.shape[2] / max(height, 1))
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 

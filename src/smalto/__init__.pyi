@@ -4,6 +4,8 @@ names.
 
 from smalto.core.errors import SmaltoError as SmaltoError
 from smalto.core.layout import TokenLayout as TokenLayout
+from smalto.images.single_image import read_image as read_image
+from smalto.images.single_image import write_png as write_png
 from smalto.pipelines.convert import convert as convert
 from smalto.pipelines.decode import decode as decode
 from smalto.pipelines.demo import demo as demo

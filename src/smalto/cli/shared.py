@@ -53,7 +53,10 @@ Size = Annotated[
         "Default: keep the aspect ratio."
     ),
 ]
-Tokenizer = Annotated[Path, typer.Option(help="Folder of a tokenizer or run.")]
+Tokenizer = Annotated[
+    Path,
+    typer.Option(help="Folder of a tokenizer or run, or a name that `smalto info` lists."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 

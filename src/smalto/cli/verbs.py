@@ -82,7 +82,11 @@ def train(
     overwrite: Overwrite = False,
     start: Annotated[
         Path | None,
-        typer.Option("--from", help="Fine-tune this tokenizer: a folder, or a weight file of VAR."),
+        typer.Option(
+            "--from",
+            help="Fine-tune this tokenizer: a folder, a weight file of VAR, or a name that "
+            "`smalto info` lists.",
+        ),
     ] = None,
     learn: Annotated[
         str | None,
@@ -394,7 +398,9 @@ def decode(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("decoded"),
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Folder of the tokenizer. Default: the one recorded in the store."),
+        typer.Option(
+            help="Folder or name of the tokenizer. Default: the one recorded in the store."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     batch: Batch = 8,
@@ -516,9 +522,23 @@ def convert(
 
 @app.command(epilog="Example: smalto info runs/mine")
 def info(
-    path: Annotated[Path, typer.Argument(help="Run, tokenizer or token store.")],
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run, tokenizer or token store. Default: list the tokenizers of this package."
+        ),
+    ] = None,
 ) -> None:
-    """Describe a run, a tokenizer or a token store."""
+    """Describe a run, a tokenizer or a token store, or list the tokenizers of this package."""
+    from smalto.pretrained import pretrained_names, summary_of
+
+    if path is None:
+        print_rows([(name, summary_of(name)) for name in pretrained_names()])
+        return
     from smalto.pipelines.info import info as describe
 
-    print_rows([(name, str(value)) for name, value in describe(path).items()])
+    metadata = describe(path)
+    card = metadata.pop("card", None)
+    print_rows([(name, str(value)) for name, value in metadata.items()])
+    if card is not None:
+        say("\n" + card)

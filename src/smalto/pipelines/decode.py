@@ -9,18 +9,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import Precision
 from smalto.core.errors import RunError
-from smalto.core.files import atomic_path, check_writable, named_path, remove_leftovers
+from smalto.core.files import check_writable, named_path, remove_leftovers
 from smalto.core.layout import TokenLayout
 from smalto.core.progress import Progress
 from smalto.images.image_reader import default_workers
-from smalto.images.tensors import to_uint8
+from smalto.images.single_image import write_png
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.pretrained import tokenizer_folder
 from smalto.store.schema import split_id
 from smalto.store.token_store import TokenStore
 
@@ -103,7 +103,7 @@ def recorded_tokenizer(store: TokenStore, tokenizer: str | Path | None) -> str |
         RunError: ``tokenizer`` is None, and the recorded one no longer exists.
     """
     recorded = store.header.tokenizer
-    if tokenizer is None and not (recorded and Path(recorded).exists()):
+    if tokenizer is None and not (recorded and tokenizer_folder(recorded).exists()):
         place = f"{recorded}, which no longer exists" if recorded else "a tokenizer without a path"
         raise RunError(
             f"{store.path} was written by {place}. Name the folder of the tokenizer with "
@@ -121,12 +121,6 @@ def check_tokenizer(store: TokenStore, fingerprint: str, tokenizer: str | Path |
             f"{store.header.fingerprint[:12]}. If it was trained further, name the checkpoint that "
             "wrote the store with --tokenizer: the checkpoints of a run are tokenizers too."
         )
-
-
-def write_png(path: Path, image: Tensor) -> None:
-    """Write an image [3, H, W] in [-1, 1] as PNG, atomically."""
-    with atomic_path(path) as temporary:
-        Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
 def image_name(id: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from smalto.core.errors import RunError
 from smalto.core.files import read_json
+from smalto.pretrained import is_pretrained, pretrained_names, read_card, tokenizer_folder
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, REPORT_FILE, RunFolder
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
 def info(path: str | Path) -> dict[str, Any]:
     """Describe a run, a tokenizer or a token store.
 
+    Args:
+        path: its folder, or the name of a tokenizer in this package.
+
     Returns:
-        Plain values by name; ``"kind"`` is "run", "tokenizer" or "token store".
+        Plain values by name; ``"kind"`` is "run", "tokenizer" or "token store". The model card of a
+        tokenizer in this package is ``"card"``.
 
     Raises:
         RunError: ``path`` is none of these.
     """
-    path = Path(path)
+    name, path = path, tokenizer_folder(path)
     if (path / "head.json").is_file():
         from smalto.store.token_store import TokenStore
 
@@ -33,7 +38,7 @@ def info(path: str | Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise RunError(
             f"{path} is not a run, tokenizer or token store of smalto. Name a folder that smalto "
-            "wrote, such as runs/mine or tokens.lance."
+            f"wrote, such as runs/mine or tokens.lance, or one of {', '.join(pretrained_names())}."
         )
     tokenizer = load(path)
     metadata: dict[str, Any] = {
@@ -45,6 +50,8 @@ def info(path: str | Path) -> dict[str, Any]:
         "fingerprint": tokenizer.fingerprint(),
         "config": json.dumps(tokenizer.config.model_dump(mode="json")),
     }
+    if is_pretrained(name):
+        metadata["card"] = read_card(str(name))
     if (path / RECIPE_FILE).is_file():
         run = RunFolder(path)
         recipe = load_recipe(path / RECIPE_FILE)

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smalto.core.device import Precision
-from smalto.core.errors import DataError, RunError
+from smalto.core.errors import RunError
 from smalto.core.files import check_writable
 from smalto.core.progress import Progress
-from smalto.images.finding import find_images
-from smalto.images.image_reader import ImageReader
 from smalto.images.reading import LONGER_SIDE
+from smalto.images.single_image import read_bytes, write_png
 from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.metrics import psnr
-from smalto.pipelines.decode import write_png
 from smalto.tokenizer import ImageTokenizer
 
 
@@ -68,27 +66,15 @@ def reconstruct(
             f"{path} exists already. Name another --out, or replace it with --overwrite."
         )
     check_writable(path)
-    files, _ = find_images(photo)
-    if Path(photo).is_dir():
-        raise DataError(
-            f"got the folder {photo}; expected one image. Name an image, or use `smalto tokenize` "
-            "and `smalto decode` for a folder."
-        )
     progress = progress or Progress()
     inference = InferenceTokenizer.of(tokenizer, device, precision, 1, progress)
-    reader = ImageReader(
-        files, inference.tokenizer.stride, progress, longer_side=longer_side, workers=0
-    )
     progress.start("reconstructing", 1, "images")
-    found = list(reader)
+    # uint8: in float32 only while it is needed
+    original = read_bytes(photo, inference.tokenizer.stride, longer_side, progress)
     progress.finish()
-    if not found:
-        raise DataError(f"{photo} cannot be read: {reader.skipped[0].reason}.")
-    images = to_unit_range(found[0][1])[None]
-    tokens = inference.encode(images)
-    image = inference.decode(tokens, inference.tokenizer.layout(*images.shape[2:]))
+    tokens = inference.encode(to_unit_range(original))
+    image = inference.decode(tokens, inference.tokenizer.layout(*original.shape[2:]))
     write_png(path, image[0])
     bits = (inference.tokenizer.quantize.codebook_size - 1).bit_length()
-    return Reconstructed(
-        path, float(psnr(image, images)), tokens.numel(), -(-tokens.numel() * bits // 8)
-    )
+    similarity = float(psnr(image, to_unit_range(original)))
+    return Reconstructed(path, similarity, tokens.numel(), -(-tokens.numel() * bits // 8))

@@ -23,6 +23,7 @@ from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.interop.var import load_tokenizer as load_var
 from smalto.metrics.record import ChangedIndices, Metrics, TrainingSummary
+from smalto.pretrained import recorded_name
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe import change_recipe
 from smalto.training.recipe_file import load_recipe
@@ -226,7 +227,7 @@ def _read_start(start: ImageTokenizer | str | Path | None) -> ImageTokenizer | N
 
 def _name_of(start: ImageTokenizer | str | Path | None) -> str:
     if isinstance(start, (str, Path)):
-        return str(Path(start).resolve())
+        return recorded_name(start)
     return "a tokenizer" if start is not None else ""
 
 

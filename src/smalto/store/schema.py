@@ -21,6 +21,7 @@ from smalto.core.errors import InputError, RunError
 from smalto.core.identity import TokenizerIdentity, token_dtype
 from smalto.core.layout import TokenLayout
 from smalto.images.transforms import Transform
+from smalto.pretrained import recorded_name
 
 NUMBERS = ("height", "width", "size", "modified")
 _NO_ID = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
@@ -73,7 +74,7 @@ class StoreHeader(Config):
             layout: layout of every image; None: images keep their shape, and every row has its own.
             transform: transform of the images before they are encoded.
             precision: precision of the encoder, ``"float32"`` or ``"bf16"``.
-            path: folder of the tokenizer, from which later jobs load it.
+            path: folder or name of the tokenizer, from which later jobs load it.
             source: folder of the images.
 
         Raises:
@@ -86,7 +87,7 @@ class StoreHeader(Config):
             "grids": layout.grids if layout is not None else None,
             "transform": transform,
             "precision": precision,
-            "tokenizer": str(Path(path).resolve()) if path else "",
+            "tokenizer": recorded_name(path) if path else "",
             "source": source,
         }
         return parse_config(cls, metadata, "token store")

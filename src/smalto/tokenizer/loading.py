@@ -13,6 +13,7 @@ from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, RunError
 from smalto.core.files import parse_json, read_regular
 from smalto.core.weight_files import weight_problem
+from smalto.pretrained import is_pretrained, pretrained_names, tokenizer_folder
 from smalto.tokenizer.model import AnyTokenizerConfig, ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.presets import SimpleVQVAEConfig
 from smalto.tokenizer.saving import FORMAT_VERSION
@@ -27,12 +28,16 @@ _CONFIGS: dict[str, type[AnyTokenizerConfig]] = {
 def load(folder: str | Path) -> ImageTokenizer:
     """Read a tokenizer from its folder, or from a run, in evaluation mode on the CPU.
 
+    Args:
+        folder: its path, or the name of a tokenizer in this package, such as ``"photos-f8"``; the
+            weights of those become float32.
+
     Raises:
         RunError: the folder or one of its two files is missing or damaged, weights and
             configuration do not fit, or weights are not finite.
         ConfigError: the configuration is of another format or has unknown keys.
     """
-    folder = Path(folder)
+    name, folder = folder, tokenizer_folder(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         there = (
             "does not hold a tokenizer"
@@ -43,8 +48,8 @@ def load(folder: str | Path) -> ImageTokenizer:
         )
         raise RunError(
             f"{folder} {there}; expected a folder with config.json and model.safetensors, such as "
-            "a run of `smalto train`. Convert a checkpoint of VAR with "
-            "`smalto convert FILE --to smalto --out FOLDER`."
+            f"a run of `smalto train`, or a name: {', '.join(pretrained_names())}. Convert a "
+            "checkpoint of VAR with `smalto convert FILE --to smalto --out FOLDER`."
         )
     try:
         text = read_regular(folder / "config.json").decode()
@@ -81,6 +86,8 @@ def load(folder: str | Path) -> ImageTokenizer:
             f"{folder / 'model.safetensors'} does not fit config.json beside it. Copy both files "
             f"again from the same checkpoint. {' '.join(str(error).split())[:500]}"
         ) from None
+    if is_pretrained(name):
+        tokenizer.float()
     return tokenizer.eval()
 
 

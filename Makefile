@@ -5,10 +5,10 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: .venv help run test test-slow photos check bench clean
+.PHONY: .venv help run test test-slow photos photos-f8 check bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: .venv ## set up, train on bundled photographs, write runs/demo/report.html (5 minutes on 2 cores)
 	$(BIN)/smalto demo $(ARGS)
@@ -21,6 +21,12 @@ test-slow: .venv ## the tests that take minutes
 
 photos: .venv ## fetch 454 photographs under free licenses from Debian's packages into data/photos
 	PYTHON="$(CURDIR)/$(BIN)/python" datasets/photos.sh
+
+photos-f8: .venv ## train the tokenizer photos-f8 of this package again and measure it (two hours on 2 cores)
+	test -f data/photos/ATTRIBUTION.tsv || $(MAKE) photos
+	if [ -d runs/photos-f8 ]; then $(BIN)/smalto train --resume runs/photos-f8; \
+	else $(BIN)/smalto train data/photos/train --recipe recipes/photos-f8.toml --out runs/photos-f8; fi
+	$(BIN)/python benchmarks/pretrained.py runs/photos-f8 data/photos --install photos-f8
 
 check: .venv ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -326,7 +326,7 @@ def test_other_warnings_are_shown_as_before(
 
 
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
-def test_it_waits_politely_unless_the_user_says_how(
+def test_threads_spin_for_microseconds_unless_the_user_sets_it(
     own: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -335,6 +335,6 @@ def test_it_waits_politely_unless_the_user_says_how(
         monkeypatch.delenv(name)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    smalto.cli.wait_politely()
+    smalto.cli.limit_thread_spinning()
     expected = own or {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}
     assert {name: os.environ[name] for name in names if name in os.environ} == expected

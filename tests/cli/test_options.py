@@ -105,7 +105,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--overwrite": False,
     },
     "info": {
-        "PATH": REQUIRED,
+        "PATH": None,
     },
     "store info": {
         "PATH": REQUIRED,

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 QUANTIZERS = [ROOT / "docs" / language / "quantizers.md" for language in ("en", "zh")]
 
+PRETRAINED = [*READMES, *(ROOT / "docs" / language / "pretrained.md" for language in ("en", "zh"))]
+
 on_readmes = pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
 on_quantizers = pytest.mark.parametrize("page", QUANTIZERS, ids=lambda page: page.parent.name)
 
@@ -62,6 +64,17 @@ def step_row(row: dict[str, Any]) -> str:
         f"{row['ratio']:.1f}",
         *memory,
     )
+
+
+@pytest.mark.parametrize("page", PRETRAINED, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_photos_f8_is_as_good_as_shown(page: Path) -> None:
+    measured, text = result("pretrained-photos-f8"), page.read_text(encoding="utf-8")
+    for label, kind in (("tokens", "tokens"), ("JPEG", "JPEG"), ("WebP", "WEBP")):
+        row = measured[kind]
+        cells = [f"{row['coded_bits_per_pixel']:.3f}", f"{row['psnr']:.2f} dB"]
+        cells += [f"{row[name]:.4f}" for name in ("ssim", "ms_ssim", "lite0_distance")]
+        assert table_row(label if kind != "tokens" else "`photos-f8`", *cells) in text
+    assert quotes(text, str(measured["images"]))
 
 
 @on_readmes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 import smalto
-from smalto.core.errors import DataError, InputError
+from smalto.core.errors import DataError, InputError, RunError
+from tests.conftest import write_images
 
 
 def test_an_image_is_read_as_tokenize_reads_it_and_written_without_loss(tmp_path: Path) -> None:
@@ -31,7 +33,18 @@ def test_what_is_not_one_image_is_refused(tmp_path: Path) -> None:
         smalto.read_image(tmp_path / "bad.png")
     with pytest.raises(DataError, match="expected one image"):
         smalto.read_image(tmp_path)
-    for image in (torch.zeros(2, 3, 8, 8), torch.zeros(1, 8, 8)):
+    for image in (torch.zeros(2, 3, 8, 8), torch.zeros(1, 8, 8), torch.zeros(3, 8, 8).byte()):
         with pytest.raises(InputError, match="expected one image"):
             smalto.write_png(tmp_path / "c.png", image)
     assert not (tmp_path / "c.png").exists()
+    (tmp_path / "folder.png").mkdir()
+    for name in ("c.jpg", "folder.png", "c"):
+        with pytest.raises(RunError, match=r"ends with \.png"):
+            smalto.write_png(tmp_path / name, torch.zeros(3, 8, 8))
+
+
+def test_an_archive_is_not_one_image(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 2)
+    shutil.make_archive(str(tmp_path / "two"), "zip", folder)
+    with pytest.raises(DataError, match="holds 2 images; expected one"):
+        smalto.read_image(tmp_path / "two.zip")

@@ -19,7 +19,7 @@ from smalto.core.text import printable_lines
 
 def main() -> None:
     """Run the command line: a user's mistake exits with status 1 and one line, Ctrl-C with 130."""
-    wait_politely()
+    limit_thread_spinning()
     # Python may swallow a KeyboardInterrupt while torch is being imported. No work can be lost yet,
     # so the process exits immediately.
     for number in handled_signals():
@@ -48,11 +48,11 @@ def main() -> None:
         fail("out of memory. Try a smaller --batch, --size or --codebook-size.", 1)
 
 
-def wait_politely() -> None:
+def limit_thread_spinning() -> None:
     """Make OpenMP's threads spin for microseconds before they sleep, unless the user has set it.
 
     By default they spin for milliseconds: two processes on the same two cores then take 12 times as
-    long for a step. Without any spinning a search takes 1.5 times as long (benchmarks/waiting.py).
+    long for a step. Without any spinning a search takes 1.4 times as long (benchmarks/waiting.py).
     GNU's OpenMP reads GOMP_SPINCOUNT, others OMP_WAIT_POLICY. Both do so when torch is imported.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():

@@ -54,7 +54,7 @@ Size = Annotated[
     ),
 ]
 Tokenizer = Annotated[
-    Path,
+    str,
     typer.Option(help="Folder of a tokenizer or run, or a name that `smalto info` lists."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]

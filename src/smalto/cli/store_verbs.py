@@ -42,8 +42,10 @@ def verify(
         int, typer.Option(min=0, help="Number of rows to encode again; 0: none.")
     ] = 16,
     tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the tokenizer. Default: the one recorded in the store."),
+        str | None,
+        typer.Option(
+            help="Folder or name of the tokenizer. Default: the one recorded in the store."
+        ),
     ] = None,
     source: Annotated[
         str | None,

@@ -81,7 +81,7 @@ def train(
     ] = None,
     overwrite: Overwrite = False,
     start: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--from",
             help="Fine-tune this tokenizer: a folder, a weight file of VAR, or a name that "
@@ -95,7 +95,13 @@ def train(
             "or all-but-codebook."
         ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file (TOML); see recipes/.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipe file (TOML); see recipes/. Default: the smallest network; after --from "
+            "NAME, the recipe that comes with that tokenizer."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +123,7 @@ def train(
 ) -> None:
     """Train a tokenizer on your images. Ctrl-C saves and stops; --resume continues the run."""
     from smalto.pipelines import train as jobs
+    from smalto.pretrained import finetuning_recipe
     from smalto.training.recipe import change_recipe, parse_setting
     from smalto.training.recipe_file import load_recipe
 
@@ -162,7 +169,7 @@ def train(
             )
         else:
             assert folder is not None
-            chosen = load_recipe(recipe, settings)
+            chosen = load_recipe(recipe or finetuning_recipe(start), settings)
             if codebook_size is not None:
                 chosen = change_recipe(chosen, {chosen.codebook_size_key: codebook_size})
             print_trained(
@@ -397,7 +404,7 @@ def decode(
     tokens: Annotated[Path, typer.Argument(help="A token store.")],
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("decoded"),
     tokenizer: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder or name of the tokenizer. Default: the one recorded in the store."
         ),
@@ -473,9 +480,9 @@ def reconstruct(
 )
 def convert(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="Folder of a tokenizer or run. With --to smalto: a .pth or .safetensors file of "
+            help="Folder or name of a tokenizer. With --to smalto: a .pth or .safetensors file of "
             "VAR."
         ),
     ],
@@ -523,9 +530,10 @@ def convert(
 @app.command(epilog="Example: smalto info runs/mine")
 def info(
     path: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
-            help="Run, tokenizer or token store. Default: list the tokenizers of this package."
+            help="Run, tokenizer (its folder or name) or token store. Default: list the tokenizers "
+            "of this package."
         ),
     ] = None,
 ) -> None:

@@ -54,7 +54,7 @@ def convert(
     """Write a tokenizer as a file of another project, or such a file as a tokenizer.
 
     Args:
-        source: with ``to="var"`` the folder of a tokenizer or run; with ``to="smalto"`` a ``.pth``
+        source: with ``to="var"`` the folder or name of a tokenizer; with ``to="smalto"`` a ``.pth``
             or ``.safetensors`` file of VAR.
         out: the file (``.pth``, plain tensors) or folder to write.
         to: ``"var"`` for a file that VAR's ``build_vae_var`` loads; ``"smalto"`` for a tokenizer

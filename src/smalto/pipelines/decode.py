@@ -20,7 +20,7 @@ from smalto.core.progress import Progress
 from smalto.images.image_reader import default_workers
 from smalto.images.single_image import write_png
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.pretrained import tokenizer_folder
+from smalto.pretrained import folder_of_recorded
 from smalto.store.schema import split_id
 from smalto.store.token_store import TokenStore
 
@@ -45,7 +45,7 @@ def decode(
     Args:
         tokens: the token store that ``tokenize`` wrote.
         out: folder for the images.
-        tokenizer: the folder of the tokenizer; None: the recorded one.
+        tokenizer: the folder or name of the tokenizer; None: the recorded one.
         overwrite: replace existing images.
         batch: images per batch.
         device, precision: of the model.
@@ -97,19 +97,21 @@ def decode(
 
 
 def recorded_tokenizer(store: TokenStore, tokenizer: str | Path | None) -> str | Path:
-    """Return the folder of the tokenizer: ``tokenizer``, or else the one recorded in the store.
+    """Return the tokenizer's folder or name: ``tokenizer``, or else the one of the store.
 
     Raises:
         RunError: ``tokenizer`` is None, and the recorded one no longer exists.
     """
     recorded = store.header.tokenizer
-    if tokenizer is None and not (recorded and tokenizer_folder(recorded).exists()):
+    if tokenizer is not None:
+        return tokenizer
+    if not (recorded and folder_of_recorded(recorded).exists()):
         place = f"{recorded}, which no longer exists" if recorded else "a tokenizer without a path"
         raise RunError(
             f"{store.path} was written by {place}. Name the folder of the tokenizer with "
             "--tokenizer."
         )
-    return tokenizer or recorded
+    return folder_of_recorded(recorded)
 
 
 def check_tokenizer(store: TokenStore, fingerprint: str, tokenizer: str | Path | None) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from smalto.core.allocator import retain_freed_memory
 from smalto.core.device import resolve_device
@@ -15,18 +19,24 @@ from smalto.evaluation.run_summary import write_results
 from smalto.images.bundled import SOURCE, bundled_photographs
 from smalto.images.image_file import ImageFile, Skipped
 from smalto.images.reading import read_image
-from smalto.images.tensors import center_crop, to_tensor, to_unit_range
+from smalto.images.tensors import center_crop, to_tensor, to_uint8, to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.metrics import psnr
 from smalto.pipelines.decode import decode, image_name
 from smalto.pipelines.tokenize import tokenize
 from smalto.pipelines.train import Trained
+from smalto.pretrained import pretrained_folder
+from smalto.report import Example
 from smalto.store.token_store import TokenStore
+from smalto.tokenizer import load
 from smalto.training.recipe import change_recipe
 from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_run import TrainedRun, resume_run, start_run
 from smalto.training.training_images import open_training_images
+
+PRETRAINED = "photos-f8"  # shown beside what the demo trains
 
 
 def demo_recipe() -> TokenizerRecipe:
@@ -70,8 +80,25 @@ def demo(
     tokens, decoded = _tokenize_and_decode(trained, held_out, device, progress)
     inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
     evaluation = _evaluate_files(trained, inference, held_out, tokens, decoded, images.skipped)
+    evaluation = replace(evaluation, examples=_beside_pretrained(evaluation.examples, target))
     training = write_results(trained.folder, trained.recipe, inference, evaluation)
     return Trained(trained.folder, trained.tokenizer, evaluation.metrics, training)
+
+
+def _beside_pretrained(examples: list[Example], device: torch.device) -> list[Example]:
+    """Return the examples with the reconstruction by the tokenizer PRETRAINED beside each."""
+    inference = InferenceTokenizer.on(load(pretrained_folder(PRETRAINED)).to(device), "float32")
+    found = []
+    for example in examples:
+        image = to_unit_range(center_crop(example.image, inference.tokenizer.stride))[None]
+        tokens, back, _ = inference.roundtrip(image)
+        bits = tokens.numel() * math.log2(inference.tokenizer.quantize.codebook_size)
+        caption = (
+            f"{PRETRAINED}, which comes with smalto: {float(psnr(back, image)):.2f} dB at "
+            f"{bits / image[0, 0].numel():.3f} bits per pixel"
+        )
+        found.append(replace(example, beside=((caption, to_uint8(back[0])),)))
+    return found
 
 
 def _tokenize_and_decode(

@@ -15,6 +15,7 @@ from smalto.images.image_reader import ImageReader
 from smalto.images.reading import LONGER_SIDE
 from smalto.images.sources import Source, open_source
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.pretrained import tokenizer_folder
 from smalto.tokenizer import ImageTokenizer
 from smalto.training.run_folder import SPLIT_FILE, Split, read_split
 
@@ -43,7 +44,7 @@ def evaluate(
 
     Args:
         source: a folder, one image, ``"bundled"`` or ``"emoji"``.
-        tokenizer: an ImageTokenizer, or the folder of one.
+        tokenizer: an ImageTokenizer, or the folder or name of one.
         everything: measure training images too.
         longer_side: larger images are reduced to this; None or 0 keeps their size.
         size: resize the shorter side to this and crop a square from the center; None keeps the
@@ -69,7 +70,7 @@ def evaluate(
     opened = open_source(source)
     files, measured_on = opened.files, "all images"
     if not everything and not isinstance(tokenizer, ImageTokenizer):
-        files, measured_on = _unseen(opened, Path(tokenizer))
+        files, measured_on = _unseen(opened, tokenizer_folder(tokenizer))
     reader = ImageReader(
         files,
         inference.tokenizer.stride,

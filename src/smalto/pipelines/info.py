@@ -30,7 +30,8 @@ def info(path: str | Path) -> dict[str, Any]:
     Raises:
         RunError: ``path`` is none of these.
     """
-    name, path = path, tokenizer_folder(path)
+    card = read_card(str(path)) if is_pretrained(path) else None
+    path = tokenizer_folder(path)
     if (path / "head.json").is_file():
         from smalto.store.token_store import TokenStore
 
@@ -46,12 +47,13 @@ def info(path: str | Path) -> dict[str, Any]:
         "codebook size": tokenizer.quantize.codebook_size,
         **_grids(tokenizer),
         "stride": tokenizer.stride,
+        "receptive field": _receptive_field(tokenizer),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "fingerprint": tokenizer.fingerprint(),
         "config": json.dumps(tokenizer.config.model_dump(mode="json")),
     }
-    if is_pretrained(name):
-        metadata["card"] = read_card(str(name))
+    if card is not None:
+        metadata["card"] = card
     if (path / RECIPE_FILE).is_file():
         run = RunFolder(path)
         recipe = load_recipe(path / RECIPE_FILE)
@@ -109,3 +111,10 @@ def _grids(tokenizer: ImageTokenizer) -> dict[str, Any]:
         return {"tokens per position": len(tokenizer.quantize.layout(1, 1).grids)}
     side = " x ".join(str(n * tokenizer.stride) for n in layout.grids[-1])
     return {"scales": f"{layout}: {layout.num_tokens:,} tokens for {side} pixels"}
+
+
+def _receptive_field(tokenizer: ImageTokenizer) -> str:
+    side = tokenizer.receptive_field
+    if side is None:
+        return "the whole image: tokens of tiles differ, and memory grows with the image"
+    return f"{side} x {side} pixels: large images are encoded in tiles, with the same tokens"

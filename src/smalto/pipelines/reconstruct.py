@@ -10,7 +10,7 @@ from smalto.core.errors import RunError
 from smalto.core.files import check_writable
 from smalto.core.progress import Progress
 from smalto.images.reading import LONGER_SIDE
-from smalto.images.single_image import read_bytes, write_png
+from smalto.images.single_image import png_path, read_pixels, single_file, write_png
 from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.metrics import psnr
@@ -49,7 +49,7 @@ def reconstruct(
 
     Args:
         photo: an image file.
-        tokenizer: a tokenizer, or the folder of one or of a run.
+        tokenizer: a tokenizer, its name, or the folder of one or of a run.
         out: the PNG file; None: ``NAME-reconstruction.png`` in the current folder.
         overwrite: replace ``out``.
         longer_side: a larger image is reduced to this; None or 0 keeps its size.
@@ -60,17 +60,18 @@ def reconstruct(
         DataError: the image cannot be read.
         RunError: ``out`` exists and ``overwrite`` is off.
     """
-    path = Path(out) if out else Path(f"{Path(photo).stem}-reconstruction.png")
+    path = png_path(out or f"{Path(photo).stem}-reconstruction.png")
     if path.exists() and not overwrite:
         raise RunError(
             f"{path} exists already. Name another --out, or replace it with --overwrite."
         )
     check_writable(path)
+    file = single_file(photo)
     progress = progress or Progress()
     inference = InferenceTokenizer.of(tokenizer, device, precision, 1, progress)
     progress.start("reconstructing", 1, "images")
     # uint8: in float32 only while it is needed
-    original = read_bytes(photo, inference.tokenizer.stride, longer_side, progress)
+    original = read_pixels(file, inference.tokenizer.stride, longer_side, progress)
     progress.finish()
     tokens = inference.encode(to_unit_range(original))
     image = inference.decode(tokens, inference.tokenizer.layout(*original.shape[2:]))

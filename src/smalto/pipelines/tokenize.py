@@ -100,7 +100,7 @@ def tokenize(
         source: a folder (with zip, tar and parquet files in it), one image, ``"bundled"``,
             ``"emoji"``, a list of files, or another store of the same tokenizer, whose rows are
             copied.
-        tokenizer: the folder of a tokenizer or run; its path and fingerprint are recorded.
+        tokenizer: the folder of a tokenizer or run, or a name; it is recorded with the fingerprint.
         out: the store, such as ``tokens.lance``.
         size: resize the shorter side to this and crop a square; None keeps the aspect ratio, and
             every row has its own layout.

@@ -23,7 +23,7 @@ from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.interop.var import load_tokenizer as load_var
 from smalto.metrics.record import ChangedIndices, Metrics, TrainingSummary
-from smalto.pretrained import recorded_name
+from smalto.pretrained import finetuning_recipe, recorded_name
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe import change_recipe
 from smalto.training.recipe_file import load_recipe
@@ -75,10 +75,12 @@ def train(
     Args:
         data: a folder of images, ``"bundled"``, ``"emoji"``, or a map-style dataset of [C, H, W]
             tensors (uint8, or float in [-1, 1]).
-        recipe: what to train and how; None: ``TokenizerRecipe()``.
+        recipe: what to train and how; None: ``TokenizerRecipe()``, or the recipe for fine-tuning of
+            a ``start`` in this package.
         out: the run folder to create.
         overwrite: replace a run that exists.
-        start: fine-tune this tokenizer: an ImageTokenizer, its folder, or a weight file of VAR.
+        start: fine-tune this tokenizer: an ImageTokenizer, its folder, a name such as
+            ``"photos-f8"``, or a weight file of VAR.
             ``recipe.finetune.learn`` says what is trained.
         device: "auto", "cpu", "cuda" or "mps".
         workers: processes that read images (0: none); None leaves one core to the model. In a
@@ -91,7 +93,7 @@ def train(
     """
     out = named_path(out, "the run")
     target = resolve_device(device)
-    recipe = recipe or TokenizerRecipe()
+    recipe = recipe or load_recipe(finetuning_recipe(start))
     if start is None and recipe.finetune.learn != "everything":
         raise ConfigError(
             f"finetune.learn is {recipe.finetune.learn!r}, but no tokenizer was named to start "

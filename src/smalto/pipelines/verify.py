@@ -103,7 +103,7 @@ def verify(
     Args:
         path: the store.
         sample: number of rows to encode again, drawn by ``seed``.
-        tokenizer: the folder of the tokenizer; None: the recorded one.
+        tokenizer: the folder or name of the tokenizer; None: the recorded one.
         source: where the images are now; None: where they were.
         seed: random seed of the sample.
         device: of the model.

@@ -1,7 +1,8 @@
 """Tokenizers that are part of this package, and their names.
 
-Each is a folder beside this file: a tokenizer's two files with weights in bfloat16, and its model
-card. A name is used wherever a tokenizer's folder is: ``smalto.load("photos-f8")``.
+Each is a folder beside this file: a tokenizer's two files with weights in bfloat16, its model card,
+the authors of the images that it was trained on, and a recipe for fine-tuning it. A name is used
+wherever a tokenizer's folder is: ``smalto.load("photos-f8")``.
 """
 
 from __future__ import annotations
@@ -9,25 +10,33 @@ from __future__ import annotations
 from pathlib import Path
 
 CARD_FILE = "card.md"
-_FOLDER = Path(__file__).parent
+RECIPE_FILE = "finetune.toml"
+PRETRAINED_FOLDER = Path(__file__).parent
 
 
 def pretrained_names() -> list[str]:
     """Return the names of the tokenizers in this package."""
-    return sorted(path.parent.name for path in _FOLDER.glob(f"*/{CARD_FILE}"))
+    return sorted(path.parent.name for path in PRETRAINED_FOLDER.glob(f"*/{CARD_FILE}"))
 
 
-def is_pretrained(name: str | Path) -> bool:
-    """Return whether a name is that of a tokenizer in this package.
+def pretrained_folder(name: str) -> Path:
+    """Return the folder of a tokenizer in this package."""
+    return PRETRAINED_FOLDER / name
 
-    A file or folder of that name in the current folder comes first.
+
+def is_pretrained(name: object) -> bool:
+    """Return whether ``name`` is that of a tokenizer in this package.
+
+    It is a str without any part of a path: ``"./photos-f8"`` is a path. A tokenizer of that name in
+    the current folder takes precedence.
     """
-    return str(name) in pretrained_names() and not Path(name).exists()
+    is_name = isinstance(name, str) and name in pretrained_names()
+    return is_name and not (Path(str(name)) / "config.json").is_file()
 
 
 def tokenizer_folder(name: str | Path) -> Path:
     """Return the folder of a tokenizer: ``name`` itself, or that of a tokenizer in this package."""
-    return _FOLDER / name if is_pretrained(name) else Path(name)
+    return pretrained_folder(str(name)) if is_pretrained(name) else Path(name)
 
 
 def recorded_name(name: str | Path) -> str:
@@ -35,9 +44,19 @@ def recorded_name(name: str | Path) -> str:
     return str(name) if is_pretrained(name) else str(Path(name).resolve())
 
 
+def folder_of_recorded(recorded: str) -> Path:
+    """Return the folder of a tokenizer from what ``recorded_name`` returned, in any folder."""
+    return pretrained_folder(recorded) if recorded in pretrained_names() else Path(recorded)
+
+
+def finetuning_recipe(name: object) -> Path | None:
+    """Return the recipe for fine-tuning a tokenizer of this package; None for any other."""
+    return pretrained_folder(str(name)) / RECIPE_FILE if is_pretrained(name) else None
+
+
 def read_card(name: str) -> str:
     """Return the model card of a tokenizer in this package: Markdown."""
-    return (_FOLDER / name / CARD_FILE).read_text(encoding="utf-8")
+    return (pretrained_folder(name) / CARD_FILE).read_text(encoding="utf-8")
 
 
 def summary_of(name: str) -> str:

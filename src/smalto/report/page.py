@@ -55,6 +55,7 @@ class Example:
         credit: author of the image.
         stages: for progressive tokenizers, (image, PSNR in dB) after each grid but the last.
         compressed: (caption, image) for other codecs at the same number of bytes.
+        beside: (caption, image) of reconstructions by other tokenizers.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Example:
     credit: str = ""
     stages: tuple[tuple[Tensor, float], ...] = ()
     compressed: tuple[tuple[str, Tensor], ...] = ()
+    beside: tuple[tuple[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def _card(example: Example) -> dict[str, Any]:
             ("reconstruction", data_uri(example.reconstruction)),
             ("error", data_uri(errors, lossless=False)),
             ("tokens", data_uri(tokens)),
+            *((caption, data_uri(image)) for caption, image in example.beside),
         ],
     }
 

@@ -42,7 +42,7 @@ class StoreHeader(Config):
         grids: layout of every image; None if images keep their shape.
         transform: transform of the images before they were encoded.
         precision: precision of the encoder.
-        tokenizer: path of the tokenizer when the store was created, or empty.
+        tokenizer: path or name of the tokenizer when the store was created, or empty.
         source: path of the images when the store was created, or empty.
     """
 

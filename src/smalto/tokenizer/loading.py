@@ -13,7 +13,7 @@ from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, RunError
 from smalto.core.files import parse_json, read_regular
 from smalto.core.weight_files import weight_problem
-from smalto.pretrained import is_pretrained, pretrained_names, tokenizer_folder
+from smalto.pretrained import PRETRAINED_FOLDER, pretrained_names, tokenizer_folder
 from smalto.tokenizer.model import AnyTokenizerConfig, ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.presets import SimpleVQVAEConfig
 from smalto.tokenizer.saving import FORMAT_VERSION
@@ -37,7 +37,7 @@ def load(folder: str | Path) -> ImageTokenizer:
             configuration do not fit, or weights are not finite.
         ConfigError: the configuration is of another format or has unknown keys.
     """
-    name, folder = folder, tokenizer_folder(folder)
+    folder = tokenizer_folder(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         there = (
             "does not hold a tokenizer"
@@ -86,7 +86,7 @@ def load(folder: str | Path) -> ImageTokenizer:
             f"{folder / 'model.safetensors'} does not fit config.json beside it. Copy both files "
             f"again from the same checkpoint. {' '.join(str(error).split())[:500]}"
         ) from None
-    if is_pretrained(name):
+    if folder.parent == PRETRAINED_FOLDER:
         tokenizer.float()
     return tokenizer.eval()
 

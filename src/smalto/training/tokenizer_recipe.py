@@ -73,7 +73,9 @@ class TokenizerEvaluateConfig(EvaluateConfig):
 class FinetuneConfig(Config):
     """Training that starts from a trained tokenizer."""
 
-    tokenizer: str = Field("", description="folder of that tokenizer; filled in when a run starts")
+    tokenizer: str = Field(
+        "", description="folder or name of that tokenizer; filled in when a run starts"
+    )
     learn: Literal["everything", "decoder", "all-but-codebook"] = Field(
         "everything",
         description="decoder: tokens stay the same; all-but-codebook: codes are frozen",

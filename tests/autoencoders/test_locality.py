@@ -158,7 +158,7 @@ from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.quantizers import VectorQuantizerConfig
 
 autoencoder = CNNAutoencoderConfig(
-    ch=32, ch_mult=(1, 1), patch=4, latent_dim=16, num_res_blocks=1, attention=False, norm="rms"
+    ch=16, ch_mult=(1, 1), patch=4, latent_dim=16, num_res_blocks=1, attention=False, norm="rms"
 )
 quantizer = VectorQuantizerConfig(codebook_size=64, latent_dim=16)
 tokenizer = TokenizerConfig(autoencoder=autoencoder, quantizer=quantizer).build().for_inference()

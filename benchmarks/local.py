@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from machine import store
 from torch import nn
-from training import trained
+from training import group_norm_recipe, trained
 
 from smalto.autoencoders.cnn import CNNAutoencoderConfig
 from smalto.core.progress import Progress
@@ -31,10 +31,8 @@ from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.tokenizer import ImageTokenizer
 from smalto.training.recipe import change_recipe
-from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import read_log
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
 SIDE = 64  # of the tiles that the whole is compared with: the crops of the recipe
 IMAGES = 16  # of the validation split
 RECONSTRUCTION = {
@@ -47,9 +45,10 @@ SHORTCUTS = {"tokenizer.autoencoder.shortcuts": True}
 PATCH_2 = {"tokenizer.autoencoder.patch": 2, "tokenizer.autoencoder.ch_mult": [1, 2, 2]}
 PATCH_4 = {
     "tokenizer.autoencoder.patch": 4,
-    "tokenizer.autoencoder.ch": 144,
+    "tokenizer.autoencoder.ch": 136,
     "tokenizer.autoencoder.ch_mult": [1, 1],
 }
+WIDE_DECODER = {"tokenizer.autoencoder.ch": 48, "tokenizer.autoencoder.decoder_ch": 74}
 CROPS_OF_128 = {"data.size": 128, "data.batch": 4}  # as many pixels a step
 CONTENDERS: dict[str, dict[str, Any]] = {
     "group": {},
@@ -60,6 +59,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "none": RMS,
     "none-shortcuts": RMS | SHORTCUTS,
     "rms-shortcuts-patch2": RMS | SHORTCUTS | PATCH_2,
+    "rms-shortcuts-patch2-decoder": RMS | SHORTCUTS | PATCH_2 | WIDE_DECODER,
     "rms-shortcuts-patch2-128": RMS | SHORTCUTS | PATCH_2 | CROPS_OF_128,
     "rms-shortcuts-patch4": RMS | SHORTCUTS | PATCH_4,
 }
@@ -68,7 +68,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 def main(photos: Path, folder: Path, steps: int, names: list[str]) -> None:
     result = {}
     for name in names:
-        recipe = load_recipe(RECIPE, {"steps": steps} | RECONSTRUCTION)
+        recipe = group_norm_recipe({"steps": steps} | RECONSTRUCTION)
         recipe = change_recipe(recipe, CONTENDERS[name])
         with without_norm() if name.startswith("none") else nullcontext():
             tokenizer = trained(recipe, folder / name, str(photos / "train"))
@@ -79,6 +79,10 @@ def main(photos: Path, folder: Path, steps: int, names: list[str]) -> None:
                 "seconds_a_step": median(row["seconds"] for row in times),
                 **measured(tokenizer, photos / "validation"),
             }
+            if name == "group":
+                result[name]["with local_statistics"] = measured(
+                    with_local_statistics(tokenizer), photos / "validation"
+                )
         print(name, result[name], flush=True)
     sizes = [row["parameters"] for row in result.values()]
     assert max(sizes) <= 1.1 * min(sizes), sizes
@@ -88,6 +92,15 @@ def main(photos: Path, folder: Path, steps: int, names: list[str]) -> None:
 def without_norm() -> AbstractContextManager[Any]:
     """Leave out every norm of the autoencoders that are built inside this context."""
     return patch.object(CNNAutoencoderConfig, "norm_of", lambda *_: lambda width: nn.Identity())
+
+
+def with_local_statistics(tokenizer: ImageTokenizer) -> ImageTokenizer:
+    """Return the same weights with statistics over windows of a crop's size."""
+    autoencoder = tokenizer.config.autoencoder
+    local = autoencoder.model_copy(update={"local_statistics": SIDE // tokenizer.stride})
+    other = tokenizer.config.model_copy(update={"autoencoder": local}).build()
+    other.load_state_dict(tokenizer.state_dict())
+    return other.eval()
 
 
 @torch.no_grad()

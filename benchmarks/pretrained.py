@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from machine import store
 from torch import Tensor
+from training import group_norm_recipe
 
 import smalto
-from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.progress import Progress
 from smalto.evaluation.codecs import CODECS, compress_to_size
 from smalto.evaluation.evaluator import compare
@@ -35,23 +35,11 @@ from smalto.images.sources import open_source
 from smalto.images.tensors import to_uint8, to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.pretrained import CARD_FILE, RECIPE_FILE
-from smalto.quantizers import VectorQuantizerConfig
-from smalto.tokenizer import ImageTokenizer, TokenizerConfig
+from smalto.tokenizer import ImageTokenizer
 from smalto.tokenizer.saving import write_tokenizer
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "smalto" / "pretrained"
-GROUP_NORM = TokenizerConfig(  # the network that photos-vqgan-small had before local ones
-    autoencoder=CNNAutoencoderConfig(
-        latent_dim=16,
-        ch=64,
-        ch_mult=(1, 1, 2, 2),
-        num_res_blocks=1,
-        attention=False,
-        quant_conv_kernel=1,
-    ),
-    quantizer=VectorQuantizerConfig(codebook_size=1024, latent_dim=16),
-)
 SPEED_IMAGES = 8
 MIN_PHOTOS = 340  # of the training split; fewer if a package could not be fetched
 KINDS = (("tokens", "tokens"), ("JPEG", "JPEG"), ("WebP", "WEBP"))
@@ -226,10 +214,12 @@ def add(row: dict[str, list[float]], metrics: dict[str, list[float]], bits: floa
 
 
 def speeds(tokenizer: ImageTokenizer, folder: Path) -> dict[str, float]:
-    """Return the images per second, encoded and decoded in float32, and those of GROUP_NORM."""
-    images = list(itertools.islice(images_of(folder, GROUP_NORM.autoencoder.stride), SPEED_IMAGES))
+    """Return the images per second, encoded and decoded in float32, and those of the network
+    of VQGAN's form."""
+    peer = group_norm_recipe().tokenizer.build().eval()
+    images = list(itertools.islice(images_of(folder, peer.stride), SPEED_IMAGES))
     found = {}
-    for name, model in (("this", tokenizer), ("group norm", GROUP_NORM.build().eval())):
+    for name, model in (("this", tokenizer), ("group norm", peer)):
         fast = InferenceTokenizer.on(model, "float32")
         fast.roundtrip(images[0])
         found[name] = len(images) / sum(fast.roundtrip(image)[2] for image in images)

@@ -30,6 +30,7 @@ import numpy
 import torch
 from machine import RESULTS, store
 from PIL import Image
+from training import group_norm_recipe
 
 import smalto
 from smalto.core.allocator import retain_freed_memory
@@ -42,11 +43,9 @@ from smalto.images.transforms import Prepared, Transform
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.tokenizing.encode_shard import encode_shard
 from smalto.tokenizing.local import FILES_PER_SHARD
-from smalto.training.recipe_file import load_recipe
 
 SIDE, BATCH, ROUNDS, SECONDS = 256, 32, 3, 10
 SHAPES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}
-RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
 IMAGES = {  # per job, so that each takes more than a minute: starting takes two seconds
     ("SimpleVQVAE", "float32"): 6000,
     ("SimpleVQVAE", "bf16"): 9000,
@@ -84,7 +83,7 @@ def tokenizers(folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     made = {
         "SimpleVQVAE": smalto.SimpleVQVAE(512),
-        "small CNN": load_recipe(RECIPE).tokenizer.build(),
+        "small CNN": group_norm_recipe().tokenizer.build(),
     }
     for name, model in made.items():
         model.save(folder / name)

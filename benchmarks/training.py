@@ -1,4 +1,4 @@
-"""A training that resumes after an interruption, for the benchmarks that need one."""
+"""What several benchmarks train: a run that resumes after an interruption, and VQGAN's network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from typing import Any
 import smalto
 from smalto.core.progress import Progress
 from smalto.tokenizer import ImageTokenizer
+from smalto.training.recipe_file import load_recipe
 from smalto.training.tokenizer_recipe import TokenizerRecipe
+
+VQGAN_RECIPE = Path(__file__).parent.parent / "recipes" / "photos-vqgan-small.toml"
+GROUP_NORM = {  # VQGAN's network, which the recipe trained before local ones
+    "tokenizer.autoencoder.norm": "group",
+    "tokenizer.autoencoder.shortcuts": False,
+    "tokenizer.autoencoder.patch": 1,
+    "tokenizer.autoencoder.ch_mult": [1, 1, 2, 2],
+    "channels_last": False,
+}
+
+
+def group_norm_recipe(settings: dict[str, Any] | None = None) -> TokenizerRecipe:
+    """Return ``recipes/photos-vqgan-small.toml`` with VQGAN's network, which is not local."""
+    return load_recipe(VQGAN_RECIPE, GROUP_NORM | (settings or {}))
 
 
 def trained(recipe: TokenizerRecipe, run: Path, source: str = "bundled") -> ImageTokenizer:

@@ -26,12 +26,14 @@ def group_norm_recipe(settings: dict[str, Any] | None = None) -> TokenizerRecipe
     return load_recipe(VQGAN_RECIPE, GROUP_NORM | (settings or {}))
 
 
-def trained(recipe: TokenizerRecipe, run: Path, source: str = "bundled") -> ImageTokenizer:
+def trained(
+    recipe: TokenizerRecipe, run: Path, source: str = "bundled", start: str | None = None
+) -> ImageTokenizer:
     if not (run / "metrics.json").is_file():
         if run.is_dir():
             smalto.resume(run, progress=Lines())
         else:
-            smalto.train(source, recipe, out=run, progress=Lines())
+            smalto.train(source, recipe, out=run, start=start, progress=Lines())
     return smalto.load(run)
 
 

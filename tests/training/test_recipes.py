@@ -20,6 +20,7 @@ from tests.features.test_networks import lpips_state
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 NAMES = {
+    "photos-f4",
     "photos-f8",
     "photos-simple",
     "photos-vqgan-small",

@@ -53,7 +53,7 @@ def demo(
     precision: Annotated[str | None, typer.Option(help="float32 or bf16.")] = None,
     workers: Workers = None,
 ) -> None:
-    """Train on bundled photographs, tokenize held-out ones, decode them, and write a report."""
+    """Fine-tune photos-f4 on bundled photographs, tokenize and decode held-out ones, and report."""
     from smalto.pipelines.demo import demo as run_demo
 
     settings = given({"steps": steps, "data.batch": batch, "precision": precision})

@@ -1,4 +1,4 @@
-"""The whole way on bundled photographs: train, tokenize, decode, evaluate, report."""
+"""The whole way on bundled photographs: fine-tune, tokenize, decode, evaluate, report."""
 
 from __future__ import annotations
 
@@ -25,23 +25,18 @@ from smalto.metrics import psnr
 from smalto.pipelines.decode import decode, image_name
 from smalto.pipelines.tokenize import tokenize
 from smalto.pipelines.train import Trained
-from smalto.pretrained import pretrained_folder
+from smalto.pretrained import finetuning_recipe, pretrained_folder
 from smalto.report import Example
 from smalto.store.token_store import TokenStore
 from smalto.tokenizer import load
 from smalto.training.recipe import change_recipe
 from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
-from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_run import TrainedRun, resume_run, start_run
 from smalto.training.training_images import open_training_images
 
-PRETRAINED = "photos-f8"  # shown beside what the demo trains
-
-
-def demo_recipe() -> TokenizerRecipe:
-    """Return what the demo trains; ``recipes/photos-simple.toml`` holds the same settings."""
-    return TokenizerRecipe()
+START = "photos-f4"  # the tokenizer that the demo fine-tunes
+BESIDE = (START, "photos-f8")  # shown beside what the demo has trained
 
 
 @retain_freed_memory()
@@ -53,7 +48,8 @@ def demo(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train on the bundled photographs, tokenize the held-out ones, decode them, and report.
+    """Fine-tune ``photos-f4`` on the bundled photographs, tokenize the held-out ones, decode them,
+    and report.
 
     An unfinished demo in ``folder`` is resumed; otherwise a new one is created: ``demo``,
     ``demo-2``, and so on.
@@ -72,9 +68,12 @@ def demo(
         with open_training_images(SOURCE, recipe, workers, run.split()) as images:
             trained = resume_run(images, run, recipe, target, progress)
     else:
-        recipe = change_recipe(demo_recipe(), settings or {})
+        recipe = load_recipe(finetuning_recipe(START), settings)
+        start = load(pretrained_folder(START))
         with open_training_images(SOURCE, recipe, workers) as images:
-            trained = start_run(images, recipe, path, target, progress)
+            trained = start_run(
+                images, recipe, path, target, progress, start=start, start_name=START
+            )
     names = set(trained.folder.split().held_out)
     held_out = [file for file in bundled_photographs() if file.name in names]
     tokens, decoded = _tokenize_and_decode(trained, held_out, device, progress)
@@ -86,19 +85,22 @@ def demo(
 
 
 def _beside_pretrained(examples: list[Example], device: torch.device) -> list[Example]:
-    """Return the examples with the reconstruction by the tokenizer PRETRAINED beside each."""
-    inference = InferenceTokenizer.on(load(pretrained_folder(PRETRAINED)).to(device), "float32")
-    found = []
-    for example in examples:
-        image = to_unit_range(center_crop(example.image, inference.tokenizer.stride))[None]
-        tokens, back, _ = inference.roundtrip(image)
-        bits = tokens.numel() * math.log2(inference.tokenizer.quantize.codebook_size)
-        caption = (
-            f"{PRETRAINED}, which comes with smalto: {float(psnr(back, image)):.2f} dB at "
-            f"{bits / image[0, 0].numel():.3f} bits per pixel"
-        )
-        found.append(replace(example, beside=((caption, to_uint8(back[0])),)))
-    return found
+    """Return the examples with the reconstructions by the tokenizers BESIDE."""
+    for name in BESIDE:
+        inference = InferenceTokenizer.on(load(pretrained_folder(name)).to(device), "float32")
+        examples = [_beside(example, name, inference) for example in examples]
+    return examples
+
+
+def _beside(example: Example, name: str, inference: InferenceTokenizer) -> Example:
+    image = to_unit_range(center_crop(example.image, inference.tokenizer.stride))[None]
+    tokens, back, _ = inference.roundtrip(image)
+    bits = tokens.numel() * math.log2(inference.tokenizer.quantize.codebook_size)
+    caption = (
+        f"{name}, as it comes with smalto: {float(psnr(back, image)):.2f} dB at "
+        f"{bits / image[0, 0].numel():.3f} bits per pixel"
+    )
+    return replace(example, beside=(*example.beside, (caption, to_uint8(back[0]))))
 
 
 def _tokenize_and_decode(

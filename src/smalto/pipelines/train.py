@@ -23,7 +23,7 @@ from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.interop.var import load_tokenizer as load_var
 from smalto.metrics.record import ChangedIndices, Metrics, TrainingSummary
-from smalto.pretrained import finetuning_recipe, recorded_name
+from smalto.pretrained import finetuning_recipe, is_pretrained, recorded_name
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe import change_recipe
 from smalto.training.recipe_file import load_recipe
@@ -224,7 +224,7 @@ def _read_start(start: ImageTokenizer | str | Path | None) -> ImageTokenizer | N
     """The tokenizer to fine-tune: itself, from its folder, or from a weight file of VAR."""
     if start is None or isinstance(start, ImageTokenizer):
         return start
-    return load_var(start) if Path(start).is_file() else load(start)
+    return load_var(start) if Path(start).is_file() and not is_pretrained(start) else load(start)
 
 
 def _name_of(start: ImageTokenizer | str | Path | None) -> str:

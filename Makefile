@@ -22,7 +22,7 @@ test-slow: .venv ## the tests that take minutes
 photos: .venv ## fetch 454 photographs under free licenses from Debian's packages into data/photos
 	PYTHON="$(CURDIR)/$(BIN)/python" datasets/photos.sh
 
-photos-f4: ## train the tokenizer photos-f4 of this package again and measure it (40 minutes on 2 cores)
+photos-f4: ## train the tokenizer photos-f4 of this package again and measure it (30 minutes on 2 cores)
 photos-f8: ## the same of photos-f8 (two hours on 2 cores)
 photos-f4 photos-f8: .venv
 	test -f data/photos/ATTRIBUTION.tsv || $(MAKE) photos

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 QUANTIZERS = [ROOT / "docs" / language / "quantizers.md" for language in ("en", "zh")]
 
-PRETRAINED = [*READMES, *(ROOT / "docs" / language / "pretrained.md" for language in ("en", "zh"))]
+PRETRAINED = [ROOT / "docs" / language / "pretrained.md" for language in ("en", "zh")]
 
 on_readmes = pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
 on_quantizers = pytest.mark.parametrize("page", QUANTIZERS, ids=lambda page: page.parent.name)
@@ -66,15 +66,34 @@ def step_row(row: dict[str, Any]) -> str:
     )
 
 
-@pytest.mark.parametrize("page", PRETRAINED, ids=lambda page: f"{page.parent.name}/{page.name}")
-def test_photos_f8_is_as_good_as_shown(page: Path) -> None:
-    measured, text = result("pretrained-photos-f8"), page.read_text(encoding="utf-8")
-    for label, kind in (("tokens", "tokens"), ("JPEG", "JPEG"), ("WebP", "WEBP")):
+def pretrained_rows(name: str) -> list[str]:
+    measured = result(f"pretrained-{name}")
+    rows = []
+    for label, kind in ((f"`{name}`", "tokens"), ("JPEG", "JPEG"), ("WebP", "WEBP")):
         row = measured[kind]
         cells = [f"{row['coded_bits_per_pixel']:.3f}", f"{row['psnr']:.2f} dB"]
-        cells += [f"{row[name]:.4f}" for name in ("ssim", "ms_ssim", "lite0_distance")]
-        assert table_row(label if kind != "tokens" else "`photos-f8`", *cells) in text
-    assert quotes(text, str(measured["images"]))
+        cells += [f"{row[key]:.4f}" for key in ("ssim", "ms_ssim", "lite0_distance")]
+        rows.append(table_row(label, *cells))
+    return rows
+
+
+@pytest.mark.parametrize("page", PRETRAINED, ids=lambda page: page.parent.name)
+def test_pretrained_tokenizers_are_quoted(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in ("photos-f8", "photos-f4"):
+        measured = result(f"pretrained-{name}")
+        assert "\n".join(pretrained_rows(name)) in text
+        assert quotes(text, str(measured["images"]))
+        assert quotes(text, f"{measured['speed']['ratio']:.1f} ")
+
+
+@on_readmes
+def test_pretrained_tokenizers_are_quoted_in_short(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "\n".join(pretrained_rows("photos-f8")) in text
+    tokens = result("pretrained-photos-f4")["tokens"]
+    assert quotes(text, f"{tokens['psnr']:.2f} dB")
+    assert quotes(text, f"{tokens['coded_bits_per_pixel']:.3f}")
 
 
 @on_readmes

@@ -43,7 +43,7 @@ PILOT_STEPS = 20
 
 
 def main(folder: Path, minutes: float) -> None:
-    tuned, anew = folder / "tuned", folder / "anew"
+    tuned, from_scratch = folder / "tuned", folder / "from-scratch"
     recipe = smalto.load_recipe(finetuning_recipe(NAME), EMOJI)
     if tuned.is_dir():
         steps = smalto.load_recipe(tuned / "recipe.toml").steps
@@ -54,7 +54,7 @@ def main(folder: Path, minutes: float) -> None:
     result: dict[str, Any] = {"minutes": minutes, "images": SOURCE}
     for name, run, chosen, start in (
         (f"from {NAME}", tuned, recipe, NAME),
-        ("from scratch", anew, scratch, None),
+        ("from scratch", from_scratch, scratch, None),
     ):
         trained(chosen, run, SOURCE, start)
         metrics = json.loads((run / "metrics.json").read_text())

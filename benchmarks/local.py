@@ -48,7 +48,6 @@ PATCH_4 = {
     "tokenizer.autoencoder.ch": 136,
     "tokenizer.autoencoder.ch_mult": [1, 1],
 }
-WIDE_DECODER = {"tokenizer.autoencoder.ch": 48, "tokenizer.autoencoder.decoder_ch": 74}
 CROPS_OF_128 = {"data.size": 128, "data.batch": 4}  # as many pixels a step
 CONTENDERS: dict[str, dict[str, Any]] = {
     "group": {},
@@ -59,7 +58,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "none": RMS,
     "none-shortcuts": RMS | SHORTCUTS,
     "rms-shortcuts-patch2": RMS | SHORTCUTS | PATCH_2,
-    "rms-shortcuts-patch2-decoder": RMS | SHORTCUTS | PATCH_2 | WIDE_DECODER,
     "rms-shortcuts-patch2-128": RMS | SHORTCUTS | PATCH_2 | CROPS_OF_128,
     "rms-shortcuts-patch4": RMS | SHORTCUTS | PATCH_4,
 }

@@ -27,7 +27,7 @@ LOCAL: dict[str, CNNAutoencoderConfig | SimpleAutoencoderConfig] = {
     "simple": SimpleAutoencoderConfig(latent_dim=4, hidden_dim=8),
     "rms": CNNAutoencoderConfig(**RMS),
     "shortcuts": CNNAutoencoderConfig(**RMS, shortcuts=True),
-    "patch 2": CNNAutoencoderConfig(**RMS, patch=2, shortcuts=True, decoder_ch=16),
+    "patch 2": CNNAutoencoderConfig(**RMS, patch=2, shortcuts=True),
     "patch 4": CNNAutoencoderConfig(**SMALL, norm="rms", ch_mult=(1,), patch=4),
     "kernel 1": CNNAutoencoderConfig(**RMS, quant_conv_kernel=1),
 }

@@ -283,6 +283,34 @@ def test_what_was_claimed_of_training_speed_holds() -> None:
     assert train["waiting"]["without it"]["share_waiting"] < 0.05
 
 
+def local_cells(row: dict[str, float]) -> str:
+    return table_row(
+        f"{row['psnr_whole']:.2f}",
+        f"{row['psnr_in_tiles']:.2f}",
+        f"{row['lite0_distance']:.3f}",
+        f"{1000 * row['seconds_a_step']:.0f} ms",
+        f"{row['images_per_second']:.2f}",
+    )
+
+
+@on_training
+def test_local_networks_are_quoted(page: Path) -> None:
+    local, text = result("local"), page.read_text(encoding="utf-8")
+    for row in local["contenders"].values():
+        assert local_cells(row) in text
+    statistics = local["contenders"]["group"]["with local_statistics"]
+    assert quotes(text, f"{statistics['psnr_whole']:.2f} dB")
+    assert local["machine"]["processor"] in text
+
+
+def test_what_was_claimed_of_local_networks_holds() -> None:
+    contenders = result("local")["contenders"]
+    before, chosen = contenders["group"], contenders["rms-shortcuts-patch2"]
+    assert chosen["psnr_whole"] >= chosen["psnr_in_tiles"] - 0.1
+    assert chosen["psnr_whole"] >= before["psnr_whole"] + 1.5
+    assert chosen["seconds_a_step"] <= before["seconds_a_step"]
+
+
 @on_training
 def test_the_discriminators_run_is_quoted(page: Path) -> None:
     vqgan, text = result("vqgan"), page.read_text(encoding="utf-8")

@@ -55,9 +55,6 @@ class CNNAutoencoderConfig(Config):
     ch: int = Field(
         128, ge=1, le=8192, description="width of the first level; a multiple of 32 for norm group"
     )
-    decoder_ch: int | None = Field(
-        None, ge=1, le=8192, description="the same of the decoder; none: ch", exclude_if=_is(None)
-    )
     ch_mult: tuple[int, ...] = Field(
         (1, 1, 2, 2, 4),
         min_length=1,
@@ -107,12 +104,11 @@ class CNNAutoencoderConfig(Config):
     def _widths_fit(self) -> CNNAutoencoderConfig:
         if min(self.ch_mult) < 1 or max(self.ch_mult) > 1024:
             raise ValueError(f"ch_mult must be integers from 1 to 1024; got {self.ch_mult}.")
-        for name, ch in (("ch", self.ch), ("decoder_ch", self.decoder_ch or self.ch)):
-            if self.norm == "group" and ch % NUM_GROUPS:
-                raise ValueError(
-                    f"{name} must be a multiple of {NUM_GROUPS}, the number of normalization "
-                    f"groups; got {ch}."
-                )
+        if self.norm == "group" and self.ch % NUM_GROUPS:
+            raise ValueError(
+                f"ch must be a multiple of {NUM_GROUPS}, the number of normalization groups; "
+                f"got {self.ch}."
+            )
         if self.norm != "group" and self.local_statistics:
             raise ValueError(
                 f'local_statistics is for norm "group"; got norm {self.norm!r}, which looks at one '
@@ -133,13 +129,8 @@ class CNNAutoencoderConfig(Config):
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level of the encoder, from the first to the lowest resolution."""
+        """Channels of each level, from the highest to the lowest resolution."""
         return [self.ch * m for m in self.ch_mult]
-
-    @property
-    def decoder_widths(self) -> list[int]:
-        """Channels of each level of the decoder, from the last to the lowest resolution."""
-        return [(self.decoder_ch or self.ch) * m for m in self.ch_mult]
 
     def norm_of(self, level: int) -> Norm:
         """Return the normalization of a level, which builds a layer for some width."""
@@ -266,7 +257,7 @@ class CNNDecoder(CheckpointedNetwork):
 
     def __init__(self, config: CNNAutoencoderConfig) -> None:
         super().__init__()
-        widths = config.decoder_widths
+        widths = config.widths
         width = widths[-1]
         self.post_quant_conv = _quant_conv(config)
         self.conv_in = conv3x3(config.latent_dim, width)

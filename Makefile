@@ -10,7 +10,7 @@ BIN := .venv/bin
 help: ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-run: .venv ## set up, fine-tune photos-f4 on bundled photographs, write runs/demo/report.html (5 minutes on 2 cores)
+run: .venv ## set up, fine-tune photos-f4, write runs/demo/report.html (2 minutes on 2 cores after the setup)
 	$(BIN)/smalto demo $(ARGS)
 
 test: .venv check ## set up, then style, types, imports and the default tests
@@ -22,8 +22,8 @@ test-slow: .venv ## the tests that take minutes
 photos: .venv ## fetch 454 photographs under free licenses from Debian's packages into data/photos
 	PYTHON="$(CURDIR)/$(BIN)/python" datasets/photos.sh
 
-photos-f4: ## train the tokenizer photos-f4 of this package again and measure it (30 minutes on 2 cores)
-photos-f8: ## the same of photos-f8 (two hours on 2 cores)
+photos-f4: ## retrain the tokenizer photos-f4 and measure it (30 minutes on 2 cores)
+photos-f8: ## retrain the tokenizer photos-f8 and measure it (two hours on 2 cores)
 photos-f4 photos-f8: .venv
 	test -f data/photos/ATTRIBUTION.tsv || $(MAKE) photos
 	if [ -d runs/$@ ]; then $(BIN)/smalto train --resume runs/$@; \
@@ -36,7 +36,7 @@ check: .venv ## style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: .venv ## measure; results go to benchmarks/results (four hours; let nothing else run)
+bench: .venv ## measure; results go to benchmarks/results (five hours; let nothing else run)
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/quality.py
@@ -45,6 +45,9 @@ bench: .venv ## measure; results go to benchmarks/results (four hours; let nothi
 	$(BIN)/python benchmarks/tokenization.py
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench]" && $(BIN)/python benchmarks/train.py && $(BIN)/python benchmarks/store.py
 	rm -rf runs/bench-vqgan && $(BIN)/python benchmarks/vqgan.py runs/bench-vqgan && $(BIN)/python docs/make_vqgan.py runs/bench-vqgan/photos-vqgan-small
+	test -f data/photos/ATTRIBUTION.tsv || $(MAKE) photos
+	$(BIN)/python benchmarks/local.py data/photos runs/bench-local
+	$(BIN)/python benchmarks/finetuning.py runs/bench-finetuning
 	rm -rf runs/bench-var && $(BIN)/python benchmarks/var.py runs/bench-var && $(BIN)/python docs/make_var.py runs/bench-var/var-small
 	rm -rf runs/bench && $(BIN)/python benchmarks/demo.py runs/bench && $(BIN)/python docs/make_image.py runs/bench/demo
 

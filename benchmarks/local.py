@@ -82,9 +82,10 @@ def main(photos: Path, folder: Path, steps: int, names: list[str]) -> None:
                     with_local_statistics(tokenizer), photos / "validation"
                 )
         print(name, result[name], flush=True)
+    if set(names) == set(CONTENDERS):
+        print("stored in", store("local", {"steps": steps, "contenders": result}))
     sizes = [row["parameters"] for row in result.values()]
     assert max(sizes) <= 1.1 * min(sizes), sizes
-    print("stored in", store("local", {"steps": steps, "contenders": result}))
 
 
 def without_norm() -> AbstractContextManager[Any]:
@@ -93,7 +94,9 @@ def without_norm() -> AbstractContextManager[Any]:
 
 
 def with_local_statistics(tokenizer: ImageTokenizer) -> ImageTokenizer:
-    """Return the same weights with statistics over windows of a crop's size."""
+    """Return a tokenizer with the same weights whose GroupNorm computes statistics over windows
+    of a crop's size.
+    """
     autoencoder = tokenizer.config.autoencoder
     local = autoencoder.model_copy(update={"local_statistics": SIDE // tokenizer.stride})
     other = tokenizer.config.model_copy(update={"autoencoder": local}).build()

@@ -99,8 +99,9 @@ One token of {size:,} for {stride} x {stride} pixels, for photographs of any siz
 
 {result["images"]} photographs of the test split, which neither the training nor any choice has \
 seen. They are measured whole, with a longer side of at most 768 pixels. JPEG and WebP files \
-(Pillow) have at most as many bytes, headers included, or the lowest quality if none is so small: \
-{result["JPEG"]["too_large"]} and {result["WEBP"]["too_large"]} images. The tokens have no header.
+(Pillow) have at most as many bytes, headers included, or the lowest quality if none is so small \
+({result["JPEG"]["too_large"]} JPEG and {result["WEBP"]["too_large"]} WebP files). The tokens have \
+no header.
 
 | | coded bits per pixel | PSNR | SSIM | MS-SSIM | lite0 distance |
 |---|---|---|---|---|---|
@@ -214,8 +215,9 @@ def add(row: dict[str, list[float]], metrics: dict[str, list[float]], bits: floa
 
 
 def speeds(tokenizer: ImageTokenizer, folder: Path) -> dict[str, float]:
-    """Return the images per second, encoded and decoded in float32, and those of the network
-    of VQGAN's form."""
+    """Return the images per second, encoded and decoded in float32, and those of a small
+    VQGAN network with GroupNorm.
+    """
     peer = group_norm_recipe().tokenizer.build().eval()
     images = list(itertools.islice(images_of(folder, peer.stride), SPEED_IMAGES))
     found = {}

@@ -29,6 +29,7 @@ def group_norm_recipe(settings: dict[str, Any] | None = None) -> TokenizerRecipe
 def trained(
     recipe: TokenizerRecipe, run: Path, source: str = "bundled", start: str | None = None
 ) -> ImageTokenizer:
+    """Return the tokenizer of ``run``; train or resume it first if it is not finished."""
     if not (run / "metrics.json").is_file():
         if run.is_dir():
             smalto.resume(run, progress=Lines())

@@ -283,8 +283,37 @@ def test_what_was_claimed_of_training_speed_holds() -> None:
     assert train["waiting"]["without it"]["share_waiting"] < 0.05
 
 
-def local_cells(row: dict[str, float]) -> str:
+LOCAL = {  # the rows of benchmarks/local.py, in its order
+    "en": [
+        "GroupNorm",
+        "GroupNorm, shortcuts",
+        "GroupNorm, crops of 128",
+        "RMSNorm",
+        "RMSNorm, shortcuts",
+        "no norm",
+        "no norm, shortcuts",
+        "RMSNorm, shortcuts, patch 2",
+        "RMSNorm, shortcuts, patch 2, crops of 128",
+        "RMSNorm, shortcuts, patch 4",
+    ],
+    "zh": [
+        "GroupNorm",
+        "GroupNorm、捷径",
+        "GroupNorm、128 像素裁剪",
+        "RMSNorm",
+        "RMSNorm、捷径",
+        "无归一化",
+        "无归一化、捷径",
+        "RMSNorm、捷径、patch 2",
+        "RMSNorm、捷径、patch 2、128 像素裁剪",
+        "RMSNorm、捷径、patch 4",
+    ],
+}
+
+
+def local_row(name: str, row: dict[str, float]) -> str:
     return table_row(
+        name,
         f"{row['psnr_whole']:.2f}",
         f"{row['psnr_in_tiles']:.2f}",
         f"{row['lite0_distance']:.3f}",
@@ -296,8 +325,8 @@ def local_cells(row: dict[str, float]) -> str:
 @on_training
 def test_local_networks_are_quoted(page: Path) -> None:
     local, text = result("local"), page.read_text(encoding="utf-8")
-    for row in local["contenders"].values():
-        assert local_cells(row) in text
+    for name, row in zip(LOCAL[page.parent.name], local["contenders"].values(), strict=True):
+        assert local_row(name, row) in text
     statistics = local["contenders"]["group"]["with local_statistics"]
     assert quotes(text, f"{statistics['psnr_whole']:.2f} dB")
     assert local["machine"]["processor"] in text
@@ -307,8 +336,8 @@ def test_what_was_claimed_of_local_networks_holds() -> None:
     contenders = result("local")["contenders"]
     before, chosen = contenders["group"], contenders["rms-shortcuts-patch2"]
     assert chosen["psnr_whole"] >= chosen["psnr_in_tiles"] - 0.1
-    assert chosen["psnr_whole"] >= before["psnr_whole"] + 1.5
-    assert chosen["seconds_a_step"] <= before["seconds_a_step"]
+    assert chosen["psnr_whole"] >= before["psnr_whole"] + 2.4
+    assert chosen["seconds_a_step"] < before["seconds_a_step"] / 2
 
 
 @on_training
@@ -348,7 +377,7 @@ def test_what_was_claimed_of_the_discriminator_holds() -> None:
     assert adversarial["last_psnr"] >= adversarial["psnr_before"] - 0.5
     assert adversarial["gradient_share_in_the_last_quarter"] >= 0.1
     assert adversarial["last_lite0_distance"] < adversarial["lite0_distance_before"]
-    assert vqgan["held_out"]["training_seconds"] <= 60 * 60
+    assert vqgan["held_out"]["training_seconds"] <= 30 * 60
 
 
 STORE = [ROOT / "docs" / language / "token-store.md" for language in ("en", "zh")]

@@ -35,8 +35,10 @@ from smalto.core.config import Config
 
 
 def _is(default: object) -> Callable[[object], bool]:
-    """Return whether a value is the default: settings that are newer than saved files are written
-    only if they are used, so that configurations and fingerprints stay as they were.
+    """Return a test for the default value.
+
+    Settings that are newer than saved files are written only if they differ from it, so that
+    configurations and fingerprints stay the same.
     """
     return lambda value: value == default
 
@@ -95,8 +97,8 @@ class CNNAutoencoderConfig(Config):
         0,
         ge=0,
         le=2**16,
-        description="for norm group: take its statistics over windows of so many latent positions "
-        "a side (TLC), not over the whole map; changes the tokens. 0: off",
+        description="for norm group: compute its statistics over windows of so many latent "
+        "positions a side (TLC), not over the whole map; changes the tokens. 0: off",
         exclude_if=_is(0),
     )
 

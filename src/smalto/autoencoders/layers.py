@@ -103,8 +103,8 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     """The norm with its own gradient, which needs half the passes over memory of autograd's.
 
-    A training step of photos-vqgan-small in bf16 and channels-last: 623 ms, with autograd's 702 ms,
-    with group norm 649 ms.
+    A training step of a small VQGAN network (stride 8, ch 64) in bf16 and channels-last: 623 ms,
+    with autograd's gradient 702 ms, with group norm 649 ms.
     """
 
     @staticmethod

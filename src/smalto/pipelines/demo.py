@@ -25,7 +25,8 @@ from smalto.metrics import psnr
 from smalto.pipelines.decode import decode, image_name
 from smalto.pipelines.tokenize import tokenize
 from smalto.pipelines.train import Trained
-from smalto.pretrained import finetuning_recipe, pretrained_folder
+from smalto.pretrained import RECIPE_FILE as FINETUNING_FILE
+from smalto.pretrained import pretrained_folder
 from smalto.report import Example
 from smalto.store.token_store import TokenStore
 from smalto.tokenizer import load
@@ -36,7 +37,7 @@ from smalto.training.tokenizer_run import TrainedRun, resume_run, start_run
 from smalto.training.training_images import open_training_images
 
 START = "photos-f4"  # the tokenizer that the demo fine-tunes
-BESIDE = (START, "photos-f8")  # shown beside what the demo has trained
+COMPARED_WITH = (START, "photos-f8")  # in the report
 
 
 @retain_freed_memory()
@@ -56,7 +57,7 @@ def demo(
 
     Args:
         folder: where runs lie.
-        settings: changes to the recipe, such as ``{"steps": 100}``.
+        settings: changes to the recipe for fine-tuning ``photos-f4``, such as ``{"steps": 100}``.
         device, workers, progress: as for ``train``.
     """
     progress = progress or Progress()
@@ -68,7 +69,7 @@ def demo(
         with open_training_images(SOURCE, recipe, workers, run.split()) as images:
             trained = resume_run(images, run, recipe, target, progress)
     else:
-        recipe = load_recipe(finetuning_recipe(START), settings)
+        recipe = load_recipe(pretrained_folder(START) / FINETUNING_FILE, settings)
         start = load(pretrained_folder(START))
         with open_training_images(SOURCE, recipe, workers) as images:
             trained = start_run(
@@ -79,20 +80,20 @@ def demo(
     tokens, decoded = _tokenize_and_decode(trained, held_out, device, progress)
     inference = InferenceTokenizer.on(trained.tokenizer, recipe.precision)
     evaluation = _evaluate_files(trained, inference, held_out, tokens, decoded, images.skipped)
-    evaluation = replace(evaluation, examples=_beside_pretrained(evaluation.examples, target))
+    evaluation = replace(evaluation, examples=_compare(evaluation.examples, target))
     training = write_results(trained.folder, trained.recipe, inference, evaluation)
     return Trained(trained.folder, trained.tokenizer, evaluation.metrics, training)
 
 
-def _beside_pretrained(examples: list[Example], device: torch.device) -> list[Example]:
-    """Return the examples with the reconstructions by the tokenizers BESIDE."""
-    for name in BESIDE:
+def _compare(examples: list[Example], device: torch.device) -> list[Example]:
+    """Return the examples with reconstructions by the tokenizers COMPARED_WITH added."""
+    for name in COMPARED_WITH:
         inference = InferenceTokenizer.on(load(pretrained_folder(name)).to(device), "float32")
-        examples = [_beside(example, name, inference) for example in examples]
+        examples = [_add_reconstruction(example, name, inference) for example in examples]
     return examples
 
 
-def _beside(example: Example, name: str, inference: InferenceTokenizer) -> Example:
+def _add_reconstruction(example: Example, name: str, inference: InferenceTokenizer) -> Example:
     image = to_unit_range(center_crop(example.image, inference.tokenizer.stride))[None]
     tokens, back, _ = inference.roundtrip(image)
     bits = tokens.numel() * math.log2(inference.tokenizer.quantize.codebook_size)

@@ -221,7 +221,9 @@ def _rank_zero_progress(progress: Progress | None) -> Progress:
 
 
 def _read_start(start: ImageTokenizer | str | Path | None) -> ImageTokenizer | None:
-    """The tokenizer to fine-tune: itself, from its folder, or from a weight file of VAR."""
+    """Return the tokenizer to fine-tune: ``start`` itself, or read from a folder, by a name, or
+    from a weight file of VAR.
+    """
     if start is None or isinstance(start, ImageTokenizer):
         return start
     return load_var(start) if Path(start).is_file() and not is_pretrained(start) else load(start)

@@ -26,6 +26,7 @@ from torch import Tensor
 from training import group_norm_recipe
 
 import smalto
+from smalto.core.model_files import write_model
 from smalto.core.progress import Progress
 from smalto.evaluation.codecs import CODECS, compress_to_size
 from smalto.evaluation.evaluator import compare
@@ -36,7 +37,6 @@ from smalto.images.tensors import to_uint8, to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.pretrained import CARD_FILE, RECIPE_FILE
 from smalto.tokenizer import ImageTokenizer
-from smalto.tokenizer.saving import write_tokenizer
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "smalto" / "pretrained"
@@ -68,7 +68,7 @@ def install(tokenizer: ImageTokenizer, photos: Path, name: str, result: dict[str
     folder = PACKAGE / name
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: weight.bfloat16() for key, weight in tokenizer.state_dict().items()}
-    write_tokenizer(folder, tokenizer.config, weights)
+    write_model(folder, tokenizer.config, weights)
     head, *rows = (photos / "ATTRIBUTION.tsv").read_text(encoding="utf-8").splitlines()
     rows = [row for row in rows if row.startswith("train/")]
     (folder / "attribution.tsv").write_text("\n".join([head, *rows, ""]), encoding="utf-8")

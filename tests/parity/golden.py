@@ -13,6 +13,7 @@ import safetensors
 import torch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+DERIVED = {"lvl_1L", "attn_bias_for_masking"}  # buffers that follow from the scales
 
 
 def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -27,9 +28,10 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The reference's state_dict, rebuilt from the seed."""
     shapes = config["shapes"]
-    buffers = ("quantize.ema_vocab_hit_SV", "quantize.codebook_used")
-    state = {name: torch.zeros(shapes[name]) for name in buffers if name in shapes}
-    for number, name in enumerate(sorted(set(shapes) - set(buffers))):
+    counts = {"quantize.ema_vocab_hit_SV", "quantize.codebook_used"}
+    state = {name: torch.zeros(shapes[name]) for name in sorted(counts & set(shapes))}
+    derived = {name for name in shapes if name in DERIVED or name.endswith(".zero_k_bias")}
+    for number, name in enumerate(sorted(set(shapes) - counts - derived)):
         shape = shapes[name]
         x = (
             numpy.random.RandomState(config["seed"] * 100003 + number)
@@ -38,7 +40,11 @@ def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
         )
         if name == "quantize.embedding.weight":
             x = 0.7 * x
-        elif len(shape) > 1 and name.endswith("weight"):
+        elif (
+            len(shape) > 1
+            and name.endswith("weight")
+            and not name.startswith(("class_emb", "lvl_embed"))
+        ):
             x = x * (1 / numpy.prod(shape[1:])) ** 0.5
         elif name.endswith("weight") and len(shape) == 1:
             x = 1 + 0.2 * x

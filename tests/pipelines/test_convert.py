@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import smalto
-import smalto.tokenizer.saving as tokenizer_module
+import smalto.core.model_files as tokenizer_module
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.errors import ConfigError, RunError
 from smalto.interop.var import load_tokenizer, var_settings

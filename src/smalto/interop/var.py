@@ -1,4 +1,4 @@
-"""FoundationVision/VAR: weights, names and settings of its multi-scale tokenizer.
+"""FoundationVision/VAR: weights, names and settings of its multi-scale tokenizer; its transformer.
 
 Paper: Tian et al. 2024, arXiv 2404.02905. Code: https://github.com/FoundationVision/VAR, read at
 commit 78b9539; defaults and file names below are from there.
@@ -19,6 +19,9 @@ from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, DataError, InputError, describe
 from smalto.core.layout import TokenLayout, as_grids
 from smalto.core.weight_files import State, find_state, read_weights, weight_problem
+from smalto.interop.state_dicts import check_tensors, compare, count_of
+from smalto.interop.var_generator import generator_state_dict as generator_state_dict
+from smalto.interop.var_generator import load_generator as load_generator
 from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.token_blocks import PatchHws
@@ -70,7 +73,7 @@ def load_tokenizer(
             "which was published in the same place."
         )
     state = find_state(checkpoint, _MARKS, "tokenizer of VAR")
-    _check_tensors(state, source)
+    check_tensors(state, _MARKS[1], source, exempt=(HITS,))
     config = _read_config(state, patch_nums, using_znorm, quant_resi, beta, source)
     with torch.device("meta"):
         tokenizer = config.build()
@@ -79,7 +82,8 @@ def load_tokenizer(
     quantizer = config.quantizer
     assert isinstance(quantizer, MultiScaleVQConfig)
     expected[HITS] = torch.Size((len(quantizer.grids), quantizer.codebook_size))
-    _compare(expected, state, source)
+    _check_hits(expected, state, source)
+    compare(expected, state, source, "this tokenizer of VAR")
     if problem := weight_problem(state):
         raise ConfigError(f"{source}: {problem}. Use another checkpoint.")
     tokenizer.load_state_dict(
@@ -285,7 +289,7 @@ def _read_config(
         return tuple(state[key].shape)
 
     ch, in_channels = shape("encoder.conv_in.weight")[:2]
-    levels = _count(state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    levels = count_of(state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
     if ch < 1 or any(width % ch for width in widths):
         raise ConfigError(
@@ -295,7 +299,7 @@ def _read_config(
     codebook_size, code_dim = shape("quantize.embedding.weight", rank=2)
     num_phis: int | None
     if any(key.startswith("quantize.quant_resi.qresi_ls.") for key in state):
-        num_phis = _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
+        num_phis = count_of(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
     elif "quantize.quant_resi.qresi.weight" in state:
         num_phis = 1
     else:
@@ -306,7 +310,7 @@ def _read_config(
         "latent_dim": shape("encoder.conv_out.weight")[0],
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": _count(state, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
+        "num_res_blocks": count_of(state, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
         "attention": "encoder.mid.attn_1.qkv.weight" in state,
         "quant_conv_kernel": shape("quant_conv.weight")[-1],
     }
@@ -333,27 +337,8 @@ def _read_config(
     )
 
 
-def _count(state: State, pattern: str) -> int:
-    """Return one more than the largest index in the keys that match a pattern, or 0."""
-    numbers = [int(match[1]) for key in state if (match := re.fullmatch(pattern, key))]
-    return max(numbers, default=-1) + 1
-
-
-def _check_tensors(state: State, source: str) -> None:
-    """Raise ConfigError unless all values are dense floating-point tensors of one dtype."""
-    dtype = state[_MARKS[1]].dtype if isinstance(state[_MARKS[1]], Tensor) else None
-    for key, tensor in state.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        plain = plain and not tensor.is_meta and not tensor.is_nested
-        if not plain or not tensor.is_floating_point() or (key != HITS and tensor.dtype != dtype):
-            raise ConfigError(
-                f"{source}: {key!r} is {describe(tensor)}, expected a plain tensor of {dtype}, "
-                f"the dtype of {_MARKS[1]!r}."
-            )
-
-
-def _compare(expected: Mapping[str, torch.Size], state: State, source: str) -> None:
-    """Raise ConfigError unless a state has exactly the expected keys and shapes."""
+def _check_hits(expected: Mapping[str, torch.Size], state: State, source: str) -> None:
+    """Raise ConfigError if the statistics of hits show another number of scales."""
     hits = state.get(HITS)
     if hits is not None and hits.ndim == 2 and len(hits) != expected[HITS][0]:
         raise ConfigError(
@@ -361,30 +346,6 @@ def _compare(expected: Mapping[str, torch.Size], state: State, source: str) -> N
             f"{expected[HITS][0]} (expected {list(expected[HITS])}). Pass the patch_nums with "
             "which the tokenizer was trained."
         )
-    problems = [
-        f"{key!r} is {list(state[key].shape)}, expected {list(size)}"
-        for key, size in expected.items()
-        if _differs(state, key, size)
-    ]
-    problems += [
-        f"{key!r} is missing (expected {list(size)})"
-        for key, size in expected.items()
-        if key not in state
-    ]
-    problems += [
-        f"{key!r} {list(tensor.shape)} is not expected"
-        for key, tensor in state.items()
-        if key not in expected
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ConfigError(
-            f"{source} is not this tokenizer of VAR: {'; '.join(problems[:5])}{more}."
-        )
-
-
-def _differs(state: State, key: str, size: torch.Size) -> bool:
-    return key in state and state[key].shape != size
 
 
 def _shown(grids: tuple[tuple[int, int], ...]) -> str:

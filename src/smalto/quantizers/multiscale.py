@@ -247,10 +247,34 @@ class MultiScaleVQ(Quantizer):
         results = self._results(tokens, layout)
         batch, dim = results[0].shape[:2]
         inputs = [
-            area_pool(result, grid).flatten(2).transpose(1, 2)
+            self.scale_input(result, grid)
             for result, grid in zip(results, layout.grids[1:], strict=False)
         ]
         return torch.cat([results[0].new_zeros(batch, 0, dim), *inputs], dim=1)
+
+    def scale_input(self, result: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the input of a next-scale model for a scale, [B, h_k·w_k, code_dim].
+
+        Args:
+            result: after the scale before, [B, code_dim, h, w].
+            grid: (h_k, w_k).
+        """
+        return area_pool(result, grid).flatten(2).transpose(1, 2)
+
+    def add_scale(
+        self, result: Tensor | None, codes: Tensor, number: int, layout: TokenLayout
+    ) -> Tensor:
+        """Return the result after scale ``number``, [B, code_dim, h, w].
+
+        Args:
+            result: after the scale before; None for the first one.
+            codes: of the scale, [B, h_k·w_k, code_dim], as ``lookup`` returns them.
+        """
+        if result is None:
+            size = len(codes), self.code_dim, *layout.grids[-1]
+            result = codes.new_zeros(size, dtype=self.scale.dtype)
+        with without_autocast(codes.device):
+            return result + self._spread(codes.flatten(0, 1), number, layout, result)
 
     def layout(self, height: int, width: int) -> TokenLayout:
         """Return the scales in proportion to a latent map of ``height`` x ``width``.
@@ -283,6 +307,10 @@ class MultiScaleVQ(Quantizer):
             rest, _ = self._residual(target, result, valid, number, layout)
             gaps.append(self.scale.vector_gaps(as_vectors(rest), block.flatten()).view(block.shape))
         return torch.cat(gaps, dim=1)
+
+    def project_result(self, result: Tensor) -> Tensor:
+        """Return the quantized latents [B, C, h, w] of a result [B, code_dim, h, w]."""
+        return self._out(result)
 
     def _target(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, C, h, w] -> the map to quantize [B, D, h, w] and validity, bool [B, h, w]."""

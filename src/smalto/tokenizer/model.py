@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from smalto.autoencoders import AutoencoderConfig, SimpleAutoencoderConfig
 from smalto.autoencoders.layers import Upsample
 from smalto.autoencoders.locality import input_range, is_local, run_in_tiles
+from smalto.core import model_files
 from smalto.core.config import Config
 from smalto.core.device import Precision
 from smalto.core.errors import ConfigError, InputError, describe
 from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout, as_grids
 from smalto.quantizers import QuantizerConfig, VectorQuantizerConfig, fold
-from smalto.tokenizer import saving
 from smalto.tokenizer.token_blocks import (
     BlockKind,
     DiagonalBlocks,
@@ -441,14 +441,14 @@ class ImageTokenizer(nn.Module):
 
         ``smalto.load(folder)`` reads them.
         """
-        saving.write_tokenizer(Path(folder), self.config, self.state_dict())
+        model_files.write_model(Path(folder), self.config, self.state_dict())
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of configuration and weights, in hexadecimal.
 
         It is equal exactly if the tokens have the same meaning.
         """
-        return saving.fingerprint(self.config, self.state_dict())
+        return model_files.fingerprint(self.config, self.state_dict())
 
     def folded(self) -> ImageTokenizer:
         """Return a copy with projected codebooks (SimVQ) as plain ones of the same codes.

@@ -1,0 +1,52 @@
+"""The folder of a generator: its two files, and the folder ``tokenizer`` of its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from smalto.core.errors import RunError
+from smalto.core.model_files import has_model, read_config, read_weights_into, write_model
+from smalto.generator.config import GeneratorConfig
+from smalto.generator.model import Generator
+from smalto.generator.transformer import Transformer
+from smalto.tokenizer import load
+
+TOKENIZER_FOLDER = "tokenizer"
+_KINDS = {"generator": GeneratorConfig}
+
+
+def save_generator(generator: Generator, folder: str | Path) -> None:
+    """Write a generator and its tokenizer into a folder, which is created.
+
+    Raises:
+        RunError: weights are not finite; nothing was written.
+    """
+    folder = Path(folder)
+    (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+    generator.tokenizer.save(folder / TOKENIZER_FOLDER)
+    write_model(folder, generator.config, generator.transformer.state_dict())
+
+
+@torch.inference_mode(False)  # what is loaded inside such a block can be trained later
+def load_generator(folder: str | Path) -> Generator:
+    """Read a generator and its tokenizer from a folder, in evaluation mode on the CPU.
+
+    Raises:
+        RunError: the folder or one of its files is missing or damaged, weights and configuration do
+            not fit, or weights are not finite.
+        ConfigError: a configuration is of another format or kind, has unknown keys, or the
+            tokenizer does not fit.
+    """
+    folder = Path(folder)
+    if not has_model(folder) or not (folder / TOKENIZER_FOLDER).is_dir():
+        raise RunError(
+            f"{folder} does not hold a generator; expected a folder with config.json, "
+            f"model.safetensors and {TOKENIZER_FOLDER}/. Name one that save_generator wrote."
+        )
+    config = read_config(folder, _KINDS)
+    with torch.device("meta"):  # weights come from the file: nothing to initialize
+        transformer = Transformer(config)
+    read_weights_into(transformer, config, folder, _KINDS)
+    return Generator(transformer, load(folder / TOKENIZER_FOLDER)).eval()

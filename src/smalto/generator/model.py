@@ -1,0 +1,335 @@
+"""Generator: a transformer, and the tokenizer whose tokens it predicts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from smalto.core.errors import InputError, describe
+from smalto.generator.config import GeneratorConfig
+from smalto.generator.kv_cache import KVCache
+from smalto.generator.orders import ORDERS
+from smalto.generator.sampling import filtered, guided, mixture, sampled
+from smalto.generator.transformer import Transformer
+from smalto.tokenizer import ImageTokenizer
+
+MAX_CACHE_BYTES = 2**30  # of the images that are made at a time
+Labels = Tensor | Sequence[int] | int | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images that a generator made.
+
+    Attributes:
+        idx_Bl: token blocks, one int64 [B, h_k·w_k] per grid.
+        images: [B, C, H, W] in [-1, 1].
+        seeds: int64 [B].
+    """
+
+    idx_Bl: list[Tensor]  # noqa: N815
+    images: Tensor
+    seeds: Tensor
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Tokens that a generation keeps, for in-painting.
+
+    Attributes:
+        tokens: int64 [B, L], or [1, L] for all images.
+        mask: bool of the same shape, True for the tokens to keep.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    def rows(self, chosen: slice) -> Fixed:
+        """Return those of some images."""
+        if len(self.tokens) == 1:
+            return self
+        return Fixed(self.tokens[chosen], self.mask[chosen])
+
+
+class Generator(nn.Module):
+    """Next-scale or next-token model over the tokens of a tokenizer.
+
+    Args:
+        transformer: ``Transformer(GeneratorConfig.for_tokenizer(tokenizer, ...))``.
+        tokenizer: its weights get no gradients.
+
+    Attributes:
+        config: of the transformer.
+        transformer: the part that is trained.
+        tokenizer: always in evaluation mode.
+
+    Raises:
+        ConfigError: the transformer predicts other tokens than those of the tokenizer.
+    """
+
+    def __init__(self, transformer: Transformer, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        transformer.config.check_tokenizer(tokenizer)
+        self.config = transformer.config
+        self.transformer = transformer
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def forward(self, labels: Tensor | None, inputs: Tensor) -> Tensor:
+        """Return the logits of every token, given the label and all earlier tokens.
+
+        In training mode a share of ``label_drop`` of the rows goes without its label.
+
+        Args:
+            labels: int64 [B]; None: no labels.
+            inputs: [B, L - L_1, code_dim], the result of ``tokenizer.idxBl_to_var_input``. With
+                next-token prediction the code of the last token may be there; it is not used.
+
+        Returns:
+            [B, L, V] in float32; in float64 if the weights are.
+        """
+        num_inputs = sum(self.config.steps[1:])
+        if inputs.ndim != 3 or inputs.shape[1] < num_inputs:
+            raise InputError(
+                f"got {describe(inputs)}; expected inputs [B, {num_inputs}, "
+                f"{self.config.code_dim}]. Pass the result of tokenizer.idxBl_to_var_input."
+            )
+        labels = self._labels(labels, len(inputs))
+        if self.training and self.config.num_classes:
+            dropped = torch.rand(len(labels), device=labels.device) < self.config.label_drop
+            labels = labels.masked_fill(dropped, self.config.num_classes)
+        return _precise(self.transformer(labels, inputs[:, :num_inputs]))
+
+    def new_cache(self, num_images: int) -> KVCache:
+        """Return a cache with which ``generate`` makes so many images at a time."""
+        like = self.transformer.head.weight
+        return KVCache(self.config, 2 * num_images, like.dtype, like.device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Labels = None,
+        *,
+        num_images: int | None = None,
+        guidance: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        smooth: bool = False,
+        seeds: Sequence[int] | Tensor | None = None,
+        fixed: Fixed | None = None,
+        cache: KVCache | None = None,
+        on_scale: Callable[[int, list[Tensor]], None] | None = None,
+    ) -> Samples:
+        """Make new images.
+
+        Args:
+            labels: one integer per image, or one for all; None: no labels.
+            num_images: how many, if ``labels`` is one integer or None; default 1.
+            guidance: strength t of classifier-free guidance. In step k of K, from 0, the logits are
+                ``(1 + s)·conditional - s·unconditional`` with s = t·k/(K - 1), as in VAR, or s = t
+                for next-token prediction. 0: none. Without labels it has no effect.
+            top_k: draw from this many likeliest codes; 0: from all.
+            top_p: draw from the likeliest codes of this probability in sum; 0: from all.
+            temperature: divides the logits; 0: the likeliest code is taken.
+            smooth: compute inputs and images from mixtures of codes with Gumbel noise, not from the
+                drawn ones (VAR's ``more_smooth``). ``idx_Bl`` then decodes to similar images only.
+            seeds: one integer per image; None: random ones. An image depends on its label, its seed
+                and the settings, not on the other images.
+            fixed: tokens to keep.
+            cache: of ``new_cache``: its size decides how many images are made at a time. None: a
+                new one of at most 1 GiB.
+            on_scale: called after each grid with the number of images that are finished and the
+                token blocks so far of those in the making, for example to show a preview.
+
+        Raises:
+            InputError: a value is out of range, or sizes do not fit.
+        """
+        labels, seeds = self._requests(labels, num_images, seeds)
+        choice = _Choice(float(guidance), top_k, top_p, float(temperature), smooth)
+        choice.check(self.config)
+        self._check_fixed(fixed, len(labels))
+        like = self.transformer.head.weight
+        if cache is None:
+            most = MAX_CACHE_BYTES // (2 * KVCache.bytes_per_row(self.config, like.dtype))
+            cache = self.new_cache(max(1, min(most, len(labels))))
+        cache.check(self.config, 2, like)
+        at_a_time = cache.rows // 2
+        was_training = self.training
+        self.eval()
+        parts = []
+        try:
+            for first in range(0, len(labels), at_a_time):
+                rows = slice(first, first + at_a_time)
+                kept = None if fixed is None else fixed.rows(rows)
+                report = partial(on_scale, first) if on_scale else None
+                parts.append(self._generate(labels[rows], seeds[rows], choice, kept, cache, report))
+        finally:
+            self.train(was_training)
+        grids = zip(*(part.idx_Bl for part in parts), strict=True)
+        images = torch.cat([part.images for part in parts])
+        return Samples([torch.cat(blocks) for blocks in grids], images, seeds)
+
+    def _generate(
+        self,
+        labels: Tensor,
+        seeds: Tensor,
+        choice: _Choice,
+        fixed: Fixed | None,
+        cache: KVCache,
+        report: Callable[[list[Tensor]], None] | None,
+    ) -> Samples:
+        """Make images together, step by step."""
+        config = self.config
+        layout = config.layout
+        order = ORDERS[config.order](self.tokenizer.quantize, layout)
+        inputs = self.transformer.head.weight.new_zeros(len(labels), 0, config.code_dim)
+        tokens = labels.new_zeros(len(labels), 0)
+        has_guidance = choice.guidance != 0 and bool((labels < config.num_classes).any())
+        if has_guidance:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+        ends = list(itertools.accumulate(layout.lengths))
+        cache.reset()
+        for step, length in enumerate(config.steps):
+            first = tokens.shape[1]
+            positions = torch.arange(first, first + length, device=labels.device)
+            inputs = inputs.repeat(2, 1, 1) if has_guidance else inputs
+            logits = _precise(self.transformer(labels, inputs, cache))
+            if has_guidance:
+                strength = order.guidance(choice.guidance, step, len(config.steps))
+                conditional, unconditional = logits.chunk(2)
+                logits = guided(conditional, unconditional, strength)
+            drawn = choice.draw(logits, seeds, positions)
+            if fixed is not None:
+                kept = fixed.mask[:, positions]
+                drawn = torch.where(kept, fixed.tokens[:, positions], drawn)
+            tokens = torch.cat([tokens, drawn], dim=1)
+            codes = order.lookup(step, drawn)
+            if choice.smooth:
+                book = self.tokenizer.get_codebook()
+                assert book is not None
+                progress = step / max(1, len(config.steps) - 1)
+                mixtures = choice.mixtures(logits, book, progress, seeds, positions)
+                codes = mixtures if fixed is None else torch.where(kept[..., None], codes, mixtures)
+            next_inputs = order.add(step, codes)
+            if report is not None and tokens.shape[1] in ends:
+                grids = ends.index(tokens.shape[1]) + 1
+                report(list(tokens.split(layout.lengths[:grids], dim=1)))
+            if next_inputs is not None:
+                inputs = next_inputs
+        images = self.tokenizer.decoder(order.quantized(tokens)).clamp(-1, 1)
+        return Samples(list(tokens.split(layout.lengths, dim=1)), images, seeds)
+
+    def _labels(self, labels: Tensor | None, number: int) -> Tensor:
+        """Return the labels of rows, int64 [B]; ``num_classes`` for no label."""
+        device = self.transformer.head.weight.device
+        if labels is None:
+            return torch.full((number,), self.config.num_classes, device=device)
+        labels = torch.as_tensor(labels, device=device)
+        if labels.shape != (number,) or labels.is_floating_point():
+            raise InputError(
+                f"got labels {describe(labels)}; expected {number} integers, one per row."
+            )
+        wrong = labels[(labels < 0) | (labels >= self.config.num_classes)]
+        if len(wrong):
+            expected = f"0 to {self.config.num_classes - 1}" if self.config.num_classes else "none"
+            raise InputError(f"got label {int(wrong[0])}; expected {expected}.")
+        return labels.long()
+
+    def _requests(
+        self, labels: Labels, num_images: int | None, seeds: Sequence[int] | Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return one label and one seed per image, int64 [B] each."""
+        if isinstance(labels, int):
+            labels = [labels] * (1 if num_images is None else num_images)
+        if labels is None:
+            number = num_images or (1 if seeds is None else len(seeds))
+        else:
+            labels = torch.as_tensor(labels)
+            number = len(labels)
+        if number < 1 or (num_images is not None and num_images != number):
+            raise InputError(
+                f"got num_images={num_images} and {number} labels; expected one label per image. "
+                "Leave out num_images."
+            )
+        device = self.transformer.head.weight.device
+        if seeds is None:
+            seeds = torch.randint(2**62, (number,))
+        seeds = torch.as_tensor(seeds, device=device)
+        if seeds.shape != (number,) or seeds.is_floating_point():
+            raise InputError(
+                f"got seeds {describe(seeds)}; expected {number} integers, one per image."
+            )
+        return self._labels(labels, number), seeds.long()
+
+    def _check_fixed(self, fixed: Fixed | None, number: int) -> None:
+        """Raise InputError unless the tokens to keep are those of this generator's images."""
+        if fixed is None:
+            return
+        shapes = [(rows, sum(self.config.steps)) for rows in (1, number)]
+        if fixed.tokens.shape not in shapes or fixed.mask.shape != fixed.tokens.shape:
+            raise InputError(
+                f"got fixed tokens {describe(fixed.tokens)} and mask {describe(fixed.mask)}; "
+                f"expected both {list(shapes[0])} or {list(shapes[1])}. Encode the image with "
+                "generator.tokenizer.encode."
+            )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How tokens are drawn from logits; see ``Generator.generate``."""
+
+    guidance: float
+    top_k: int
+    top_p: float
+    temperature: float
+    smooth: bool
+
+    def check(self, config: GeneratorConfig) -> None:
+        """Raise InputError if a value is out of range."""
+        for name, value, most in (
+            ("guidance", self.guidance, math.inf),
+            ("top_k", self.top_k, math.inf),
+            ("top_p", self.top_p, 1),
+            ("temperature", self.temperature, math.inf),
+        ):
+            if not 0 <= value <= most:
+                limit = "" if most == math.inf else f" and at most {most}"
+                raise InputError(f"got {name}={value}; expected at least 0{limit}.")
+        if self.smooth and config.order != "next-scale":
+            raise InputError(
+                "got smooth=True for next-token prediction; mixtures are for next-scale "
+                "prediction. Use smooth=False."
+            )
+
+    def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """Return tokens for logits [B, n, V], int64 [B, n]."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = filtered(logits / self.temperature, self.top_k, self.top_p)
+        return sampled(logits, seeds, positions)
+
+    def mixtures(
+        self, logits: Tensor, codes: Tensor, progress: float, seeds: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Return mixtures of codes with the weights of VAR's ``more_smooth``, [B, n, D].
+
+        ``progress`` goes from 0 in the first step to 1 in the last.
+        """
+        temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+        return mixture(logits * (1 + progress), codes, temperature, seeds, positions)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

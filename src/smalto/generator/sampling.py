@@ -1,0 +1,104 @@
+"""Choosing tokens from logits: guidance, filters, and noise that belongs to one image alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's constants
+_MIX_1 = -4658895280553007687
+_MIX_2 = -7723592293110705685
+
+
+def guided(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:
+    """Return ``(1 + t)·conditional - t·unconditional``: classifier-free guidance.
+
+    Ho and Salimans 2022, arXiv 2207.12598.
+    """
+    return (1 + strength) * conditional - strength * unconditional
+
+
+def filtered(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """Return a copy of logits [..., V] with -inf for all but the likeliest codes.
+
+    Args:
+        logits: finite.
+        top_k: keep this many codes, and those equal to the last of them; 0: all.
+        top_p: of these, keep the fewest of the likeliest codes whose probabilities sum to at least
+            this (nucleus sampling, arXiv 1904.09751); 0: all.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if 0 < top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def sampled(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draw one code per position from the softmax of logits.
+
+    Args:
+        logits: [B, n, V]; -inf for codes that must not be drawn.
+        seeds: int64 [B], one per image.
+        positions: int64 [n], of the tokens in an image.
+
+    Returns:
+        int64 [B, n]. A token depends on its logits, its seed and its position alone.
+    """
+    sums = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    total = sums[..., -1:]
+    drawn = uniform(seeds[:, None], positions).unsqueeze(-1) * total
+    drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, drawn, right=True).squeeze(-1)
+
+
+def mixture(
+    logits: Tensor, codes: Tensor, temperature: float, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """Return mixtures of codes, weighted by a softmax with Gumbel noise (arXiv 1611.01144).
+
+    Args:
+        logits: [B, n, V].
+        codes: [V, D].
+        temperature: near 0, the weight of one code is 1.
+        seeds, positions: as for ``sampled``.
+
+    Returns:
+        [B, n, D] in the dtype of the codes.
+    """
+    counters = positions[:, None] * logits.shape[-1] + torch.arange(
+        logits.shape[-1], device=logits.device
+    )
+    noise = uniform(~seeds[:, None, None], counters)  # not the numbers that ``sampled`` uses
+    gumbel = -torch.log(-torch.log(noise.clamp(2.0**-53)))
+    weights = ((logits.double() + gumbel) / temperature).softmax(dim=-1)
+    return weights.to(codes.dtype) @ codes
+
+
+def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
+    """Return numbers in [0, 1), float64, each of which depends on (seed, counter) alone.
+
+    Counter-based: splitmix64 (Steele, Lea and Flood 2014) of the seed, then of the counter.
+
+    Args:
+        seeds, counters: int64, broadcast against each other.
+    """
+    mixed = _mix(_mix(seeds * _GOLDEN) + counters * _GOLDEN)
+    return _shifted(mixed, 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _GOLDEN
+    x = (x ^ _shifted(x, 30)) * _MIX_1
+    x = (x ^ _shifted(x, 27)) * _MIX_2
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift to the right, filling with zeros: torch's int64 fills with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -253,36 +253,33 @@ class Generator(nn.Module):
         """Return one label and one seed per image, int64 [B] each."""
         if isinstance(labels, int):
             labels = [labels] * (1 if num_images is None else num_images)
-        if labels is None:
-            number = num_images or (1 if seeds is None else len(seeds))
-        else:
-            labels = torch.as_tensor(labels)
-            number = len(labels)
-        if number < 1 or (num_images is not None and num_images != number):
+        if labels is not None:
+            labels = _integers("labels", labels)
+        seeds = None if seeds is None else _integers("seeds", seeds)
+        numbers = {len(values) for values in (labels, seeds) if values is not None}
+        numbers |= {num_images} if num_images is not None else set()
+        if len(numbers) > 1 or min(numbers, default=1) < 1:
             raise InputError(
-                f"got num_images={num_images} and {number} labels; expected one label per image. "
-                "Leave out num_images."
+                f"got num_images={num_images}, {_number_of(labels)} labels and "
+                f"{_number_of(seeds)} seeds; expected the same number of each that is given, at "
+                "least 1."
             )
+        number = numbers.pop() if numbers else 1
+        seeds = torch.randint(2**62, (number,)) if seeds is None else seeds
         device = self.transformer.head.weight.device
-        if seeds is None:
-            seeds = torch.randint(2**62, (number,))
-        seeds = torch.as_tensor(seeds, device=device)
-        if seeds.shape != (number,) or seeds.is_floating_point():
-            raise InputError(
-                f"got seeds {describe(seeds)}; expected {number} integers, one per image."
-            )
-        return self._labels(labels, number), seeds.long()
+        return self._labels(labels, number), seeds.to(device)
 
     def _check_fixed(self, fixed: Fixed | None, number: int) -> None:
         """Raise InputError unless the tokens to keep are those of this generator's images."""
         if fixed is None:
             return
-        shapes = [(rows, sum(self.config.steps)) for rows in (1, number)]
-        if fixed.tokens.shape not in shapes or fixed.mask.shape != fixed.tokens.shape:
+        sizes = [(rows, sum(self.config.steps)) for rows in (1, number)]
+        fits = fixed.tokens.shape in sizes and fixed.mask.shape == fixed.tokens.shape
+        if not fits or fixed.mask.dtype != torch.bool or fixed.tokens.dtype != torch.int64:
             raise InputError(
                 f"got fixed tokens {describe(fixed.tokens)} and mask {describe(fixed.mask)}; "
-                f"expected both {list(shapes[0])} or {list(shapes[1])}. Encode the image with "
-                "generator.tokenizer.encode."
+                f"expected int64 tokens and a bool mask, both {list(sizes[0])} or "
+                f"{list(sizes[1])}. Encode the image with generator.tokenizer.encode."
             )
 
 
@@ -298,6 +295,8 @@ class _Choice:
 
     def check(self, config: GeneratorConfig) -> None:
         """Raise InputError if a value is out of range."""
+        if not isinstance(self.top_k, int):
+            raise InputError(f"got top_k={self.top_k!r}; expected an integer.")
         for name, value, most in (
             ("guidance", self.guidance, math.inf),
             ("top_k", self.top_k, math.inf),
@@ -329,6 +328,22 @@ class _Choice:
         """
         temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
         return mixture(logits * (1 + progress), codes, temperature, seeds, positions)
+
+
+def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    """Return labels or seeds as int64 [B]; raise InputError if they are anything else."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(())
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        given = describe(values) if isinstance(values, Tensor) else repr(values)
+        raise InputError(f"got {name} {given}; expected a list of integers, one per image.")
+    return tensor.long()
+
+
+def _number_of(values: Tensor | None) -> str:
+    return "no" if values is None else str(len(values))
 
 
 def _precise(logits: Tensor) -> Tensor:

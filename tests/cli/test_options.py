@@ -102,6 +102,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--patch-nums": "1,2,3,4,5,6,8,10,13,16",
         "--using-znorm": False,
         "--quant-resi": 0.5,
+        "--tokenizer": None,
+        "--num-heads": None,
         "--overwrite": False,
     },
     "info": {

@@ -11,12 +11,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import smalto
 from smalto.core.errors import ConfigError, DataError
 from smalto.generator import Generator, GeneratorConfig
+from smalto.generator import load_generator as load_folder
 from smalto.generator.transformer import Transformer
 from smalto.interop.var import generator_state_dict, load_generator
 from smalto.interop.var_generator import buffers, generator_names
 from smalto.tokenizer import ImageTokenizer
+from tests.conftest import smalto_command
 from tests.parity.golden import GOLDEN, near, read, weights
 from tests.parity.test_var import loaded as loaded_tokenizer
 
@@ -130,6 +133,27 @@ def test_a_tokenizer_without_scales_is_refused(small: ImageTokenizer) -> None:
 
 @pytest.fixture
 def small() -> ImageTokenizer:
-    import smalto
-
     return smalto.SimpleVQVAE()
+
+
+def test_the_command_line_converts_both_ways(tmp_path: Path) -> None:
+    generator, config, _ = loaded("b")
+    generator.tokenizer.save(tmp_path / "tokenizer")
+    torch.save(weights(config), tmp_path / "var.pth")
+    done = smalto_command(
+        *("convert", tmp_path / "var.pth", "--to", "smalto", "--tokenizer", tmp_path / "tokenizer"),
+        *("--num-heads", config["num_heads"], "--out", tmp_path / "generator"),
+    )
+    assert "2 blocks of width 96, 5 classes, scales 1x1 + 2x2 + 3x3" in done.stdout
+    again = load_folder(tmp_path / "generator")
+    first = generator.generate([1], seeds=[1])
+    assert torch.equal(again.generate([1], seeds=[1]).images, first.images)
+    done = smalto_command("convert", tmp_path / "generator", "--out", tmp_path / "back.pth")
+    assert "VAR(vae, depth=2, embed_dim=96, num_heads=3, num_classes=5" in done.stdout
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert all(torch.equal(back[key], tensor) for key, tensor in weights(config).items())
+    wrong = smalto_command(
+        *("convert", tmp_path / "var.pth", "--to", "smalto", "--out", tmp_path / "x"), check=False
+    )
+    assert wrong.returncode == 1
+    assert "--tokenizer TOKENIZER" in wrong.stderr

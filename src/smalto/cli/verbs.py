@@ -482,8 +482,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder or name of a tokenizer. With --to smalto: a .pth or .safetensors file of "
-            "VAR."
+            help="Folder of a tokenizer or generator, or name of a tokenizer. With --to smalto: a "
+            ".pth or .safetensors file of VAR."
         ),
     ],
     out: Annotated[
@@ -505,9 +505,20 @@ def convert(
     quant_resi: Annotated[
         float, typer.Option(help="With --to smalto: quant_resi of VAR's tokenizer.")
     ] = 0.5,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to smalto: SOURCE is a transformer of VAR, and this is the folder of its "
+            "tokenizer, converted before."
+        ),
+    ] = None,
+    num_heads: Annotated[
+        int | None,
+        typer.Option(help="Attention heads of that transformer, if its weights do not show them."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a tokenizer to a weight file that VAR loads, or such a file to a tokenizer."""
+    """Convert a tokenizer or generator to a weight file that VAR loads, or such a file back."""
     from smalto.pipelines.convert import convert as run
 
     try:
@@ -521,6 +532,8 @@ def convert(
         "patch_nums": scales,
         "using_znorm": using_znorm,
         "quant_resi": quant_resi,
+        "tokenizer": tokenizer,
+        "num_heads": num_heads,
     }
     with console_progress():
         result = run(source, out, to, overwrite=overwrite, **settings)  # type: ignore[arg-type]

@@ -17,6 +17,11 @@ TOKENIZER_FOLDER = "tokenizer"
 _KINDS = {"generator": GeneratorConfig}
 
 
+def holds_generator(folder: Path) -> bool:
+    """Return whether a folder is that of a generator."""
+    return has_model(folder) and (folder / TOKENIZER_FOLDER).is_dir()
+
+
 def save_generator(generator: Generator, folder: str | Path) -> None:
     """Write a generator and its tokenizer into a folder, which is created.
 
@@ -40,10 +45,12 @@ def load_generator(folder: str | Path) -> Generator:
             tokenizer does not fit.
     """
     folder = Path(folder)
-    if not has_model(folder) or not (folder / TOKENIZER_FOLDER).is_dir():
+    if not holds_generator(folder):
         raise RunError(
             f"{folder} does not hold a generator; expected a folder with config.json, "
-            f"model.safetensors and {TOKENIZER_FOLDER}/. Name one that save_generator wrote."
+            f"model.safetensors and {TOKENIZER_FOLDER}/. "
+            "Convert a transformer of VAR with `smalto convert FILE --to smalto "
+            "--tokenizer TOKENIZER --out FOLDER`."
         )
     config = read_config(folder, _KINDS)
     with torch.device("meta"):  # weights come from the file: nothing to initialize

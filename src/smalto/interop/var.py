@@ -70,7 +70,8 @@ def load_tokenizer(
     if isinstance(checkpoint, Mapping) and "pos_1LC" in checkpoint:
         raise DataError(
             f"{source} is VAR's transformer; expected its tokenizer. Load vae_ch160v4096z32.pth, "
-            "which was published in the same place."
+            "which was published in the same place, and then the transformer with load_generator "
+            "(`smalto convert --to smalto --tokenizer TOKENIZER`)."
         )
     state = find_state(checkpoint, _MARKS, "tokenizer of VAR")
     check_tensors(state, _MARKS[1], source, exempt=(HITS,))

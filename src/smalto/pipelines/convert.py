@@ -1,14 +1,17 @@
-"""Conversion of tokenizers to the files of other projects, and back."""
+"""Conversion of tokenizers and generators to the files of other projects, and back."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from smalto.core.errors import ConfigError, RunError
 from smalto.core.files import (
@@ -20,6 +23,9 @@ from smalto.core.files import (
     write_atomic,
 )
 from smalto.core.layout import TokenLayout
+from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
+from smalto.generator import Generator, load_generator, save_generator
+from smalto.generator.generator_folder import TOKENIZER_FOLDER, holds_generator
 from smalto.interop import var
 from smalto.quantizers import MultiScaleVQ
 from smalto.tokenizer import ImageTokenizer, load
@@ -50,28 +56,37 @@ def convert(
     patch_nums: PatchHws = var.PATCH_NUMS,
     using_znorm: bool = False,
     quant_resi: float = 0.5,
+    tokenizer: str | Path | None = None,
+    num_heads: int | None = None,
 ) -> Converted:
-    """Write a tokenizer as a file of another project, or such a file as a tokenizer.
+    """Write a tokenizer or generator as a file of another project, or such a file as one of ours.
 
     Args:
-        source: with ``to="var"`` the folder or name of a tokenizer; with ``to="smalto"`` a ``.pth``
-            or ``.safetensors`` file of VAR.
+        source: with ``to="var"`` the folder of a tokenizer or generator, or the name of a
+            tokenizer; with ``to="smalto"`` a ``.pth`` or ``.safetensors`` file of VAR.
         out: the file (``.pth``, plain tensors) or folder to write.
-        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads; ``"smalto"`` for a tokenizer
-            folder.
+        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads; ``"smalto"`` for a folder.
         overwrite: whether to replace an existing ``out``.
         patch_nums, using_znorm, quant_resi: with ``to="smalto"``, the arguments with which the
             tokenizer of the file was built.
+        tokenizer: with ``to="smalto"``, the folder of VAR's tokenizer if ``source`` is a
+            transformer of VAR.
+        num_heads: of such a transformer, if its weights do not show them.
 
     Raises:
-        ConfigError: VAR cannot hold the tokenizer, or the file does not fit the arguments.
+        ConfigError: VAR cannot hold the model, or the file does not fit the arguments.
         DataError: the file of VAR cannot be read.
-        RunError: ``source`` is not a tokenizer, or ``out`` exists and ``overwrite`` is off.
+        RunError: ``source`` is not a model, or ``out`` exists and ``overwrite`` is off.
     """
     path = named_path(out, "the result")
     if to == "var":
+        if holds_generator(Path(source)):
+            return _generator_to_var(load_generator(source), path, overwrite)
         return _to_var(load(source), path, overwrite)
     if to == "smalto":
+        if tokenizer is not None:
+            generator = var.load_generator(source, load(tokenizer), num_heads)
+            return _generator_to_smalto(generator, path, overwrite)
         return _to_smalto(
             var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path, overwrite
         )
@@ -80,6 +95,27 @@ def convert(
 
 def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
     state = var.tokenizer_state_dict(tokenizer)
+    _write_pth(state, path, overwrite)
+    return Converted(path, edits_of_var(var.var_settings(tokenizer), path.resolve()))
+
+
+def _generator_to_var(generator: Generator, path: Path, overwrite: bool) -> Converted:
+    _write_pth(var.generator_state_dict(generator), path, overwrite)
+    config = generator.config
+    arguments: dict[str, var.VARValue] = {
+        "depth": config.depth,
+        "embed_dim": config.width,
+        "num_heads": config.num_heads,
+        "num_classes": config.num_classes,
+        "mlp_ratio": config.mlp_ratio,
+        "shared_aln": config.shared_adaln,
+        "attn_l2_norm": config.l2_attention,
+        "patch_nums": tuple(h for h, _ in config.grids),
+    }
+    return Converted(path, [f"VAR builds this transformer with VAR(vae, {_arguments(arguments)})."])
+
+
+def _write_pth(state: dict[str, Tensor], path: Path, overwrite: bool) -> None:
     if path.suffix != ".pth":
         raise RunError(f"got {path}; expected a file name that ends with .pth, such as vae.pth.")
     _check_free(path, overwrite)
@@ -88,7 +124,6 @@ def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted
     data = io.BytesIO()  # in memory: on a full disk torch.save would raise a RuntimeError
     torch.save(state, data)
     write_atomic(path, data.getvalue())
-    return Converted(path, edits_of_var(var.var_settings(tokenizer), path.resolve()))
 
 
 def edits_of_var(settings: var.VARSettings, checkpoint: Path) -> list[str]:
@@ -122,23 +157,41 @@ def edits_of_var(settings: var.VARSettings, checkpoint: Path) -> list[str]:
 
 
 def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
+    _write_folder(tokenizer.save, path, overwrite, {CONFIG_FILE, WEIGHTS_FILE})
+    assert isinstance(tokenizer.quantize, MultiScaleVQ)
+    scales = TokenLayout(tokenizer.quantize.scales)
+    return Converted(path, [f"{tokenizer.quantize.codebook_size:,} codes, scales {scales}"])
+
+
+def _generator_to_smalto(generator: Generator, path: Path, overwrite: bool) -> Converted:
+    own = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER}
+    _write_folder(partial(save_generator, generator), path, overwrite, own)
+    config = generator.config
+    note = f"{config.depth} blocks of width {config.width}, {config.num_classes} classes"
+    return Converted(path, [f"{note}, scales {config.layout}"])
+
+
+def _write_folder(save: Callable[[Path], None], path: Path, overwrite: bool, own: set[str]) -> None:
+    """Write a model's folder at once.
+
+    Args:
+        save: writes the model into a folder.
+        path: of the folder.
+        overwrite: replace a folder that holds nothing but ``own``.
+        own: names in a folder of such a model.
+    """
     _check_free(path, overwrite)
-    if path.is_file() or (
-        path.is_dir() and {p.name for p in path.iterdir()} - {"config.json", "model.safetensors"}
-    ):
+    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - own):
         found = "a file" if path.is_file() else "a folder with other files in it"
         raise RunError(
-            f"{path} is {found}; expected a tokenizer folder or a new one. Change --out."
+            f"{path} is {found}; expected a folder of a model or a new one. Change --out."
         )
     with atomic_path(path) as new:
-        tokenizer.save(new)
+        save(new)
         sync_tree(new)
         if path.is_dir():
             # The old folder is deleted with the temporary one, after the new one replaced it.
             os.replace(path, new.parent / "old")
-    assert isinstance(tokenizer.quantize, MultiScaleVQ)
-    scales = TokenLayout(tokenizer.quantize.scales)
-    return Converted(path, [f"{tokenizer.quantize.codebook_size:,} codes, scales {scales}"])
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -150,5 +203,5 @@ def _check_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def _arguments(values: dict[str, var.VARValue]) -> str:
+def _arguments(values: Mapping[str, var.VARValue]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())

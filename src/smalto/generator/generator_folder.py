@@ -9,12 +9,12 @@ import torch
 from smalto.core.errors import RunError
 from smalto.core.model_files import has_model, read_config, read_weights_into, write_model
 from smalto.generator.config import GeneratorConfig
-from smalto.generator.model import Generator
+from smalto.generator.generator import Generator
 from smalto.generator.transformer import Transformer
 from smalto.tokenizer import load
 
 TOKENIZER_FOLDER = "tokenizer"
-_KINDS = {"generator": GeneratorConfig}
+_CONFIGS = {"generator": GeneratorConfig}
 
 
 def holds_generator(folder: Path) -> bool:
@@ -52,8 +52,8 @@ def load_generator(folder: str | Path) -> Generator:
             "Convert a transformer of VAR with `smalto convert FILE --to smalto "
             "--tokenizer TOKENIZER --out FOLDER`."
         )
-    config = read_config(folder, _KINDS)
+    config = read_config(folder, _CONFIGS)
     with torch.device("meta"):  # weights come from the file: nothing to initialize
         transformer = Transformer(config)
-    read_weights_into(transformer, config, folder, _KINDS)
+    read_weights_into(transformer, config, folder, _CONFIGS)
     return Generator(transformer, load(folder / TOKENIZER_FOLDER)).eval()

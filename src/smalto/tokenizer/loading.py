@@ -12,7 +12,7 @@ from smalto.pretrained import PRETRAINED_FOLDER, pretrained_names, tokenizer_fol
 from smalto.tokenizer.model import AnyTokenizerConfig, ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.presets import SimpleVQVAEConfig
 
-_KINDS: dict[str, type[AnyTokenizerConfig]] = {
+_CONFIGS: dict[str, type[AnyTokenizerConfig]] = {
     "image-tokenizer": TokenizerConfig,
     "simple-vqvae": SimpleVQVAEConfig,
 }
@@ -45,10 +45,10 @@ def load(folder: str | Path) -> ImageTokenizer:
             f"a run of `smalto train`, or a name: {', '.join(pretrained_names())}. Convert a "
             "checkpoint of VAR with `smalto convert FILE --to smalto --out FOLDER`."
         )
-    config = read_config(folder, _KINDS)
+    config = read_config(folder, _CONFIGS)
     with torch.device("meta"):  # weights come from the file: nothing to initialize
         tokenizer = config.build()
-    read_weights_into(tokenizer, config, folder, _KINDS)
+    read_weights_into(tokenizer, config, folder, _CONFIGS)
     if folder.parent == PRETRAINED_FOLDER:
         tokenizer.float()
     return tokenizer.eval()

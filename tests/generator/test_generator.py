@@ -145,6 +145,28 @@ def test_fixed_tokens_stay_and_the_others_see_them(kind: str) -> None:
     assert torch.equal(same, free)
     with pytest.raises(InputError, match="fixed"):
         generator.generate([1, 1], fixed=Fixed(tokens[:, 1:], mask[:, 1:]))
+    with pytest.raises(InputError, match="fixed token 24"):
+        generator.generate([1, 1], fixed=Fixed(tokens * 0 + 24, mask))
+
+
+@kinds
+def test_tokens_are_the_likeliest_ones_after_those_that_are_fixed(kind: str) -> None:
+    generator = generator_of(kind)
+    layout = generator.config.layout
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(24, (2, layout.num_tokens), generator=random)
+    mask = torch.rand(tokens.shape, generator=random) < 0.5
+    made = generator.generate(
+        [1, 3],
+        guidance=0,
+        temperature=0,
+        fixed=Fixed(tokens, mask),
+        cache=generator.new_cache(1),
+    ).idx_Bl
+    patch_hws = layout.grids if kind in ("multiscale", "one scale") else None
+    inputs = generator.tokenizer.idxBl_to_var_input(made, patch_hws)
+    likeliest = generator(torch.tensor([1, 3]), inputs).argmax(-1)
+    assert torch.equal(torch.cat(made, 1), torch.where(mask, tokens, likeliest))
 
 
 @kinds
@@ -175,8 +197,17 @@ def test_smooth_images_come_from_mixtures() -> None:
     assert not torch.equal(
         smooth.images, generator.tokenizer.decode(tokens, generator.config.layout)
     )
+    one = generator.generate([1], seeds=[1], smooth=True, top_k=1)  # mixtures of one code
+    torch.testing.assert_close(one.images, generator.generate([1], top_k=1).images)
+    fixed = Fixed(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    kept = generator.generate([1, 2], smooth=True, fixed=fixed)
+    torch.testing.assert_close(
+        kept.images, generator.tokenizer.decode(tokens, generator.config.layout)
+    )
     with pytest.raises(InputError, match="smooth=False"):
         generator_of("vector").generate([1], smooth=True)
+    with pytest.raises(InputError, match="need noise"):
+        generator.generate([1], smooth=True, temperature=0)
 
 
 def test_labels_are_dropped_in_training_mode_only() -> None:
@@ -272,6 +303,26 @@ def test_a_saved_generator_makes_the_same_images(kind: str, tmp_path: Path) -> N
     second = again.generate([1, 2], seeds=[1, 2])
     assert torch.equal(first.images, second.images)
     assert equal(first.idx_Bl, second.idx_Bl)
+
+
+@kinds
+def test_other_precisions(kind: str) -> None:
+    generator = generator_of(kind).float()
+    fast = Generator(generator.transformer, generator.tokenizer.for_inference("bf16"))
+    samples = fast.generate([1, 2], seeds=[1, 2])
+    images = fast.tokenizer.decode(torch.cat(samples.idx_Bl, 1), fast.config.layout)
+    torch.testing.assert_close(samples.images, images)
+    half = generator_of(kind).bfloat16().generate([1], seeds=[1])
+    assert half.images.isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    generator = generator_of("vector")
+    with torch.no_grad():
+        generator.transformer.head.bias[0] = torch.nan
+    with pytest.raises(RunError, match="was not saved"):
+        save_generator(generator, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_folders_without_a_generator_are_refused(tmp_path: Path) -> None:

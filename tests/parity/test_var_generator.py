@@ -92,6 +92,18 @@ def test_published_keys_and_shapes(name: str) -> None:
     assert shapes == PUBLISHED[name]["shapes"]
 
 
+def test_buffers_are_those_of_var() -> None:
+    config = GeneratorConfig(
+        grids=((1, 1), (2, 2), (3, 3)), codebook_size=4, code_dim=2, depth=1, width=4, num_heads=1
+    )
+    d = torch.cat([torch.full((n * n,), k) for k, n in enumerate((1, 2, 3))]).view(1, 14, 1)
+    found = buffers(config)
+    assert torch.equal(found["lvl_1L"], d[..., 0])
+    assert found["lvl_1L"].dtype == torch.int64
+    mask = torch.where(d >= d.transpose(1, 2), 0.0, -torch.inf)
+    assert torch.equal(found["attn_bias_for_masking"], mask[None])
+
+
 def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
     """The weights of transformer a, with some replaced, or removed if None."""
     config, _ = read("var_transformer_a")
@@ -106,7 +118,7 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
         (changed(more=torch.zeros(3)), r"'more' \[3\] is not expected"),
         (changed(head__bias=torch.zeros(3)), r"'head.bias' is \[3\], expected \[256\]"),
         (changed(lvl_1L=torch.zeros(1, 30)), "'lvl_1L' differs"),
-        (changed(pos_1LC=torch.zeros(1, 14, 64)), r"'pos_1LC' is \[1, 14, 64\]"),
+        (changed(pos_1LC=torch.zeros(1, 14, 64)), "14 positions; the tokenizer's scales"),
         (changed(head__bias=torch.full((256,), torch.nan)), "NaN"),
     ],
 )

@@ -29,7 +29,7 @@ class GeneratorConfig(Config):
         min_length=1, description="(rows, columns) of each grid of tokens"
     )
     codebook_size: int = Field(ge=1, description="codes of the tokenizer (V)")
-    code_dim: int = Field(ge=1, description="channels of the input: of a code")
+    code_dim: int = Field(ge=1, description="channels of one input vector")
     num_classes: int = Field(0, ge=0, le=2**20, description="labels; 0: unconditional")
     depth: int = Field(8, ge=1, le=256, description="transformer blocks")
     width: int = Field(384, ge=1, le=2**16, description="channels of the transformer")
@@ -75,7 +75,7 @@ class GeneratorConfig(Config):
         """Return the settings of a generator of images of one size.
 
         Args:
-            tokenizer: of the tokens.
+            tokenizer: whose tokens are predicted.
             image_size: (height, width) in pixels.
             settings: sizes, such as ``depth=12``.
         """
@@ -114,5 +114,6 @@ def order_of(tokenizer: ImageTokenizer) -> str:
 
 def input_dim(tokenizer: ImageTokenizer, layout: TokenLayout) -> int:
     """Return the channels of ``idxBl_to_var_input`` (of no images, so nothing is computed)."""
-    blocks = [torch.zeros(0, n, dtype=torch.int64) for n in layout.lengths]
+    device = next(tokenizer.parameters()).device
+    blocks = [torch.zeros(0, n, dtype=torch.int64, device=device) for n in layout.lengths]
     return tokenizer.quantize.generator_input(blocks, layout).shape[-1]

@@ -63,10 +63,10 @@ class Generator(nn.Module):
 
     Args:
         transformer: ``Transformer(GeneratorConfig.for_tokenizer(tokenizer, ...))``.
-        tokenizer: its weights get no gradients.
+        tokenizer: frozen in place: evaluation mode, no gradients.
 
     Attributes:
-        config: of the transformer.
+        config: settings of the transformer.
         transformer: the part that is trained.
         tokenizer: always in evaluation mode.
 
@@ -100,7 +100,9 @@ class Generator(nn.Module):
             [B, L, V] in float32; in float64 if the weights are.
         """
         num_inputs = sum(self.config.steps[1:])
-        if inputs.ndim != 3 or inputs.shape[1] < num_inputs:
+        lengths = {num_inputs, num_inputs + (self.config.order == "next-token")}
+        fits = inputs.ndim == 3 and inputs.shape[1] in lengths
+        if not fits or inputs.shape[2] != self.config.code_dim:
             raise InputError(
                 f"got {describe(inputs)}; expected inputs [B, {num_inputs}, "
                 f"{self.config.code_dim}]. Pass the result of tokenizer.idxBl_to_var_input."
@@ -146,7 +148,8 @@ class Generator(nn.Module):
             smooth: compute inputs and images from mixtures of codes with Gumbel noise, not from the
                 drawn ones (VAR's ``more_smooth``). ``idx_Bl`` then decodes to similar images only.
             seeds: one integer per image; None: random ones. An image depends on its label, its seed
-                and the settings, not on the other images.
+                and the settings. In float64 its tokens are the same in any batch; in float32 they
+                are as a rule, because sums are rounded in another order.
             fixed: tokens to keep.
             cache: of ``new_cache``: its size decides how many images are made at a time. None: a
                 new one of at most 1 GiB.
@@ -159,14 +162,20 @@ class Generator(nn.Module):
         labels, seeds = self._requests(labels, num_images, seeds)
         choice = _Choice(float(guidance), top_k, top_p, float(temperature), smooth)
         choice.check(self.config)
-        self._check_fixed(fixed, len(labels))
+        fixed = self._checked(fixed, len(labels))
         like = self.transformer.head.weight
         if cache is None:
             most = MAX_CACHE_BYTES // (2 * KVCache.bytes_per_row(self.config, like.dtype))
             cache = self.new_cache(max(1, min(most, len(labels))))
         cache.check(self.config, 2, like)
+        device = next(self.tokenizer.parameters()).device
+        if device != like.device:
+            raise InputError(
+                f"got the tokenizer on {device} and the transformer on {like.device}; expected "
+                f"one device. Use generator.to({str(like.device)!r})."
+            )
         at_a_time = cache.rows // 2
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         parts = []
         try:
@@ -176,7 +185,8 @@ class Generator(nn.Module):
                 report = partial(on_scale, first) if on_scale else None
                 parts.append(self._generate(labels[rows], seeds[rows], choice, kept, cache, report))
         finally:
-            self.train(was_training)
+            for module, mode in modes:
+                module.training = mode
         grids = zip(*(part.idx_Bl for part in parts), strict=True)
         images = torch.cat([part.images for part in parts])
         return Samples([torch.cat(blocks) for blocks in grids], images, seeds)
@@ -210,6 +220,7 @@ class Generator(nn.Module):
                 strength = order.guidance(choice.guidance, step, len(config.steps))
                 conditional, unconditional = logits.chunk(2)
                 logits = guided(conditional, unconditional, strength)
+            logits = choice.filtered(logits)
             drawn = choice.draw(logits, seeds, positions)
             if fixed is not None:
                 kept = fixed.mask[:, positions]
@@ -217,10 +228,10 @@ class Generator(nn.Module):
             tokens = torch.cat([tokens, drawn], dim=1)
             codes = order.lookup(step, drawn)
             if choice.smooth:
-                book = self.tokenizer.get_codebook()
-                assert book is not None
+                codebook = self.tokenizer.get_codebook()
+                assert codebook is not None
                 progress = step / max(1, len(config.steps) - 1)
-                mixtures = choice.mixtures(logits, book, progress, seeds, positions)
+                mixtures = choice.mixtures(logits, codebook, progress, seeds, positions)
                 codes = mixtures if fixed is None else torch.where(kept[..., None], codes, mixtures)
             next_inputs = order.add(step, codes)
             if report is not None and tokens.shape[1] in ends:
@@ -228,7 +239,7 @@ class Generator(nn.Module):
                 report(list(tokens.split(layout.lengths[:grids], dim=1)))
             if next_inputs is not None:
                 inputs = next_inputs
-        images = self.tokenizer.decoder(order.quantized(tokens)).clamp(-1, 1)
+        images = self.tokenizer.decode_latents(order.quantized(tokens))
         return Samples(list(tokens.split(layout.lengths, dim=1)), images, seeds)
 
     def _labels(self, labels: Tensor | None, number: int) -> Tensor:
@@ -251,6 +262,8 @@ class Generator(nn.Module):
         self, labels: Labels, num_images: int | None, seeds: Sequence[int] | Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return one label and one seed per image, int64 [B] each."""
+        if num_images is not None and not isinstance(num_images, int):
+            raise InputError(f"got num_images={num_images!r}; expected an integer.")
         if isinstance(labels, int):
             labels = [labels] * (1 if num_images is None else num_images)
         if labels is not None:
@@ -269,10 +282,16 @@ class Generator(nn.Module):
         device = self.transformer.head.weight.device
         return self._labels(labels, number), seeds.to(device)
 
-    def _check_fixed(self, fixed: Fixed | None, number: int) -> None:
-        """Raise InputError unless the tokens to keep are those of this generator's images."""
+    def _checked(self, fixed: Fixed | None, number: int) -> Fixed | None:
+        """Return the tokens to keep, on the device of the generator.
+
+        Raises:
+            InputError: they are not tokens of ``number`` of its images.
+        """
         if fixed is None:
-            return
+            return None
+        if not isinstance(fixed, Fixed):
+            raise InputError(f"got fixed {describe(fixed)}; expected Fixed(tokens, mask).")
         sizes = [(rows, sum(self.config.steps)) for rows in (1, number)]
         fits = fixed.tokens.shape in sizes and fixed.mask.shape == fixed.tokens.shape
         if not fits or fixed.mask.dtype != torch.bool or fixed.tokens.dtype != torch.int64:
@@ -281,6 +300,16 @@ class Generator(nn.Module):
                 f"expected int64 tokens and a bool mask, both {list(sizes[0])} or "
                 f"{list(sizes[1])}. Encode the image with generator.tokenizer.encode."
             )
+        kept = fixed.tokens[fixed.mask]
+        wrong = kept[(kept < 0) | (kept >= self.config.codebook_size)]
+        if len(wrong):
+            raise InputError(
+                f"got the fixed token {int(wrong[0])}; expected 0 to "
+                f"{self.config.codebook_size - 1}. Encode the image with "
+                "generator.tokenizer.encode."
+            )
+        device = self.transformer.head.weight.device
+        return Fixed(fixed.tokens.to(device), fixed.mask.to(device))
 
 
 @dataclass(frozen=True)
@@ -303,7 +332,7 @@ class _Choice:
             ("top_p", self.top_p, 1),
             ("temperature", self.temperature, math.inf),
         ):
-            if not 0 <= value <= most:
+            if not (0 <= value <= most and math.isfinite(value)):
                 limit = "" if most == math.inf else f" and at most {most}"
                 raise InputError(f"got {name}={value}; expected at least 0{limit}.")
         if self.smooth and config.order != "next-scale":
@@ -311,13 +340,20 @@ class _Choice:
                 "got smooth=True for next-token prediction; mixtures are for next-scale "
                 "prediction. Use smooth=False."
             )
+        if self.smooth and self.temperature == 0:
+            raise InputError(
+                "got smooth=True and temperature=0; mixtures need noise. Use smooth=False."
+            )
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """Return logits divided by the temperature, -inf for codes that must not be drawn."""
+        if self.temperature == 0:
+            return logits
+        return filtered(logits / self.temperature, self.top_k, self.top_p)
 
     def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """Return tokens for logits [B, n, V], int64 [B, n]."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        logits = filtered(logits / self.temperature, self.top_k, self.top_p)
-        return sampled(logits, seeds, positions)
+        """Return tokens for filtered logits [B, n, V], int64 [B, n]."""
+        return logits.argmax(dim=-1) if self.temperature == 0 else sampled(logits, seeds, positions)
 
     def mixtures(
         self, logits: Tensor, codes: Tensor, progress: float, seeds: Tensor, positions: Tensor

@@ -8,6 +8,7 @@ import torch
 
 from smalto.core.errors import RunError
 from smalto.core.model_files import has_model, read_config, read_weights_into, write_model
+from smalto.core.weight_files import weight_problem
 from smalto.generator.config import GeneratorConfig
 from smalto.generator.generator import Generator
 from smalto.generator.transformer import Transformer
@@ -29,6 +30,11 @@ def save_generator(generator: Generator, folder: str | Path) -> None:
         RunError: weights are not finite; nothing was written.
     """
     folder = Path(folder)
+    for state in (generator.tokenizer.state_dict(), generator.transformer.state_dict()):
+        if problem := weight_problem(state):
+            raise RunError(
+                f"{folder} was not saved: {problem}. Lower the learning rate and resume."
+            )
     (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
     generator.tokenizer.save(folder / TOKENIZER_FOLDER)
     write_model(folder, generator.config, generator.transformer.state_dict())

@@ -63,7 +63,7 @@ def mixture(
     """Return mixtures of codes, weighted by a softmax with Gumbel noise (arXiv 1611.01144).
 
     Args:
-        logits: [B, n, V].
+        logits: [B, n, V]; -inf for codes that must not be mixed in.
         codes: [V, D].
         temperature: near 0, the weight of one code is 1.
         seeds, positions: as for ``sampled``.

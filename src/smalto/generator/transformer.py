@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         mask = self._mask(start, start + x.shape[1], x.device)
         modulation = condition if self.modulation is None else self.modulation(condition)
         for number, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, modulation, mask, use_reentrant=False)
             else:
                 remember = None if cache is None else partial(cache.append, number)
@@ -108,7 +108,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialize all weights as VAR's ``init_weights`` does with ``init_std = -1``."""
+        """Initialize weights as VAR's ``init_weights`` does with ``init_std = -1``.
+
+        The biases of queries and values and the scales of attention keep their values.
+        """
         std = math.sqrt(1 / self.config.width / 3)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -89,7 +89,8 @@ def load_generator(
         raise ConfigError(f"{source}: {problem}. Use another checkpoint.")
     _check_buffers(found_buffers, buffers(config), source)
     transformer.load_state_dict(
-        {key: state[name].detach().clone() for key, name in names.items()}, assign=True
+        {key: state[name].detach().to("cpu", copy=True) for key, name in names.items()},
+        assign=True,
     )
     return Generator(transformer, tokenizer).eval()
 
@@ -109,6 +110,12 @@ def generator_state_dict(generator: Generator) -> dict[str, Tensor]:
         raise ConfigError(
             f"VAR cannot hold this generator: got {config.order} prediction over "
             f"{config.layout}; expected next-scale prediction over square scales."
+        )
+    if config.num_classes == 0 or len(config.grids) == 1:
+        raise ConfigError(
+            f"VAR cannot hold this generator: got {config.num_classes} classes and "
+            f"{len(config.grids)} scales; expected at least 1 class and 2 scales, because VAR "
+            "divides by the number of classes, and by that of scales - 1."
         )
     own = generator.transformer.state_dict()
     names = generator_names(generator.transformer)
@@ -146,7 +153,8 @@ def _check_buffers(found: State, expected: State, source: str) -> None:
     """Raise ConfigError unless all buffers that a file has are those of the configuration."""
     for key, tensor in found.items():
         right = expected.get(key)
-        if right is None or tensor.shape != right.shape or bool((tensor != right).any()):
+        fits = right is not None and isinstance(tensor, Tensor) and tensor.shape == right.shape
+        if right is None or not fits or not torch.equal(tensor.cpu().to(right.dtype), right):
             raise ConfigError(
                 f"{source}: {key!r} differs from what the tokenizer's scales give. Load the "
                 "tokenizer with the patch_nums with which this transformer was trained."
@@ -168,15 +176,27 @@ def _read_config(
             "Load VAR's tokenizer with load_tokenizer."
         )
 
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, rank: int = 2) -> tuple[int, ...]:
         if key not in state:
             raise ConfigError(f"{source}: the key {key!r} is missing.")
+        if state[key].ndim != rank:
+            raise ConfigError(
+                f"{source}: got {key!r} of shape {list(state[key].shape)}; "
+                f"expected {rank} dimensions."
+            )
         return tuple(state[key].shape)
 
+    num_positions = shape("pos_1LC", rank=3)[1]
+    if num_positions != layout.num_tokens:
+        raise ConfigError(
+            f"{source}: got {num_positions} positions; the tokenizer's scales {layout} have "
+            f"{layout.num_tokens}. Load the tokenizer with the patch_nums of this transformer "
+            "(var_d36: 1, 2, 3, 4, 6, 9, 13, 18, 24, 32)."
+        )
     depth = count_of(state, r"blocks\.(\d+)\.attn\.mat_qkv\.weight")
     width = shape("word_embed.weight")[0]
     has_scales = "blocks.0.attn.scale_mul_1H11" in state
-    shown = shape("blocks.0.attn.scale_mul_1H11")[1] if has_scales else None
+    shown = shape("blocks.0.attn.scale_mul_1H11", rank=4)[1] if has_scales else None
     if num_heads is not None and shown not in (None, num_heads):
         raise ConfigError(f"{source}: got num_heads {num_heads}; the weights have {shown} heads.")
     rows, columns = layout.grids[-1]

@@ -100,7 +100,10 @@ def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted
 
 
 def _generator_to_var(generator: Generator, path: Path, overwrite: bool) -> Converted:
-    _write_pth(var.generator_state_dict(generator), path, overwrite)
+    state = var.generator_state_dict(generator)
+    if reasons := var.obstacles(generator.tokenizer):
+        raise ConfigError(f"VAR cannot hold the generator's tokenizer: {'; '.join(reasons)}.")
+    _write_pth(state, path, overwrite)
     config = generator.config
     arguments: dict[str, var.VARValue] = {
         "depth": config.depth,
@@ -108,6 +111,7 @@ def _generator_to_var(generator: Generator, path: Path, overwrite: bool) -> Conv
         "num_heads": config.num_heads,
         "num_classes": config.num_classes,
         "mlp_ratio": config.mlp_ratio,
+        "cond_drop_rate": config.label_drop,
         "shared_aln": config.shared_adaln,
         "attn_l2_norm": config.l2_attention,
         "patch_nums": tuple(h for h, _ in config.grids),
@@ -117,7 +121,7 @@ def _generator_to_var(generator: Generator, path: Path, overwrite: bool) -> Conv
 
 def _write_pth(state: dict[str, Tensor], path: Path, overwrite: bool) -> None:
     if path.suffix != ".pth":
-        raise RunError(f"got {path}; expected a file name that ends with .pth, such as vae.pth.")
+        raise RunError(f"got {path}; expected a file name that ends with .pth, such as model.pth.")
     _check_free(path, overwrite)
     if path.is_dir():
         raise RunError(f"{path} is a folder; expected a file that ends with .pth. Change --out.")

@@ -274,7 +274,8 @@ class MultiScaleVQ(Quantizer):
             size = len(codes), self.code_dim, *layout.grids[-1]
             result = codes.new_zeros(size, dtype=self.scale.dtype)
         with without_autocast(codes.device):
-            return result + self._spread(codes.flatten(0, 1), number, layout, result)
+            codes = codes.to(result.dtype).flatten(0, 1)
+            return result + self._spread(codes, number, layout, result)
 
     def layout(self, height: int, width: int) -> TokenLayout:
         """Return the scales in proportion to a latent map of ``height`` x ``width``.

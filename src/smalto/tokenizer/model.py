@@ -179,7 +179,10 @@ class ImageTokenizer(nn.Module):
             InputError: a token is outside the codebook, or the number of tokens is not the
                 layout's.
         """
-        quantized = self.quantize.decode(tokens, layout)
+        return self.decode_latents(self.quantize.decode(tokens, layout), clamp=clamp)
+
+    def decode_latents(self, quantized: Tensor, *, clamp: bool = True) -> Tensor:
+        """Quantized latents [B, C, h, w] -> images [B, C, H, W], clamped as by ``decode``."""
         images = run_in_tiles(
             self.decoder, quantized.to(_dtype(self.decoder)), quantized.dtype, up=self.stride
         )

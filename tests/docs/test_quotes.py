@@ -87,6 +87,22 @@ def test_pretrained_tokenizers_are_quoted(page: Path) -> None:
         assert quotes(text, f"{measured['speed']['ratio']:.1f} ")
 
 
+@pytest.mark.parametrize("page", PRETRAINED, ids=lambda page: page.parent.name)
+def test_fine_tuning_is_quoted(page: Path) -> None:
+    finetuning, text = result("finetuning"), page.read_text(encoding="utf-8")
+    for name in ("from photos-f8", "from scratch"):
+        assert quotes(text, f"{finetuning[name]['psnr']:.2f} dB")
+        assert quotes(text, f"{finetuning[name]['lite0_distance']:.3f}")
+
+
+def test_what_was_claimed_of_fine_tuning_holds() -> None:
+    finetuning = result("finetuning")
+    assert finetuning["minutes"] == 10
+    tuned, from_scratch = finetuning["from photos-f8"], finetuning["from scratch"]
+    assert tuned["psnr"] >= from_scratch["psnr"] + 0.5
+    assert tuned["lite0_distance"] <= 0.85 * from_scratch["lite0_distance"]
+
+
 @on_readmes
 def test_pretrained_tokenizers_are_quoted_in_short(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -169,3 +169,5 @@ def test_the_command_line_converts_both_ways(tmp_path: Path) -> None:
     )
     assert wrong.returncode == 1
     assert "--tokenizer TOKENIZER" in wrong.stderr
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        smalto.convert(tmp_path / "var.pth", tmp_path / "x", "smalto", num_heads=3)

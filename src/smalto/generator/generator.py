@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from smalto.core.errors import InputError, describe
-from smalto.generator.config import GeneratorConfig
 from smalto.generator.kv_cache import KVCache
 from smalto.generator.orders import ORDERS
-from smalto.generator.sampling import filtered, guided, mixture, sampled
+from smalto.generator.sampling import SamplingSettings, guided
 from smalto.generator.transformer import Transformer
 from smalto.tokenizer import ImageTokenizer
 
@@ -160,8 +158,13 @@ class Generator(nn.Module):
             InputError: a value is out of range, or sizes do not fit.
         """
         labels, seeds = self._requests(labels, num_images, seeds)
-        choice = _Choice(float(guidance), top_k, top_p, float(temperature), smooth)
-        choice.check(self.config)
+        settings = SamplingSettings(guidance, top_k, top_p, temperature, smooth)
+        settings.check()
+        if smooth and self.config.order != "next-scale":
+            raise InputError(
+                "got smooth=True for next-token prediction; mixtures are for next-scale "
+                "prediction. Use smooth=False."
+            )
         fixed = self._checked(fixed, len(labels))
         like = self.transformer.head.weight
         if cache is None:
@@ -183,7 +186,9 @@ class Generator(nn.Module):
                 rows = slice(first, first + at_a_time)
                 kept = None if fixed is None else fixed.rows(rows)
                 report = partial(on_scale, first) if on_scale else None
-                parts.append(self._generate(labels[rows], seeds[rows], choice, kept, cache, report))
+                parts.append(
+                    self._generate(labels[rows], seeds[rows], settings, kept, cache, report)
+                )
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -195,7 +200,7 @@ class Generator(nn.Module):
         self,
         labels: Tensor,
         seeds: Tensor,
-        choice: _Choice,
+        settings: SamplingSettings,
         fixed: Fixed | None,
         cache: KVCache,
         report: Callable[[list[Tensor]], None] | None,
@@ -206,7 +211,7 @@ class Generator(nn.Module):
         order = ORDERS[config.order](self.tokenizer.quantize, layout)
         inputs = self.transformer.head.weight.new_zeros(len(labels), 0, config.code_dim)
         tokens = labels.new_zeros(len(labels), 0)
-        has_guidance = choice.guidance != 0 and bool((labels < config.num_classes).any())
+        has_guidance = settings.guidance != 0 and bool((labels < config.num_classes).any())
         if has_guidance:
             labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
         ends = list(itertools.accumulate(layout.lengths))
@@ -217,21 +222,21 @@ class Generator(nn.Module):
             inputs = inputs.repeat(2, 1, 1) if has_guidance else inputs
             logits = _precise(self.transformer(labels, inputs, cache))
             if has_guidance:
-                strength = order.guidance(choice.guidance, step, len(config.steps))
+                strength = order.guidance(settings.guidance, step, len(config.steps))
                 conditional, unconditional = logits.chunk(2)
                 logits = guided(conditional, unconditional, strength)
-            logits = choice.filtered(logits)
-            drawn = choice.draw(logits, seeds, positions)
+            logits = settings.filtered(logits)
+            drawn = settings.draw(logits, seeds, positions)
             if fixed is not None:
                 kept = fixed.mask[:, positions]
                 drawn = torch.where(kept, fixed.tokens[:, positions], drawn)
             tokens = torch.cat([tokens, drawn], dim=1)
             codes = order.lookup(step, drawn)
-            if choice.smooth:
+            if settings.smooth:
                 codebook = self.tokenizer.get_codebook()
                 assert codebook is not None
                 progress = step / max(1, len(config.steps) - 1)
-                mixtures = choice.mixtures(logits, codebook, progress, seeds, positions)
+                mixtures = settings.mixtures(logits, codebook, progress, seeds, positions)
                 codes = mixtures if fixed is None else torch.where(kept[..., None], codes, mixtures)
             next_inputs = order.add(step, codes)
             if report is not None and tokens.shape[1] in ends:
@@ -310,60 +315,6 @@ class Generator(nn.Module):
             )
         device = self.transformer.head.weight.device
         return Fixed(fixed.tokens.to(device), fixed.mask.to(device))
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """How tokens are drawn from logits; see ``Generator.generate``."""
-
-    guidance: float
-    top_k: int
-    top_p: float
-    temperature: float
-    smooth: bool
-
-    def check(self, config: GeneratorConfig) -> None:
-        """Raise InputError if a value is out of range."""
-        if not isinstance(self.top_k, int):
-            raise InputError(f"got top_k={self.top_k!r}; expected an integer.")
-        for name, value, most in (
-            ("guidance", self.guidance, math.inf),
-            ("top_k", self.top_k, math.inf),
-            ("top_p", self.top_p, 1),
-            ("temperature", self.temperature, math.inf),
-        ):
-            if not (0 <= value <= most and math.isfinite(value)):
-                limit = "" if most == math.inf else f" and at most {most}"
-                raise InputError(f"got {name}={value}; expected at least 0{limit}.")
-        if self.smooth and config.order != "next-scale":
-            raise InputError(
-                "got smooth=True for next-token prediction; mixtures are for next-scale "
-                "prediction. Use smooth=False."
-            )
-        if self.smooth and self.temperature == 0:
-            raise InputError(
-                "got smooth=True and temperature=0; mixtures need noise. Use smooth=False."
-            )
-
-    def filtered(self, logits: Tensor) -> Tensor:
-        """Return logits divided by the temperature, -inf for codes that must not be drawn."""
-        if self.temperature == 0:
-            return logits
-        return filtered(logits / self.temperature, self.top_k, self.top_p)
-
-    def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """Return tokens for filtered logits [B, n, V], int64 [B, n]."""
-        return logits.argmax(dim=-1) if self.temperature == 0 else sampled(logits, seeds, positions)
-
-    def mixtures(
-        self, logits: Tensor, codes: Tensor, progress: float, seeds: Tensor, positions: Tensor
-    ) -> Tensor:
-        """Return mixtures of codes with the weights of VAR's ``more_smooth``, [B, n, D].
-
-        ``progress`` goes from 0 in the first step to 1 in the last.
-        """
-        temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-        return mixture(logits * (1 + progress), codes, temperature, seeds, positions)
 
 
 def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:

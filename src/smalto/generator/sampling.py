@@ -2,12 +2,67 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from smalto.core.errors import InputError
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed integer: splitmix64's constants
 _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn from logits; see ``Generator.generate``."""
+
+    guidance: float
+    top_k: int
+    top_p: float
+    temperature: float
+    smooth: bool
+
+    def check(self) -> None:
+        """Raise InputError if a value is out of range."""
+        if not isinstance(self.top_k, int):
+            raise InputError(f"got top_k={self.top_k!r}; expected an integer.")
+        for name, value, most in (
+            ("guidance", self.guidance, math.inf),
+            ("top_k", self.top_k, math.inf),
+            ("top_p", self.top_p, 1),
+            ("temperature", self.temperature, math.inf),
+        ):
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not is_number or not 0 <= value <= most:
+                limit = "" if most == math.inf else f" and at most {most}"
+                raise InputError(f"got {name}={value!r}; expected a number of at least 0{limit}.")
+        if self.smooth and self.temperature == 0:
+            raise InputError(
+                "got smooth=True and temperature=0; mixtures need noise. Use smooth=False."
+            )
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """Return logits divided by the temperature, -inf for codes that must not be drawn."""
+        if self.temperature == 0:
+            return logits
+        return filtered(logits / self.temperature, self.top_k, self.top_p)
+
+    def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """Return tokens for filtered logits [B, n, V], int64 [B, n]."""
+        return logits.argmax(dim=-1) if self.temperature == 0 else sampled(logits, seeds, positions)
+
+    def mixtures(
+        self, logits: Tensor, codes: Tensor, progress: float, seeds: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Return mixtures of codes with the weights of VAR's ``more_smooth``, [B, n, D].
+
+        ``progress`` goes from 0 in the first step to 1 in the last.
+        """
+        temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+        return mixture(logits * (1 + progress), codes, temperature, seeds, positions)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:

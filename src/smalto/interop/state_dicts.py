@@ -1,15 +1,39 @@
-"""Checks of the keys, shapes and types of foreign weights."""
+"""Reading of foreign weights, and checks of their keys, shapes and types."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smalto.core.errors import ConfigError, describe
-from smalto.core.weight_files import State
+from smalto.core.weight_files import State, read_weights
+
+
+def open_checkpoint(path_or_state_dict: str | Path | State) -> tuple[Any, str]:
+    """Return the content of a weight file, or of what was read already, and its name for errors.
+
+    Raises:
+        DataError: the file cannot be read without running code from it.
+    """
+    if isinstance(path_or_state_dict, (str, Path)):
+        return read_weights(path_or_state_dict), str(path_or_state_dict)
+    return path_or_state_dict, "the state dict"
+
+
+def shape_of(state: State, key: str, rank: int, source: str) -> tuple[int, ...]:
+    """Return the shape of a tensor; raise ConfigError if it is missing or of another rank."""
+    if key not in state:
+        raise ConfigError(f"{source}: the key {key!r} is missing.")
+    if state[key].ndim != rank:
+        raise ConfigError(
+            f"{source}: got {key!r} of shape {list(state[key].shape)}; expected {rank} dimensions."
+        )
+    return tuple(state[key].shape)
 
 
 def count_of(state: State, pattern: str) -> int:

@@ -18,8 +18,14 @@ from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, DataError, InputError, describe
 from smalto.core.layout import TokenLayout, as_grids
-from smalto.core.weight_files import State, find_state, read_weights, weight_problem
-from smalto.interop.state_dicts import check_tensors, compare, count_of
+from smalto.core.weight_files import State, find_state, weight_problem
+from smalto.interop.state_dicts import (
+    check_tensors,
+    compare,
+    count_of,
+    open_checkpoint,
+    shape_of,
+)
 from smalto.interop.var_generator import generator_state_dict as generator_state_dict
 from smalto.interop.var_generator import load_generator as load_generator
 from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
@@ -61,12 +67,7 @@ def load_tokenizer(
         ConfigError: a key is missing, unexpected or of another shape, or the number of scales
             differs from that of ``patch_nums``.
     """
-    if isinstance(path_or_state_dict, (str, Path)):
-        source = str(path_or_state_dict)
-        checkpoint = read_weights(path_or_state_dict)
-    else:
-        source = "the state dict"
-        checkpoint = path_or_state_dict
+    checkpoint, source = open_checkpoint(path_or_state_dict)
     if isinstance(checkpoint, Mapping) and "pos_1LC" in checkpoint:
         raise DataError(
             f"{source} is VAR's transformer; expected its tokenizer. Load vae_ch160v4096z32.pth, "
@@ -280,14 +281,7 @@ def _read_config(
     """Return the settings of a tokenizer from the keys and shapes of its weights."""
 
     def shape(key: str, rank: int = 4) -> tuple[int, ...]:
-        if key not in state:
-            raise ConfigError(f"{source}: the key {key!r} is missing.")
-        if state[key].ndim != rank:
-            raise ConfigError(
-                f"{source}: got {key!r} of shape {list(state[key].shape)}; "
-                f"expected {rank} dimensions."
-            )
-        return tuple(state[key].shape)
+        return shape_of(state, key, rank, source)
 
     ch, in_channels = shape("encoder.conv_in.weight")[:2]
     levels = count_of(state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")

@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from smalto.core.errors import ConfigError, InputError, describe
-from smalto.core.weight_files import State, find_state, read_weights, weight_problem
+from smalto.core.weight_files import State, find_state, weight_problem
 from smalto.generator import Generator, GeneratorConfig
 from smalto.generator.transformer import Transformer, numbered
-from smalto.interop.state_dicts import check_tensors, compare, count_of
+from smalto.interop.state_dicts import (
+    check_tensors,
+    compare,
+    count_of,
+    open_checkpoint,
+    shape_of,
+)
 from smalto.tokenizer import ImageTokenizer
 
 _MARKS = ("pos_1LC", "word_embed.weight")
@@ -69,12 +75,7 @@ def load_generator(
         ConfigError: a key is missing, unexpected or of another shape, a buffer has unexpected
             values, or the tokenizer does not fit.
     """
-    if isinstance(path_or_state_dict, (str, Path)):
-        source = str(path_or_state_dict)
-        checkpoint = read_weights(path_or_state_dict)
-    else:
-        source = "the state dict"
-        checkpoint = path_or_state_dict
+    checkpoint, source = open_checkpoint(path_or_state_dict)
     state = dict(find_state(checkpoint, _MARKS, "transformer of VAR"))
     found_buffers = {key: state.pop(key) for key in list(state) if _is_buffer(key)}
     check_tensors(state, _MARKS[1], source)
@@ -177,14 +178,7 @@ def _read_config(
         )
 
     def shape(key: str, rank: int = 2) -> tuple[int, ...]:
-        if key not in state:
-            raise ConfigError(f"{source}: the key {key!r} is missing.")
-        if state[key].ndim != rank:
-            raise ConfigError(
-                f"{source}: got {key!r} of shape {list(state[key].shape)}; "
-                f"expected {rank} dimensions."
-            )
-        return tuple(state[key].shape)
+        return shape_of(state, key, rank, source)
 
     num_positions = shape("pos_1LC", rank=3)[1]
     if num_positions != layout.num_tokens:

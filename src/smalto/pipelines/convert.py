@@ -84,6 +84,11 @@ def convert(
             return _generator_to_var(load_generator(source), path, overwrite)
         return _to_var(load(source), path, overwrite)
     if to == "smalto":
+        if tokenizer is None and num_heads is not None:
+            raise ConfigError(
+                f"got num_heads {num_heads} without a tokenizer; it is for a transformer of VAR. "
+                "Name the folder of its tokenizer: --tokenizer."
+            )
         if tokenizer is not None:
             generator = var.load_generator(source, load(tokenizer), num_heads)
             return _generator_to_smalto(generator, path, overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,6 +168,35 @@ def test_tokens_are_the_likeliest_ones_after_those_that_are_fixed(kind: str) -> 
     inputs = generator.tokenizer.idxBl_to_var_input(made, patch_hws)
     likeliest = generator(torch.tensor([1, 3]), inputs).argmax(-1)
     assert torch.equal(torch.cat(made, 1), torch.where(mask, tokens, likeliest))
+
+
+@kinds
+def test_guidance_is_the_formula_at_every_step(kind: str) -> None:
+    generator = generator_of(kind)
+    config = generator.config
+    made = generator.generate([3], guidance=2.0, temperature=0).idx_Bl
+    patch_hws = config.grids if kind in ("multiscale", "one scale") else None
+    inputs = generator.tokenizer.idxBl_to_var_input(made, patch_hws)
+    label, none = generator(torch.tensor([3]), inputs), generator(None, inputs)
+    strengths = torch.full((config.layout.num_tokens,), 2.0, dtype=torch.float64)
+    if kind == "multiscale":  # grows from 0 over the three scales
+        strengths = torch.tensor([0.0] + [1.0] * 6 + [2.0] * 24, dtype=torch.float64)
+    strengths = strengths[:, None]
+    likeliest = ((1 + strengths) * label - strengths * none).argmax(-1)
+    assert torch.equal(torch.cat(made, 1), likeliest)
+
+
+def test_the_scale_of_attention_is_at_most_100() -> None:
+    generator = generator_of("multiscale")
+    inputs = torch.randn(1, 30, 8, dtype=torch.float64)
+    logits = []
+    for value in (math.log(100), 50.0):
+        with torch.no_grad():
+            for name, parameter in generator.named_parameters():
+                if name.endswith("log_scale"):
+                    parameter.fill_(value)
+        logits.append(generator(torch.tensor([1]), inputs))
+    torch.testing.assert_close(logits[0], logits[1])
 
 
 @kinds

@@ -3,7 +3,8 @@ higher PSNR and a lower lite0 distance than ten minutes of training the same net
 
 ``python benchmarks/finetuning.py FOLDER`` trains both on the 153 animals of Twemoji into FOLDER,
 with the losses of the recipe for fine-tuning, and measures held-out images. Interrupted trainings
-resume. ``--all`` takes all 4,009 emoji.
+resume. ``--all`` takes all 4,009 emoji, ``--images SOURCE`` images of your own; the textures of the
+stored result are ``usr/share/games/colobot/textures`` of Debian's ``colobot-common-textures``.
 """
 
 from __future__ import annotations
@@ -46,15 +47,17 @@ METRICS = ("psnr", "ssim", "lite0_distance", "num_images", "steps", "training_se
 PILOT_STEPS = 20
 
 
-def main(folder: Path, minutes: float, source: str) -> None:
+def main(
+    folder: Path, minutes: float, source: str, data: dict[str, Any], name_of_result: str
+) -> None:
     tuned, from_scratch = folder / "tuned", folder / "from-scratch"
-    recipe = smalto.load_recipe(finetuning_recipe(NAME), EMOJI)
+    recipe = smalto.load_recipe(finetuning_recipe(NAME), data)
     if tuned.is_dir():
         steps = smalto.load_recipe(tuned / "recipe.toml").steps
     else:
         steps = round(60 * minutes / seconds_of_a_step(recipe, source))
     recipe = change_recipe(recipe, {"steps": steps})
-    scratch = smalto.load_recipe(RECIPES / f"{NAME}.toml", EMOJI | LIKE_TUNED | {"steps": steps})
+    scratch = smalto.load_recipe(RECIPES / f"{NAME}.toml", data | LIKE_TUNED | {"steps": steps})
     result: dict[str, Any] = {"minutes": minutes, "images": Path(source).name}
     for name, run, chosen, start in (
         (f"from {NAME}", tuned, recipe, NAME),
@@ -65,7 +68,7 @@ def main(folder: Path, minutes: float, source: str) -> None:
         result[name] = {key: metrics[key] for key in METRICS}
         print(name, result[name], flush=True)
     result["gain"] = result[f"from {NAME}"]["psnr"] - result["from scratch"]["psnr"]
-    print(f"{result['gain']:.2f} dB; stored in", store("finetuning", result))
+    print(f"{result['gain']:.2f} dB; stored in", store(name_of_result, result))
 
 
 def seconds_of_a_step(recipe: TokenizerRecipe, source: str) -> float:
@@ -89,7 +92,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--all", action="store_true", help="all emoji")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--all", action="store_true", help="all emoji")
+    chosen.add_argument("--images", help="a folder of images, in crops of the recipe's size")
     options = parser.parse_args()
-    images = "emoji" if options.all else write_group(options.folder / GROUP)
-    main(options.folder, options.minutes, images)
+    if options.images:
+        name = f"finetuning-{Path(options.images).name}"
+        main(options.folder, options.minutes, options.images, {}, name)
+    else:
+        images = "emoji" if options.all else write_group(options.folder / GROUP)
+        main(options.folder, options.minutes, images, EMOJI, "finetuning")

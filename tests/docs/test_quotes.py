@@ -88,8 +88,9 @@ def test_pretrained_tokenizers_are_quoted(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PRETRAINED, ids=lambda page: page.parent.name)
-def test_fine_tuning_is_quoted(page: Path) -> None:
-    finetuning, text = result("finetuning"), page.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name_of_result", ["finetuning", "finetuning-textures"])
+def test_fine_tuning_is_quoted(page: Path, name_of_result: str) -> None:
+    finetuning, text = result(name_of_result), page.read_text(encoding="utf-8")
     for name in ("from photos-f8", "from scratch"):
         assert quotes(text, f"{finetuning[name]['psnr']:.2f} dB")
         assert quotes(text, f"{finetuning[name]['lite0_distance']:.3f}")
@@ -101,6 +102,9 @@ def test_what_was_claimed_of_fine_tuning_holds() -> None:
     tuned, from_scratch = finetuning["from photos-f8"], finetuning["from scratch"]
     assert tuned["psnr"] >= from_scratch["psnr"] + 0.5
     assert tuned["lite0_distance"] <= 0.85 * from_scratch["lite0_distance"]
+    textures = result("finetuning-textures")
+    assert textures["minutes"] == 10
+    assert textures["from photos-f8"]["psnr"] >= textures["from scratch"]["psnr"] + 1
 
 
 @on_readmes

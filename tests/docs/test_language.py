@@ -17,7 +17,7 @@ PAGES = [
 MODULES = sorted((ROOT / "src").rglob("*.py"))
 SOURCES = [
     *MODULES,
-    ROOT / "src/smalto/report/template.html",
+    *(ROOT / "src/smalto/report").glob("*.html"),
     *sorted((ROOT / "benchmarks").glob("*.py")),
     *sorted((ROOT / "recipes").glob("*.toml")),
     ROOT / "pyproject.toml",

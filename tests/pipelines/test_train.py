@@ -183,7 +183,7 @@ def test_what_is_there_is_not_overwritten_unasked(
     assert (mine / "thesis.txt").exists()
     assert (run / "thesis.txt").exists()
     (run / "thesis.txt").unlink()
-    with pytest.raises(RunError, match="images lie inside"):
+    with pytest.raises(RunError, match="lies inside"):
         smalto.train(
             run / "decoded",
             tiny_recipe,
@@ -270,7 +270,7 @@ def test_logs_that_are_lost_or_damaged_do_not_stop_a_run(run: Path) -> None:
     (run / "log.jsonl").write_bytes((run / "log.jsonl").read_bytes() + b"7\n\xff\xfe")
     trained = smalto.resume(run, settings={"steps": 7}, device="cpu", workers=0)
     assert [row["step"] for row in read_jsonl(run / "log.jsonl")] == list(range(1, 8))
-    assert trained.training.images_per_second > 0  # of the one step that is known
+    assert trained.training.times.images_per_second > 0  # of the one step that is known
     (run / "split.json").write_text("{}")
     with pytest.raises(RunError, match=r"split\.json is damaged"):
         smalto.resume(run, device="cpu", workers=0)
@@ -400,7 +400,7 @@ def test_metrics_of_an_earlier_end_go_when_a_run_goes_further(
         raise KeyboardInterrupt
 
     assert (run / "metrics.json").is_file()
-    monkeypatch.setattr("smalto.pipelines.train.evaluate_tokenizer", stop)
+    monkeypatch.setattr("smalto.evaluation.run_summary.evaluate_tokenizer", stop)
     with pytest.raises(KeyboardInterrupt):
         smalto.resume(run, settings={"steps": 8}, device="cpu", workers=0)
     assert not (run / "metrics.json").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import smalto
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.quantizers import MultiScaleVQConfig
 from smalto.training.recipe import change_recipe
@@ -17,6 +18,7 @@ from smalto.training.recipe_file import load_recipe
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 from tests.features.test_networks import lpips_state
+from tests.training.test_generator_training import make_store, make_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 NAMES = {
@@ -26,11 +28,17 @@ NAMES = {
     "photos-vqgan-small",
     "var-small",
     "emoji-var",
+    "emoji-tokenizer",
+    "emoji-generator",
     "imagenet256-var",
     "imagenet256-vq16",
 }
 
-everyone = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+GENERATORS = [path for path in RECIPES if 'kind = "generator"' in path.read_text()]
+TOKENIZERS = [path for path in RECIPES if path not in GENERATORS]
+
+of_tokenizers = pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
+of_generators = pytest.mark.parametrize("path", GENERATORS, ids=lambda path: path.stem)
 
 
 def test_they_are_all_there() -> None:
@@ -67,7 +75,7 @@ def made_tiny(recipe: TokenizerRecipe, folder: Path) -> TokenizerRecipe:
     return change_recipe(recipe, settings)
 
 
-@everyone
+@of_tokenizers
 def test_it_builds_and_takes_steps_at_tiny_size(path: Path, tmp_path: Path) -> None:
     recipe = made_tiny(load_recipe(path), tmp_path)
     images = (
@@ -88,6 +96,23 @@ def test_it_builds_and_takes_steps_at_tiny_size(path: Path, tmp_path: Path) -> N
         not torch.equal(tensor, task.tokenizer.state_dict()[name])
         for name, tensor in before.items()
     )
+
+
+@of_generators
+def test_a_generator_takes_steps_at_tiny_size(path: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_tokenizer())
+    settings = {
+        "generator.depth": 2,
+        "generator.width": 16,
+        "generator.num_heads": 2,
+        "data.batch": 8,
+        "data.tokenizer": str(tmp_path / "tokenizer-of-store"),
+        "evaluate.samples": 0,
+        "steps": 3,
+    }
+    trained = smalto.train(store, load_recipe(path, settings), out=tmp_path / "run")
+    assert trained.metrics is not None
+    assert trained.metrics.held_out.num_rows > 0
 
 
 def test_the_simple_recipe_shows_every_setting() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import smalto
 from smalto.quantizers.codebook import Codebook
-from smalto.training.optimization import WeightAverage, learning_rate_factor, parameter_groups
-from smalto.training.recipe import OptimizerConfig, change_recipe
+from smalto.training.optimization import WeightAverage, cosine_schedule, parameter_groups
+from smalto.training.recipe import change_recipe
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 from tests.conftest import TINY
@@ -79,12 +79,11 @@ def test_norms_biases_and_codes_do_not_decay() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
-    config = OptimizerConfig(warmup=10)
-    shares = [learning_rate_factor(config, step, 100) for step in range(1, 101)]
+    shares = [cosine_schedule(step, 100, warmup=10) for step in range(1, 101)]
     assert shares[0] == pytest.approx(0.1)
     assert max(shares) == pytest.approx(shares[9])
     assert shares[-1] < 1e-3
-    assert learning_rate_factor(OptimizerConfig(decay=False), 100, 100) == 1
+    assert cosine_schedule(100, 100, warmup=0, decay=False) == 1
 
 
 def test_a_batch_in_parts_is_the_batch() -> None:

@@ -18,6 +18,8 @@ _SHOWN = {
     "psnr": "PSNR {:.1f}",
     "usage": "codes {:.0%}",
     "held_out_psnr": "held-out {:.1f}",
+    "accuracy": "accuracy {:.1%}",
+    "held_out_loss": "held-out {:.3f}",
     "errors": "{:.0f} errors",
 }
 

@@ -18,8 +18,7 @@ from smalto.core.text import printable, printable_lines
 
 if TYPE_CHECKING:
     from smalto.cli.progress_bar import ConsoleProgress
-    from smalto.metrics.record import Metrics
-    from smalto.pipelines.train import Trained
+    from smalto.pipelines.train import Trained, TrainedGenerator
 
 Device = Annotated[
     str,
@@ -101,19 +100,20 @@ def quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def print_trained(trained: Trained) -> None:
+def print_trained(trained: Trained | TrainedGenerator) -> None:
     """Print the metrics of a training and the path of its report; only rank 0 has them."""
     if trained.metrics is not None:
-        print_metrics(trained.metrics)
+        print_tables(trained.tables())
         say(f"\nreport: {trained.run.path / 'report.html'}")
 
 
-def print_metrics(metrics: Metrics) -> None:
-    """Print metrics as tables."""
-    from smalto.metrics.formatting import aligned, codec_rows, grid_rows, metric_rows
+def print_tables(tables: list[list[tuple[str, ...]]]) -> None:
+    """Print (name, value) pairs, and below them tables with a heading."""
+    from smalto.metrics.formatting import aligned
 
-    print_rows(metric_rows(metrics))
-    for rows in filter(None, (grid_rows(metrics), codec_rows(metrics))):
+    pairs, *others = tables
+    print_rows([(name, value) for name, value in pairs])
+    for rows in filter(None, others):
         say("\n" + "\n".join(aligned(rows)))
 
 

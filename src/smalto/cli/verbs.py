@@ -1,4 +1,4 @@
-"""All commands but those for token stores."""
+"""All commands but `generate` and those for token stores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smalto.cli.generate_verb import generate
 from smalto.cli.shared import (
     Batch,
     Device,
@@ -19,8 +20,8 @@ from smalto.cli.shared import (
     checked_choice,
     console_progress,
     given,
-    print_metrics,
     print_rows,
+    print_tables,
     print_trained,
     quoted,
     say,
@@ -39,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(store, name="store")
+app.command(epilog="Example: smalto generate emoji --label animals --count 16")(generate)
 
 
 @app.command(epilog="Example: smalto demo")
@@ -72,7 +74,8 @@ def train(
         str | None,
         typer.Argument(
             help="Folder (or zip, tar, parquet) of images, with its subfolders; or bundled, emoji. "
-            "With --resume: where the images are now, if they moved."
+            "For the recipe of a generator: a token store, or a folder of stores. "
+            "With --resume: where the images or tokens are now, if they moved."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder to create.")] = Path("runs/mine"),
@@ -121,7 +124,10 @@ def train(
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Train a tokenizer on your images. Ctrl-C saves and stops; --resume continues the run."""
+    """Train a tokenizer on your images, or a generator on their tokens.
+
+    Ctrl-C saves and stops; --resume continues the run.
+    """
     from smalto.pipelines import train as jobs
     from smalto.pretrained import finetuning_recipe
     from smalto.training.recipe import change_recipe, parse_setting
@@ -170,6 +176,8 @@ def train(
         else:
             assert folder is not None
             chosen = load_recipe(recipe or finetuning_recipe(start), settings)
+            if codebook_size is not None and not chosen.codebook_size_key:
+                raise SmaltoError("--codebook-size is for recipes of tokenizers: leave it out.")
             if codebook_size is not None:
                 chosen = change_recipe(chosen, {chosen.codebook_size_key: codebook_size})
             print_trained(
@@ -230,6 +238,7 @@ def evaluate(
     import json
 
     from smalto.images.image_file import summary
+    from smalto.metrics.formatting import metric_tables
     from smalto.pipelines import evaluate as jobs
 
     with console_progress() as progress:
@@ -253,7 +262,7 @@ def evaluate(
     if json_:
         say(json.dumps(result.metrics.as_json(), indent=2))
     else:
-        print_metrics(result.metrics)
+        print_tables(metric_tables(result.metrics))
 
 
 @app.command(

@@ -48,6 +48,17 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def fastest_precision(device: torch.device) -> Precision:
+    """Return "bf16" if the device multiplies matrices faster in bfloat16, else "float32"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type != "cpu":
+        return "float32"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of x86; absent elsewhere
+    has_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return "bf16" if has_bf16 else "float32"
+
+
 @contextmanager
 def computing(device: torch.device, precision: Precision, batch: int) -> Iterator[None]:
     """Run a model's computations with autocast for bf16, and with ``memory_errors``."""

@@ -1,21 +1,64 @@
-"""The last step of a run: metrics.json and report.html."""
+"""The last step of a tokenizer's run: its evaluation, metrics.json and report.html."""
 
 from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
+from torch import Tensor
+
 from smalto.core.files import write_atomic
+from smalto.core.progress import Progress
 from smalto.core.text import printable
-from smalto.evaluation.evaluator import Evaluation
+from smalto.evaluation.evaluator import Evaluation, evaluate_tokenizer
+from smalto.evaluation.feature_networks import FeatureNetworks
 from smalto.images.image_file import summary
+from smalto.images.image_reader import transform_of
 from smalto.images.sources import credits_of
+from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.metrics.record import TrainingSummary
+from smalto.metrics.record import ChangedIndices, TrainingSummary
 from smalto.report import RunReport, write_report
-from smalto.training.run_folder import METRICS_FILE, REPORT_FILE, RunFolder, read_log
+from smalto.tokenizer import load
+from smalto.training.run_folder import (
+    METRICS_FILE,
+    REPORT_FILE,
+    START_FOLDER,
+    RunFolder,
+    read_log,
+)
 from smalto.training.tokenizer_recipe import TokenizerRecipe
+from smalto.training.tokenizer_run import TrainedRun
+from smalto.training.training_images import TrainingImages
+
+
+def evaluate_run(
+    trained: TrainedRun, inference: InferenceTokenizer, images: TrainingImages, progress: Progress
+) -> Evaluation:
+    """Evaluate a trained run on whole held-out images, as ``smalto evaluate`` does."""
+    recipe = trained.recipe
+    stride, longer_side = inference.tokenizer.stride, recipe.data.longer_side
+    indices = images.to_evaluate(recipe.evaluate.images)
+    candidates = len(images.held_out or images.training)
+    drawn = f", drawn from {candidates:,}" if len(indices) < candidates else ""
+    progress.start("evaluating", len(indices), "images")
+    evaluation = evaluate_tokenizer(
+        inference,
+        images.whole_images(indices, stride, longer_side, progress),
+        FeatureNetworks.open(inference.device),
+        measured_on=images.measured_on + drawn,
+        transform=str(transform_of(stride, longer_side=longer_side)),
+        skipped=lambda: images.skipped,
+    )
+    progress.finish()
+    start = trained.folder.path / START_FOLDER
+    if not start.is_dir():
+        return evaluation
+    before = InferenceTokenizer.on(load(start).to(inference.device), recipe.precision)
+    again = images.whole_images(indices, stride, longer_side, Progress())
+    return evaluation.with_changes(changed_indices=_changed_indices(before, inference, again))
 
 
 def write_results(
@@ -58,10 +101,6 @@ def versions() -> dict[str, str]:
 def _summarize_training(
     run: RunFolder, recipe: TokenizerRecipe, inference: InferenceTokenizer
 ) -> TrainingSummary:
-    rows = read_log(run.path / "times.jsonl")
-    seconds = sum(row.get("seconds", 0) for row in rows)
-    waiting = sum(row.get("waiting", 0) for row in rows)
-    images = sum(row.get("images", 0) for row in rows)
     return TrainingSummary(
         steps=recipe.steps,
         batch=recipe.data.batch,
@@ -70,9 +109,19 @@ def _summarize_training(
         source=recipe.data.source,
         device=str(inference.device),
         fingerprint=inference.identity.fingerprint,
-        seconds=round(seconds, 1),
-        waiting=round(waiting / seconds, 4) if seconds else None,
-        images_per_second=round(images / seconds, 1) if seconds else None,
-        peak_memory_mb=max((row.get("memory_mb", 0) for row in rows), default=0),
+        times=run.times(),
         versions=versions(),
     )
+
+
+def _changed_indices(
+    before: InferenceTokenizer, after: InferenceTokenizer, images: Iterator[tuple[str, Tensor]]
+) -> ChangedIndices:
+    changed = total = number = 0
+    for _, image in images:
+        batch = to_unit_range(image)[None]
+        first, second = before.encode(batch), after.encode(batch)
+        changed += int((first != second).sum())
+        total += first.numel()
+        number += 1
+    return ChangedIndices(changed / max(total, 1), total, number)

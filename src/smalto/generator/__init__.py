@@ -1,8 +1,8 @@
 """Autoregressive models over the tokens of a tokenizer: transformer, cache, sampling, files."""
 
-from smalto.generator.config import GeneratorConfig
+from smalto.generator.config import GeneratorConfig, TransformerConfig
 from smalto.generator.generator import Fixed, Generator, Samples
-from smalto.generator.generator_folder import load_generator, save_generator
+from smalto.generator.generator_folder import load_generator, save_generator, save_tokenizer
 from smalto.generator.kv_cache import KVCache
 from smalto.generator.transformer import Transformer
 
@@ -13,6 +13,8 @@ __all__ = [
     "KVCache",
     "Samples",
     "Transformer",
+    "TransformerConfig",
     "load_generator",
     "save_generator",
+    "save_tokenizer",
 ]

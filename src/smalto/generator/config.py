@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,24 +13,9 @@ from smalto.core.layout import TokenLayout
 from smalto.tokenizer import ImageTokenizer
 
 
-class GeneratorConfig(Config):
-    """Settings of a generator: sizes of its transformer, and the layout of its tokens.
+class TransformerConfig(Config):
+    """Sizes of a generator's transformer: everything that does not follow from its tokens."""
 
-    ``for_tokenizer`` fills in what follows from the tokenizer.
-    """
-
-    kind: Literal["generator"] = "generator"
-    order: Literal["next-scale", "next-token"] = Field(
-        "next-scale",
-        description="next-scale: all tokens of a grid at once (VAR), for multi-scale tokenizers; "
-        "next-token: one by one in raster order",
-    )
-    grids: tuple[tuple[int, int], ...] = Field(
-        min_length=1, description="(rows, columns) of each grid of tokens"
-    )
-    codebook_size: int = Field(ge=1, description="codes of the tokenizer (V)")
-    code_dim: int = Field(ge=1, description="channels of one input vector")
-    num_classes: int = Field(0, ge=0, le=2**20, description="labels; 0: unconditional")
     depth: int = Field(8, ge=1, le=256, description="transformer blocks")
     width: int = Field(384, ge=1, le=2**16, description="channels of the transformer")
     num_heads: int = Field(6, ge=1, le=1024, description="attention heads; width is a multiple")
@@ -50,10 +35,40 @@ class GeneratorConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> GeneratorConfig:
+    def _heads_fit(self) -> Self:
         if self.width % self.num_heads:
             raise ValueError(
                 f"width must be a multiple of num_heads; got {self.width} and {self.num_heads}."
+            )
+        return self
+
+
+class GeneratorConfig(TransformerConfig):
+    """Settings of a generator: sizes of its transformer, and the layout of its tokens.
+
+    ``for_tokenizer`` fills in what follows from the tokenizer.
+    """
+
+    kind: Literal["generator"] = "generator"
+    order: Literal["next-scale", "next-token"] = Field(
+        "next-scale",
+        description="next-scale: all tokens of a grid at once (VAR), for multi-scale tokenizers; "
+        "next-token: one by one in raster order",
+    )
+    grids: tuple[tuple[int, int], ...] = Field(
+        min_length=1, description="(rows, columns) of each grid of tokens"
+    )
+    codebook_size: int = Field(ge=1, description="codes of the tokenizer (V)")
+    code_dim: int = Field(ge=1, description="channels of one input vector")
+    num_classes: int = Field(0, ge=0, le=2**20, description="labels; 0: unconditional")
+    class_names: tuple[str, ...] = Field((), description="names of the labels, if they have any")
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"class_names must be empty or name all num_classes; got {len(self.class_names)} "
+                f"names and {self.num_classes} classes."
             )
         return self
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from smalto.core.device import Precision
 from smalto.core.errors import InputError, describe
+from smalto.core.model_files import fingerprint
 from smalto.generator.kv_cache import KVCache
 from smalto.generator.orders import ORDERS
 from smalto.generator.sampling import SamplingSettings, guided
@@ -84,15 +88,17 @@ class Generator(nn.Module):
         self.tokenizer.eval()
         return self
 
-    def forward(self, labels: Tensor | None, inputs: Tensor) -> Tensor:
+    def forward(
+        self, labels: Tensor | None, inputs: Tensor, dropped: Tensor | None = None
+    ) -> Tensor:
         """Return the logits of every token, given the label and all earlier tokens.
-
-        In training mode a share of ``label_drop`` of the rows goes without its label.
 
         Args:
             labels: int64 [B]; None: no labels.
             inputs: [B, L - L_1, code_dim], the result of ``tokenizer.idxBl_to_var_input``. With
                 next-token prediction the code of the last token may be there; it is not used.
+            dropped: bool [B], rows to treat as if they had no label. None: in training mode a
+                random share of ``label_drop`` of them, in evaluation mode none.
 
         Returns:
             [B, L, V] in float32; in float64 if the weights are.
@@ -106,15 +112,42 @@ class Generator(nn.Module):
                 f"{self.config.code_dim}]. Pass the result of tokenizer.idxBl_to_var_input."
             )
         labels = self._labels(labels, len(inputs))
-        if self.training and self.config.num_classes:
+        if dropped is None and self.training and self.config.num_classes:
             dropped = torch.rand(len(labels), device=labels.device) < self.config.label_drop
+        if dropped is not None:
             labels = labels.masked_fill(dropped, self.config.num_classes)
         return _precise(self.transformer(labels, inputs[:, :num_inputs]))
 
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the transformer and of the tokenizer, in hexadecimal."""
+        own = fingerprint(self.config, self.transformer.state_dict())
+        return hashlib.sha256(f"{own} {self.tokenizer.fingerprint()}".encode()).hexdigest()
+
+    def for_inference(self, precision: Precision = "float32") -> Generator:
+        """Return a copy for generation.
+
+        Args:
+            precision: ``"bf16"`` runs the blocks of the transformer, which is most of the work, and
+                the decoder in bfloat16. Embeddings, sums over blocks, logits and the quantizer
+                keep their precision.
+        """
+        transformer = copy.deepcopy(self.transformer)
+        if precision == "bf16":
+            for part in (transformer.blocks, transformer.modulation):
+                if part is not None:
+                    part.to(torch.bfloat16)
+        return Generator(transformer, self.tokenizer.for_inference(precision)).eval()
+
     def new_cache(self, num_images: int) -> KVCache:
         """Return a cache with which ``generate`` makes so many images at a time."""
-        like = self.transformer.head.weight
-        return KVCache(self.config, 2 * num_images, like.dtype, like.device)
+        transformer = self.transformer
+        device = transformer.head.weight.device
+        return KVCache(self.config, 2 * num_images, transformer.block_dtype, device)
+
+    def images_at_a_time(self) -> int:
+        """Return how many images ``generate`` makes at a time without a cache of the caller."""
+        per_row = KVCache.bytes_per_row(self.config, self.transformer.block_dtype)
+        return max(1, MAX_CACHE_BYTES // (2 * per_row))
 
     @torch.no_grad()
     def generate(
@@ -168,9 +201,8 @@ class Generator(nn.Module):
         fixed = self._checked(fixed, len(labels))
         like = self.transformer.head.weight
         if cache is None:
-            most = MAX_CACHE_BYTES // (2 * KVCache.bytes_per_row(self.config, like.dtype))
-            cache = self.new_cache(max(1, min(most, len(labels))))
-        cache.check(self.config, 2, like)
+            cache = self.new_cache(min(self.images_at_a_time(), len(labels)))
+        cache.check(self.config, 2, self.transformer.block_dtype, like.device)
         device = next(self.tokenizer.parameters()).device
         if device != like.device:
             raise InputError(

@@ -12,9 +12,9 @@ from smalto.core.weight_files import weight_problem
 from smalto.generator.config import GeneratorConfig
 from smalto.generator.generator import Generator
 from smalto.generator.transformer import Transformer
-from smalto.tokenizer import load
+from smalto.pretrained import TOKENIZER_FOLDER, is_in_package, model_folder
+from smalto.tokenizer import ImageTokenizer, load
 
-TOKENIZER_FOLDER = "tokenizer"
 _CONFIGS = {"generator": GeneratorConfig}
 
 
@@ -35,14 +35,21 @@ def save_generator(generator: Generator, folder: str | Path) -> None:
             raise RunError(
                 f"{folder} was not saved: {problem}. Lower the learning rate and resume."
             )
-    (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
-    generator.tokenizer.save(folder / TOKENIZER_FOLDER)
+    save_tokenizer(generator.tokenizer, folder)
     write_model(folder, generator.config, generator.transformer.state_dict())
 
 
-@torch.inference_mode(False)  # what is loaded inside such a block can be trained later
+def save_tokenizer(tokenizer: ImageTokenizer, folder: Path) -> None:
+    """Write the tokenizer of a generator into the generator's folder."""
+    (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+
+
 def load_generator(folder: str | Path) -> Generator:
-    """Read a generator and its tokenizer from a folder, in evaluation mode on the CPU.
+    """Read a generator and its tokenizer, in evaluation mode on the CPU.
+
+    Args:
+        folder: of a generator or a run, or the name of a generator in this package.
 
     Raises:
         RunError: the folder or one of its files is missing or damaged, weights and configuration do
@@ -50,7 +57,7 @@ def load_generator(folder: str | Path) -> Generator:
         ConfigError: a configuration is of another format or kind, has unknown keys, or the
             tokenizer does not fit.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     if not holds_generator(folder):
         raise RunError(
             f"{folder} does not hold a generator; expected a folder with config.json, "
@@ -58,8 +65,16 @@ def load_generator(folder: str | Path) -> Generator:
             "Convert a transformer of VAR with `smalto convert FILE --to smalto "
             "--tokenizer TOKENIZER --out FOLDER`."
         )
+    return Generator(load_transformer(folder), load(folder / TOKENIZER_FOLDER)).eval()
+
+
+@torch.inference_mode(False)  # what is loaded inside such a block can be trained later
+def load_transformer(folder: Path) -> Transformer:
+    """Read the transformer alone. Raises like ``load_generator``."""
     config = read_config(folder, _CONFIGS)
     with torch.device("meta"):  # weights come from the file: nothing to initialize
         transformer = Transformer(config)
     read_weights_into(transformer, config, folder, _CONFIGS)
-    return Generator(transformer, load(folder / TOKENIZER_FOLDER)).eval()
+    if is_in_package(folder):
+        transformer.float()
+    return transformer.eval()

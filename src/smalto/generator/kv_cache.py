@@ -50,15 +50,17 @@ class KVCache:
         """Forget all keys and values; the memory stays allocated."""
         self.length = 0
 
-    def check(self, config: GeneratorConfig, rows: int, like: Tensor) -> None:
+    def check(
+        self, config: GeneratorConfig, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Raise InputError unless the cache has ``rows`` rows for a generator."""
         own = self._memory
-        fits = self._config == config and own.dtype == like.dtype and own.device == like.device
+        fits = self._config == config and own.dtype == dtype and own.device == device
         if not fits or self.rows < rows:
             raise InputError(
                 f"got a cache of {self.rows} rows in {own.dtype} on {own.device}"
                 f"{'' if self._config == config else ' for another generator'}; expected "
-                f"{rows} rows in {like.dtype} on {like.device}. "
+                f"{rows} rows in {dtype} on {device}. "
                 f"Use generator.new_cache({-(-rows // 2)})."
             )
 

@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def forward(self, labels: Tensor, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return logits [B, n, V], in the dtype of the weights.
+        """Return logits [B, n, V], in the dtype of the head's weights.
 
         Args:
             labels: int64 [B]; ``num_classes`` stands for no label.
@@ -85,6 +85,13 @@ class Transformer(nn.Module):
             out: Tensor = self.head(self.head_norm(x.to(self.head.weight.dtype), condition))
         return out
 
+    @property
+    def block_dtype(self) -> torch.dtype:
+        """The dtype of the blocks' weights, and of their keys and values."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.attention.qkv.weight.dtype
+
     def _embed(self, condition: Tensor, inputs: Tensor, start: int) -> Tensor:
         """Return the embedded inputs of the positions from ``start`` on, [B, n, width]."""
         with without_autocast(inputs.device):
@@ -105,6 +112,13 @@ class Transformer(nn.Module):
         if steps[start] == steps[-1]:
             return None
         return (steps[start:, None] >= steps).to(device)
+
+    def undecayed(self) -> list[Tensor]:
+        """Return the parameters that weight decay leaves out, besides norms and biases."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        per_block = [p for block in blocks for p in (block.offset, block.attention.log_scale)]
+        embeddings = [self.start_embedding, self.position_embedding, self.level_embedding.weight]
+        return [*embeddings, *(p for p in per_block if p is not None)]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -209,6 +223,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, remember: Remember | None) -> Tensor:
         """Return the values that positions attend to: [B, n, width] -> [B, n, width]."""
+        x = x.to(self.qkv.weight.dtype)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, n, d]
@@ -234,6 +249,7 @@ class MLP(nn.Module):
         self.narrow = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.widen.weight.dtype)
         out: Tensor = self.narrow(F.gelu(self.widen(x), approximate="tanh"))
         return out
 
@@ -247,7 +263,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(width, number * width)
 
     def forward(self, condition: Tensor) -> Tensor:
-        out: Tensor = self.linear(F.silu(condition))
+        out: Tensor = self.linear(F.silu(condition).to(self.linear.weight.dtype))
         return out.unflatten(1, (1, self.number, -1))
 
 

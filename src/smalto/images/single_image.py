@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+import numpy
+import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from smalto.core.errors import DataError, InputError, RunError, describe
@@ -13,8 +15,9 @@ from smalto.core.progress import Progress
 from smalto.images.finding import find_images
 from smalto.images.image_file import ImageFile
 from smalto.images.image_reader import ImageReader
-from smalto.images.reading import LONGER_SIDE
-from smalto.images.tensors import to_uint8, to_unit_range
+from smalto.images.reading import LONGER_SIDE, BadImage
+from smalto.images.reading import read_image as read_image_file
+from smalto.images.tensors import to_tensor, to_uint8, to_unit_range
 
 
 def read_image(
@@ -61,6 +64,52 @@ def read_pixels(
     for _, image in reader:
         return image[None]
     raise DataError(f"{file.path} cannot be read: {reader.skipped[0].reason}.")
+
+
+def read_whole(path: str | Path) -> numpy.ndarray:
+    """Read an image in its own size; return uint8 [H, W, 3].
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    file = single_file(path)
+    try:
+        return read_image_file(file, None)
+    except BadImage as error:
+        raise DataError(f"{file.path} cannot be read: {error}.") from None
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """Read a mask of an image of (H, W) pixels; return bool [H, W], True where it is light.
+
+    Raises:
+        DataError: it cannot be read.
+        InputError: it has another size.
+    """
+    pixels = read_whole(path)
+    if pixels.shape[:2] != size:
+        raise InputError(
+            f"got a mask of {pixels.shape[1]} x {pixels.shape[0]} pixels; the image has "
+            f"{size[1]} x {size[0]}. Draw the mask over the image, white where to paint."
+        )
+    return torch.from_numpy(pixels.mean(axis=2) >= 128)
+
+
+def fitted(image: numpy.ndarray, height: int, width: int) -> Tensor:
+    """Crop an image uint8 [h, w, 3] at the center to an aspect ratio and resize it.
+
+    Returns:
+        uint8 [3, height, width].
+    """
+    resized = ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS)
+    return to_tensor(numpy.asarray(resized))
+
+
+def fitted_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Crop and resize a mask bool [h, w] like ``fitted``; a pixel that it touches is True."""
+    pixels = Image.fromarray(mask.numpy().astype(numpy.uint8) * 255)
+    resized = ImageOps.fit(pixels, (width, height), Image.Resampling.BOX)
+    return torch.from_numpy(numpy.asarray(resized) > 0)
 
 
 def write_png(path: str | Path, image: Tensor) -> None:

@@ -94,6 +94,17 @@ def source_name(source: str | Path | list[ImageFile]) -> str:
     return str(source) if str(source) in (SOURCE, emoji.SOURCE) else str(Path(source).resolve())
 
 
+def fixed_held_out(name: str) -> tuple[str, ...] | None:
+    """Return the names that a source always holds out; None: the hash of the name decides.
+
+    Args:
+        name: of the source, as ``source_name`` returned it.
+    """
+    if name == SOURCE:
+        return HELD_OUT
+    return emoji.emoji()[1] if name == emoji.SOURCE else None
+
+
 def credits_of(source: str) -> str:
     """Return the authors of the images of a source that comes with packages; empty for others."""
     if source == SOURCE:

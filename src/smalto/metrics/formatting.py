@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smalto.metrics.frechet import ENOUGH
+from smalto.metrics.generator_metrics import GeneratorMetrics
 from smalto.metrics.record import ImageMetrics, Mean, Metrics
 
 NO_SSIM = 'not measured (it needs pip install "smalto[eval]" and sides of 11 pixels)'
@@ -19,6 +20,11 @@ _CODEC_COLUMNS = (
     ("SSIM", "ssim", "{:.4f}"),
     ("lite0 distance", "lite0_distance", "{:.4f}"),
 )
+
+
+def metric_tables(metrics: Metrics) -> list[list[tuple[str, ...]]]:
+    """Return all tables of a tokenizer's metrics; the first is one of (name, value)."""
+    return [list(metric_rows(metrics)), grid_rows(metrics), codec_rows(metrics)]
 
 
 def metric_rows(metrics: Metrics) -> list[tuple[str, str]]:
@@ -117,6 +123,43 @@ def grid_rows(metrics: Metrics) -> list[tuple[str, ...]]:
         )
     )
     return rows
+
+
+def generator_rows(metrics: GeneratorMetrics) -> list[tuple[str, str]]:
+    """Return the metrics of a generator as (name, value)."""
+    held_out, training, histogram = metrics.held_out, metrics.training, metrics.histogram
+    return [
+        ("measured on", f"{held_out.num_rows:,} {metrics.measured_on}"),
+        ("cross-entropy", f"{held_out.loss:.4f} nats per token"),
+        ("below the histogram", f"{metrics.below_histogram:.1%}"),
+        ("accuracy", f"{held_out.accuracy:.2%}"),
+        ("on training rows", f"{training.loss:.4f} nats (N = {training.num_rows:,})"),
+        ("histogram by position", f"{histogram.loss:.4f} nats"),
+        ("uniform guess", f"{metrics.uniform:.4f} nats"),
+    ]
+
+
+def prediction_rows(metrics: GeneratorMetrics, grids: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return a row for each grid of the layout, and for all, below a heading.
+
+    Args:
+        metrics: of the generator.
+        grids: the size of each grid, such as ``"4x4"``.
+    """
+    heading = ("grid", "cross-entropy", "histogram", "on training rows", "accuracy", "histogram's")
+    columns = (
+        (*metrics.held_out.loss_by_grid, metrics.held_out.loss),
+        (*metrics.histogram.loss_by_grid, metrics.histogram.loss),
+        (*metrics.training.loss_by_grid, metrics.training.loss),
+        (*metrics.held_out.accuracy_by_grid, metrics.held_out.accuracy),
+        (*metrics.histogram.accuracy_by_grid, metrics.histogram.accuracy),
+    )
+    names = [f"{number}: {grid}" for number, grid in enumerate(grids, start=1)]
+    rows = [
+        (name, *(f"{loss:.4f}" for loss in values[:3]), *(f"{share:.2%}" for share in values[3:]))
+        for name, *values in zip([*names, "all"], *columns, strict=True)
+    ]
+    return [heading, *(rows if len(grids) > 1 else rows[-1:])]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

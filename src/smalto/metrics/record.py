@@ -151,6 +151,32 @@ class Metrics(ImageMetrics):
 
 
 @dataclass(frozen=True)
+class TrainingTimes:
+    """The time that a run was trained, over all its resumes.
+
+    Attributes:
+        seconds: of all steps.
+        waiting: share of it spent waiting for data; None without steps.
+        images_per_second: None without steps.
+        peak_memory_mb: largest of all steps.
+    """
+
+    seconds: float
+    waiting: float | None
+    images_per_second: float | None
+    peak_memory_mb: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values under the names of ``metrics.json``."""
+        return {
+            "training_seconds": self.seconds,
+            "training_images_per_second": self.images_per_second,
+            "share_waiting_for_data": self.waiting,
+            "training_peak_memory_mb": self.peak_memory_mb,
+        }
+
+
+@dataclass(frozen=True)
 class TrainingSummary:
     """A training run in numbers.
 
@@ -160,9 +186,7 @@ class TrainingSummary:
         source: where the images were.
         device: that trained.
         fingerprint: of the tokenizer.
-        seconds: of training; ``waiting``: the share of them spent waiting for data.
-        images_per_second: crops per second.
-        peak_memory_mb: of a process, in MiB.
+        times: of training.
         versions: of what decides the result.
     """
 
@@ -173,10 +197,7 @@ class TrainingSummary:
     source: str
     device: str
     fingerprint: str
-    seconds: float
-    waiting: float | None
-    images_per_second: float | None
-    peak_memory_mb: int
+    times: TrainingTimes
     versions: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -186,10 +207,7 @@ class TrainingSummary:
             "seed": self.seed,
             "device": self.device,
             "fingerprint": self.fingerprint,
-            "training_seconds": self.seconds,
-            "training_images_per_second": self.images_per_second,
-            "share_waiting_for_data": self.waiting,
-            "training_peak_memory_mb": self.peak_memory_mb,
+            **self.times.as_json(),
             "versions": dict(self.versions),
         }
 

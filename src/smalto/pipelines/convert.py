@@ -25,8 +25,9 @@ from smalto.core.files import (
 from smalto.core.layout import TokenLayout
 from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from smalto.generator import Generator, load_generator, save_generator
-from smalto.generator.generator_folder import TOKENIZER_FOLDER, holds_generator
+from smalto.generator.generator_folder import holds_generator
 from smalto.interop import var
+from smalto.pretrained import TOKENIZER_FOLDER
 from smalto.quantizers import MultiScaleVQ
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.tokenizer.token_blocks import PatchHws

@@ -1,13 +1,13 @@
-"""Training a tokenizer: from images to a run with a report."""
+"""Training a tokenizer or a generator: from images or tokens to a run with a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
-from torch import Tensor
+import torch
 
 from smalto.core import distributed
 from smalto.core.allocator import retain_freed_memory
@@ -15,19 +15,19 @@ from smalto.core.device import resolve_device
 from smalto.core.errors import ConfigError, RunError
 from smalto.core.files import named_path
 from smalto.core.progress import Progress
-from smalto.evaluation.evaluator import Evaluation, evaluate_tokenizer
-from smalto.evaluation.feature_networks import FeatureNetworks
-from smalto.evaluation.run_summary import write_results
-from smalto.images.image_reader import transform_of
-from smalto.images.tensors import to_unit_range
+from smalto.evaluation.run_summary import evaluate_run, write_results
+from smalto.generator import Generator
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.interop.var import load_tokenizer as load_var
-from smalto.metrics.record import ChangedIndices, Metrics, TrainingSummary
+from smalto.metrics.formatting import generator_rows, metric_tables, prediction_rows
+from smalto.metrics.generator_metrics import GeneratorMetrics
+from smalto.metrics.record import Metrics, TrainingSummary
 from smalto.pretrained import finetuning_recipe, is_pretrained, recorded_name
 from smalto.tokenizer import ImageTokenizer, load
-from smalto.training.recipe import change_recipe
+from smalto.training.generator_recipe import GeneratorRecipe
+from smalto.training.recipe import Recipe, change_recipe
 from smalto.training.recipe_file import load_recipe
-from smalto.training.run_folder import RECIPE_FILE, START_FOLDER, RunFolder
+from smalto.training.run_folder import RECIPE_FILE, RunFolder
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_run import TrainedRun, resume_run, start_run
 from smalto.training.training_images import (
@@ -36,6 +36,10 @@ from smalto.training.training_images import (
     TrainingImages,
     open_training_images,
 )
+
+if TYPE_CHECKING:  # they need the token store
+    from smalto.training.generator_run import TrainedGeneratorRun
+    from smalto.training.training_tokens import TokenData, TrainingTokens
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,34 @@ class Trained:
     metrics: Metrics | None
     training: TrainingSummary | None
 
+    def tables(self) -> list[list[tuple[str, ...]]]:
+        """Return the metrics as tables of text; the first is one of (name, value)."""
+        assert self.metrics is not None
+        return metric_tables(self.metrics)
 
-@retain_freed_memory()
+
+@dataclass(frozen=True)
+class TrainedGenerator:
+    """A finished training of a generator.
+
+    Attributes:
+        run: the folder.
+        generator: in evaluation mode.
+        metrics: cross-entropies and accuracies; None on ranks other than 0.
+    """
+
+    run: RunFolder
+    generator: Generator
+    metrics: GeneratorMetrics | None
+
+    def tables(self) -> list[list[tuple[str, ...]]]:
+        """Return the metrics as tables of text; the first is one of (name, value)."""
+        assert self.metrics is not None
+        grids = [f"{h}x{w}" for h, w in self.generator.config.grids]
+        return [list(generator_rows(self.metrics)), prediction_rows(self.metrics, grids)]
+
+
+@overload
 def train(
     data: ImageData,
     recipe: TokenizerRecipe | None = None,
@@ -66,20 +96,49 @@ def train(
     device: str = "auto",
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Trained:
-    """Train a tokenizer and write a run folder with checkpoints, metrics and a report.
+) -> Trained: ...
+
+
+@overload
+def train(
+    data: TokenData,
+    recipe: GeneratorRecipe,
+    *,
+    out: str | Path = "runs/mine",
+    overwrite: bool = False,
+    start: ImageTokenizer | str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> TrainedGenerator: ...
+
+
+@retain_freed_memory()
+def train(
+    data: Any,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path = "runs/mine",
+    overwrite: bool = False,
+    start: ImageTokenizer | str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Trained | TrainedGenerator:
+    """Train a tokenizer or a generator; write a run folder with checkpoints, metrics and a report.
 
     Under torchrun the processes share every batch; rank 0 writes, and it alone evaluates at the
     end.
 
     Args:
         data: a folder of images, ``"bundled"``, ``"emoji"``, or a map-style dataset of [C, H, W]
-            tensors (uint8, or float in [-1, 1]).
-        recipe: what to train and how; None: ``TokenizerRecipe()``, or the recipe for fine-tuning of
-            a ``start`` in this package.
+            tensors (uint8, or float in [-1, 1]). For a generator: a token store, a folder of
+            stores, or a list of these.
+        recipe: what to train and how: a TokenizerRecipe or a GeneratorRecipe; None:
+            ``TokenizerRecipe()``, or the recipe for fine-tuning of a ``start`` in this package.
         out: the run folder to create.
         overwrite: replace a run that exists.
-        start: fine-tune this tokenizer: an ImageTokenizer, its folder, a name such as
+        start: for tokenizers, fine-tune this one: an ImageTokenizer, its folder, a name such as
             ``"photos-f8"``, or a weight file of VAR.
             ``recipe.finetune.learn`` says what is trained.
         device: "auto", "cpu", "cuda" or "mps".
@@ -88,56 +147,49 @@ def train(
         progress: receives steps, metrics and messages.
 
     Raises:
-        ConfigError, DataError, RunError: settings, images or the output folder do not fit.
+        ConfigError, DataError, InputError, RunError: settings, images, tokens or the output folder
+            do not fit.
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; everything is saved.
     """
     out = named_path(out, "the run")
     target = resolve_device(device)
     recipe = recipe or load_recipe(finetuning_recipe(start))
-    if start is None and recipe.finetune.learn != "everything":
-        raise ConfigError(
-            f"finetune.learn is {recipe.finetune.learn!r}, but no tokenizer was named to start "
-            "from. Name one: --from FOLDER."
-        )
     with distributed.process_group(target):
         progress = _rank_zero_progress(progress)
         if distributed.rank() == 0:
             if isinstance(data, (str, Path)) and Path(data).resolve().is_relative_to(out.resolve()):
-                raise RunError(
-                    f"the images lie inside {out}, the run to create. Name another --out."
-                )
+                raise RunError(f"{data} lies inside {out}, the run to create. Name another --out.")
             RunFolder.check_free(out, overwrite)
-        with open_training_images(data, recipe, workers) as images:
-            trained = start_run(
-                images,
-                recipe,
-                out,
-                target,
-                progress,
-                overwrite=overwrite,
-                start=_read_start(start),
-                start_name=_name_of(start),
-            )
-            return _finish(trained, images, progress)
+        return _TRAIN[recipe.kind](
+            data,
+            recipe,
+            out,
+            overwrite=overwrite,
+            start=start,
+            device=target,
+            workers=workers,
+            progress=progress,
+        )
 
 
 @retain_freed_memory()
 def resume(
     run: str | Path,
-    data: ImageData | None = None,
+    data: Any = None,
     *,
     settings: dict[str, Any] | None = None,
     device: str = "auto",
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Trained:
+) -> Trained | TrainedGenerator:
     """Resume a run from its newest checkpoint that is not damaged, on any number of processes.
 
     Args:
         run: the run folder.
-        data: where the images are now, if they moved; required if the run was trained on a dataset.
-        settings: changes to its recipe, such as ``{"steps": 4000}``; the tokenizer and the images
-            cannot change.
+        data: where the images or tokens are now, if they moved; required if the run was trained on
+            a dataset.
+        settings: changes to its recipe, such as ``{"steps": 4000}``; the model and the data cannot
+            change.
         device, workers, progress: as for ``train``.
 
     Raises:
@@ -153,54 +205,133 @@ def resume(
     source = data if data is not None else recipe.data.source
     if source == "":
         raise ConfigError(
-            f"{run}/{RECIPE_FILE} names no source of images; expected one in data.source. Name "
-            "their folder, or restore that file from a copy."
+            f"{run}/{RECIPE_FILE} has an empty data.source; expected the folder of the images or "
+            "tokens. Name it, or restore that file from a copy."
         )
     with distributed.process_group(target):
         progress = _rank_zero_progress(progress)
-        with open_training_images(source, recipe, workers, folder.split()) as images:
-            trained = resume_run(images, folder, recipe, target, progress)
-            return _finish(trained, images, progress)
+        return _RESUME[recipe.kind](
+            source, recipe, folder, device=target, workers=workers, progress=progress
+        )
 
 
-def change_run_recipe(run: RunFolder, settings: dict[str, Any]) -> TokenizerRecipe:
+def change_run_recipe(run: RunFolder, settings: dict[str, Any]) -> Any:
     """Return the run's recipe with ``settings``; raise ConfigError if it would be another run."""
-    recipe: TokenizerRecipe = load_recipe(run.path / RECIPE_FILE)
+    recipe: Recipe = load_recipe(run.path / RECIPE_FILE)
     for key in settings:
-        fixed = key.startswith(("tokenizer.", "finetune.")) or key in ("data.source", "seed")
-        discriminator = key in ("losses.adversarial.width", "losses.adversarial.layers")
-        if fixed or (discriminator and recipe.losses.adversarial.weight):
+        if recipe.is_fixed(key):
             raise ConfigError(
                 f"a resumed run keeps its {key}. Start a new run with another --out to change it."
             )
     return change_recipe(recipe, settings)
 
 
-def _evaluate_run(
-    trained: TrainedRun, inference: InferenceTokenizer, images: TrainingImages, progress: Progress
-) -> Evaluation:
-    """Evaluate a trained run on whole held-out images, as ``smalto evaluate`` does."""
-    recipe = trained.recipe
-    stride, longer_side = inference.tokenizer.stride, recipe.data.longer_side
-    indices = images.to_evaluate(recipe.evaluate.images)
-    candidates = len(images.held_out or images.training)
-    drawn = f", drawn from {candidates:,}" if len(indices) < candidates else ""
-    progress.start("evaluating", len(indices), "images")
-    evaluation = evaluate_tokenizer(
-        inference,
-        images.whole_images(indices, stride, longer_side, progress),
-        FeatureNetworks.open(inference.device),
-        measured_on=images.measured_on + drawn,
-        transform=str(transform_of(stride, longer_side=longer_side)),
-        skipped=lambda: images.skipped,
-    )
-    progress.finish()
-    start = trained.folder.path / START_FOLDER
-    if not start.is_dir():
-        return evaluation
-    before = InferenceTokenizer.on(load(start).to(inference.device), recipe.precision)
-    again = images.whole_images(indices, stride, longer_side, Progress())
-    return evaluation.with_changes(changed_indices=_changed_indices(before, inference, again))
+def _train_tokenizer(
+    data: ImageData,
+    recipe: TokenizerRecipe,
+    out: Path,
+    *,
+    overwrite: bool,
+    start: ImageTokenizer | str | Path | None,
+    device: torch.device,
+    workers: int | None,
+    progress: Progress,
+) -> Trained:
+    if start is None and recipe.finetune.learn != "everything":
+        raise ConfigError(
+            f"finetune.learn is {recipe.finetune.learn!r}, but no tokenizer was named to start "
+            "from. Name one: --from FOLDER."
+        )
+    with open_training_images(data, recipe, workers) as images:
+        trained = start_run(
+            images,
+            recipe,
+            out,
+            device,
+            progress,
+            overwrite=overwrite,
+            start=_read_start(start),
+            start_name=_name_of(start),
+        )
+        return _finish(trained, images, progress)
+
+
+def _resume_tokenizer(
+    data: ImageData,
+    recipe: TokenizerRecipe,
+    run: RunFolder,
+    *,
+    device: torch.device,
+    workers: int | None,
+    progress: Progress,
+) -> Trained:
+    with open_training_images(data, recipe, workers, run.split()) as images:
+        trained = resume_run(images, run, recipe, device, progress)
+        return _finish(trained, images, progress)
+
+
+def _train_generator(
+    data: TokenData,
+    recipe: GeneratorRecipe,
+    out: Path,
+    *,
+    overwrite: bool,
+    start: ImageTokenizer | str | Path | None,
+    device: torch.device,
+    workers: int | None,
+    progress: Progress,
+) -> TrainedGenerator:
+    from smalto.training.generator_run import start_generator_run
+    from smalto.training.training_tokens import TrainingTokens
+
+    if start is not None:
+        raise ConfigError("got --from and a recipe of a generator; --from is for tokenizers.")
+    tokens = TrainingTokens.open(data, recipe)
+    trained = start_generator_run(tokens, recipe, out, device, progress, overwrite=overwrite)
+    return _finish_generator(trained, tokens, progress)
+
+
+def _resume_generator(
+    data: TokenData,
+    recipe: GeneratorRecipe,
+    run: RunFolder,
+    *,
+    device: torch.device,
+    workers: int | None,
+    progress: Progress,
+) -> TrainedGenerator:
+    from smalto.training.generator_run import resume_generator_run
+    from smalto.training.training_tokens import TrainingTokens
+
+    tokens = TrainingTokens.open(data, recipe)
+    trained = resume_generator_run(tokens, run, recipe, device, progress)
+    return _finish_generator(trained, tokens, progress)
+
+
+_TRAIN: dict[str, Callable[..., Any]] = {
+    "tokenizer": _train_tokenizer,
+    "generator": _train_generator,
+}
+_RESUME: dict[str, Callable[..., Any]] = {
+    "tokenizer": _resume_tokenizer,
+    "generator": _resume_generator,
+}
+
+
+def _finish_generator(
+    trained: TrainedGeneratorRun, tokens: TrainingTokens, progress: Progress
+) -> TrainedGenerator:
+    """Measure on all ranks; write metrics.json and report.html on rank 0."""
+    from smalto.evaluation.generator_summary import measure_run, write_generator_results
+
+    metrics = measure_run(trained, tokens)
+    generator = trained.task.result.eval()
+    is_first = distributed.rank() == 0
+    distributed.leave_process_group()
+    if not is_first:
+        return TrainedGenerator(trained.folder, generator, None)
+    write_generator_results(trained, generator, metrics, progress)
+    return TrainedGenerator(trained.folder, generator, metrics)
 
 
 def _finish(trained: TrainedRun, images: TrainingImages, progress: Progress) -> Trained:
@@ -210,7 +341,7 @@ def _finish(trained: TrainedRun, images: TrainingImages, progress: Progress) -> 
     if not is_first:
         return Trained(trained.folder, trained.tokenizer, None, None)
     inference = InferenceTokenizer.on(trained.tokenizer, trained.recipe.precision)
-    evaluation = _evaluate_run(trained, inference, images, progress)
+    evaluation = evaluate_run(trained, inference, images, progress)
     training = write_results(trained.folder, trained.recipe, inference, evaluation)
     return Trained(trained.folder, trained.tokenizer, evaluation.metrics, training)
 
@@ -233,16 +364,3 @@ def _name_of(start: ImageTokenizer | str | Path | None) -> str:
     if isinstance(start, (str, Path)):
         return recorded_name(start)
     return "a tokenizer" if start is not None else ""
-
-
-def _changed_indices(
-    before: InferenceTokenizer, after: InferenceTokenizer, images: Iterator[tuple[str, Tensor]]
-) -> ChangedIndices:
-    changed = total = number = 0
-    for _, image in images:
-        batch = to_unit_range(image)[None]
-        first, second = before.encode(batch), after.encode(batch)
-        changed += int((first != second).sum())
-        total += first.numel()
-        number += 1
-    return ChangedIndices(changed / max(total, 1), total, number)

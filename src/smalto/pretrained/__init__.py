@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 CARD_FILE = "card.md"
+TOKENIZER_FOLDER = "tokenizer"  # in the folder of a generator
 RECIPE_FILE = "finetune.toml"
 PRETRAINED_FOLDER = Path(__file__).parent
 
@@ -34,9 +35,21 @@ def is_pretrained(name: object) -> bool:
     return is_name and not (Path(str(name)) / "config.json").is_file()
 
 
-def tokenizer_folder(name: str | Path) -> Path:
-    """Return the folder of a tokenizer: ``name`` itself, or that of a tokenizer in this package."""
+def is_in_package(folder: Path) -> bool:
+    """Return whether a folder is in this package, where weights are in bfloat16."""
+    return PRETRAINED_FOLDER in folder.parents
+
+
+def model_folder(name: str | Path) -> Path:
+    """Return the folder of a model: ``name`` itself, or that of a model in this package."""
     return pretrained_folder(str(name)) if is_pretrained(name) else Path(name)
+
+
+def tokenizer_folder(name: str | Path) -> Path:
+    """Return the folder of a tokenizer by its folder or name; for a generator, of its tokenizer."""
+    folder = model_folder(name)
+    own = folder / TOKENIZER_FOLDER
+    return own if (own / "config.json").is_file() else folder
 
 
 def recorded_name(name: str | Path) -> str:

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 28, 34
 MAX_POINTS = 300
 
 Series = tuple[str, Sequence[float], Sequence[float]]
+
+# Title, unit, whether the y axis is logarithmic, and (label, key in the log) of each curve.
+Curves = Sequence[tuple[str, str, bool, Sequence[tuple[str, str]]]]
+
+
+def curves(chosen: Curves, log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return (title, chart) of the curves for which a log has values.
+
+    Args:
+        chosen: the curves.
+        log: rows of log.jsonl.
+    """
+    charts = []
+    for title, unit, log_y, keys in chosen:
+        series = [
+            (
+                label,
+                [row["step"] for row in log if key in row],
+                [row[key] for row in log if key in row],
+            )
+            for label, key in keys
+            if any(key in row for row in log)
+        ]
+        charts.append((title, line_chart(series, "step", unit, log_y)))
+    return [(title, chart) for title, chart in charts if chart]
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:

@@ -12,11 +12,10 @@ from torch import Tensor
 from smalto.core.files import write_atomic
 from smalto.metrics.formatting import codec_rows, grid_rows, metric_rows
 from smalto.metrics.record import Metrics, TrainingSummary
-from smalto.report.charts import bar_chart, line_chart
+from smalto.report.charts import Curves, bar_chart, curves
 from smalto.report.drawing import ERROR_GAIN, data_uri, error_map, token_map
 
-# Title, unit, whether the y axis is logarithmic, and (label, key in the log) of each curve.
-_CURVES = (
+_CURVES: Curves = (
     ("Loss", "loss", True, (("reconstruction", "reconstruction_loss"), ("codebook", "vq_loss"))),
     ("PSNR", "dB", False, (("training crops", "psnr"), ("held-out crops", "held_out_psnr"))),
     (
@@ -99,9 +98,7 @@ class RunReport:
 def write_report(path: Path, report: RunReport) -> None:
     """Write the report as one HTML file."""
     metrics, training = report.metrics, report.training
-    loader = jinja2.PackageLoader("smalto", "report")
-    environment = jinja2.Environment(loader=loader, autoescape=True)
-    page = environment.get_template("template.html").render(
+    page = template("tokenizer.html").render(
         title=f"smalto: {report.name}",
         subtitle=(
             f"{training.steps:,} steps on {training.source}; "
@@ -119,6 +116,12 @@ def write_report(path: Path, report: RunReport) -> None:
     write_atomic(path, page)
 
 
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder."""
+    loader = jinja2.PackageLoader("smalto", "report")
+    return jinja2.Environment(loader=loader, autoescape=True).get_template(name)
+
+
 def _headline(metrics: Metrics, training: TrainingSummary) -> list[tuple[str, str]]:
     tiles = [(f"{metrics.psnr:.2f} dB", f"PSNR on {metrics.measured_on}")]
     if metrics.ssim is not None:
@@ -128,15 +131,14 @@ def _headline(metrics: Metrics, training: TrainingSummary) -> list[tuple[str, st
         (f"{metrics.usage:.1%}", f"codes in use (usage@{metrics.usage_window:,})"),
         (f"{metrics.perplexity:.0f} of {metrics.codebook_size:,}", "perplexity"),
         (f"{metrics.bits_per_pixel:.3f}", "bits per pixel (RGB has 24)"),
-        (f"{training.seconds / 60:.1f} min", "training time"),
+        (f"{training.times.seconds / 60:.1f} min", "training time"),
     ]
 
 
 def _table(report: RunReport) -> list[tuple[str, str]]:
     training = report.training
-    waiting = (
-        f", {training.waiting:.1%} of it waiting for data" if training.waiting is not None else ""
-    )
+    times = training.times
+    waiting = f", {times.waiting:.1%} of it waiting for data" if times.waiting is not None else ""
     rows = [
         *metric_rows(report.metrics),
         ("trained on", training.source),
@@ -145,11 +147,10 @@ def _table(report: RunReport) -> list[tuple[str, str]]:
             f"{training.steps:,} steps of {training.batch} crops of "
             f"{training.size} x {training.size}",
         ),
-        ("training time", f"{training.seconds:.0f} s on {training.device}{waiting}"),
+        ("training time", f"{times.seconds:.0f} s on {training.device}{waiting}"),
         (
             "training speed",
-            f"{training.images_per_second} crops/s, "
-            f"at most {training.peak_memory_mb:,} MiB of memory",
+            f"{times.images_per_second} crops/s, at most {times.peak_memory_mb:,} MiB of memory",
         ),
         ("seed", str(training.seed)),
         ("versions", ", ".join(f"{name} {number}" for name, number in training.versions.items())),
@@ -202,21 +203,8 @@ def _card(example: Example) -> dict[str, Any]:
 
 
 def _charts(histogram: Tensor, log: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    charts = []
-    for title, unit, log_y, curves in _CURVES:
-        series = [
-            (
-                label,
-                [row["step"] for row in log if key in row],
-                [row[key] for row in log if key in row],
-            )
-            for label, key in curves
-            if any(key in row for row in log)
-        ]
-        charts.append((title, line_chart(series, "step", unit, log_y)))
+    charts = curves(_CURVES, log)
     counts = sorted((int(n) for n in histogram), reverse=True)
     title = "How often each code occurs in the evaluated images, most frequent first"
-    charts.append(
-        (title, bar_chart(counts, "codes", "tokens", line=sum(counts) / max(1, len(counts))))
-    )
-    return [(name, chart) for name, chart in charts if chart]
+    chart = bar_chart(counts, "codes", "tokens", line=sum(counts) / max(1, len(counts)))
+    return [*charts, (title, chart)] if chart else charts

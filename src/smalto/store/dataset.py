@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from smalto.core import distributed
 from smalto.core.errors import ConfigError, InputError
+from smalto.store.joined_stores import JoinedStores
 from smalto.store.lance_table import MissingFile
-from smalto.store.token_store import TokenStore
+from smalto.store.token_store import TokensAndLabels
 
 Shuffle = Literal["chunks", "rows", "none"]
-TokensAndLabels = tuple[numpy.ndarray, numpy.ndarray]
+DENSE = 0.25  # share of chosen rows from which a span is read whole
 _DECIDE_THE_ORDER = (
     "num_rows",
     "num_replacements",
@@ -36,7 +37,7 @@ _DECIDE_THE_ORDER = (
 
 
 class TokenDataset(IterableDataset[dict[str, Any]]):
-    """Iterable data set of the batches of one epoch of a token store.
+    """Iterable data set of the batches of one epoch of a token store, or of several.
 
     A batch is a dict:
 
@@ -55,7 +56,8 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
     With ``"rows"`` these are different rows in every epoch, otherwise rows at the end of a chunk.
 
     Args:
-        path: the token store.
+        path: the token store, a folder of stores, or a list of these: stores of the same kind are
+            read one after the other.
         batch_size: rows per batch of one process.
         shuffle: ``"chunks"``: chunks of ``chunk_rows`` rows in random order, with the rows of
             ``chunks_mixed`` chunks mixed at a time. It reads whole chunks, which is fast.
@@ -66,13 +68,14 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         chunks_mixed: chunks that are shuffled together.
         drop_last: leave out a last batch that is not full.
         model: any object with ``idxBl_to_var_input``; it must be picklable if there are workers.
+        rows: indices of the rows to use, int64, increasing; None: all rows.
         rank, world_size: index of this process and number of processes. Default: those of
             torch.distributed.
 
     Attributes:
         epoch: number of the epoch, from 0.
         first_batch: index of the first batch to yield.
-        num_rows: rows of the store when the data set was created.
+        num_rows: rows that are used.
         num_replacements: commits that had replaced rows by then.
         classes: names of the labels, sorted.
 
@@ -83,7 +86,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         batch_size: int,
         *,
         shuffle: Shuffle = "chunks",
@@ -92,6 +95,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         chunks_mixed: int = 8,
         drop_last: bool = False,
         model: Any = None,
+        rows: numpy.ndarray | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -104,13 +108,23 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             raise ConfigError(
                 f'got shuffle={shuffle!r}; expected "chunks", "rows" or "none". Use "chunks".'
             )
-        store = TokenStore.open(path)
+        store = JoinedStores.open(path)
+        if rows is not None and (
+            rows.ndim != 1
+            or rows.dtype.kind not in "iu"
+            or (len(rows) and (rows[0] < 0 or rows[-1] >= len(store)))
+            or (numpy.diff(rows) <= 0).any()
+        ):
+            raise ConfigError(
+                f"got rows {rows.dtype} {list(rows.shape)}; expected increasing indices from 0 to "
+                f"{len(store) - 1}. Use numpy.unique(rows)."
+            )
         if model is not None and store.header.layout is None:
             raise InputError(
-                f"got {path}, whose images keep their shapes, and a model; expected images of one "
+                f"got {store}, whose images keep their shapes, and a model; expected images of one "
                 "shape, whose token blocks can be stacked. Tokenize with --size."
             )
-        self.path = Path(path)
+        self.paths = store.paths
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -122,10 +136,12 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         self.world_size = distributed.world_size() if world_size is None else world_size
         self.epoch = 0
         self.first_batch = 0
-        self.num_rows = len(store)
+        self.rows = rows
+        self.num_rows = len(store) if rows is None else len(rows)
+        self.num_stored = len(store)
         self.num_replacements = store.num_replacements
         self.classes = store.classes()
-        self._store: TokenStore | None = store
+        self._store: JoinedStores | None = store
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -144,9 +160,9 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_store": None}  # each worker opens the store itself
 
-    def _opened(self) -> TokenStore:
+    def _opened(self) -> JoinedStores:
         if self._store is None:
-            self._store = TokenStore.open(self.path)
+            self._store = JoinedStores.open(self.paths)
             self._process = os.getpid()
             self._check_order(self._store)
         if self._process != os.getpid():
@@ -156,15 +172,32 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
                 "or DataLoader(dataset, batch_size=None, num_workers=2, "
                 'multiprocessing_context="spawn").'
             )
-        if len(self._store) < self.num_rows:
+        if len(self._store) < self.num_stored:
             raise InputError(
-                f"{self.path}: got {len(self._store):,} rows; expected at least "
-                f"{self.num_rows:,}, the number when the data set was created. Create the "
+                f"{self._store}: got {len(self._store):,} rows; expected at least "
+                f"{self.num_stored:,}, the number when the data set was created. Create the "
                 "TokenDataset again."
             )
         return self._store
 
-    def _read(self, read: Callable[..., TokensAndLabels], *where: Any) -> TokensAndLabels:
+    def _read(self, low: int, high: int) -> TokensAndLabels:
+        """Return the used rows [low, high)."""
+        if self.rows is None:
+            return self._retry(JoinedStores.tokens, low, high)
+        chosen = self.rows[low:high]
+        first, last = int(chosen[0]), int(chosen[-1])
+        if len(chosen) < DENSE * (last + 1 - first):
+            return self._retry(JoinedStores.tokens_at, chosen)
+        tokens, labels = self._retry(JoinedStores.tokens, first, last + 1)
+        return tokens[chosen - first], labels[chosen - first]
+
+    def _read_at(self, indices: numpy.ndarray) -> TokensAndLabels:
+        """Return the used rows of these numbers, in any order."""
+        return self._retry(
+            JoinedStores.tokens_at, indices if self.rows is None else self.rows[indices]
+        )
+
+    def _retry(self, read: Callable[..., TokensAndLabels], *where: Any) -> TokensAndLabels:
         """Read rows; if the store was compacted since it was opened, open it again and retry.
 
         Compaction keeps the order of rows.
@@ -173,18 +206,18 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         try:
             return read(store, *where, self.classes)
         except MissingFile:
-            version = store.version
+            versions = store.versions
             store.refresh()
-            if store.version == version:
+            if store.versions == versions:
                 raise
             self._check_order(store)
             return read(self._opened(), *where, self.classes)
 
-    def _check_order(self, store: TokenStore) -> None:
+    def _check_order(self, store: JoinedStores) -> None:
         """Raise InputError if rows were replaced since: others may be at their indices now."""
         if store.num_replacements != self.num_replacements:
             raise InputError(
-                f"rows of {self.path} were replaced after the data set was created, which changes "
+                f"rows of {store} were replaced after the data set was created, which changes "
                 "their order. Create the TokenDataset again, and start the epoch again."
             )
 
@@ -201,7 +234,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         order = self._random(2).permutation(self.num_rows)[start:stop]
         for batch in mine:
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield Rows([self._read(TokenStore.tokens_at, indices)])
+            yield Rows([self._read_at(indices)])
 
     def _by_chunks(self, mine: range) -> Iterator[Rows]:
         """Yield batches from groups of chunks, which are read whole and shuffled.
@@ -219,7 +252,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
                 if batch in mine
             ]
             if wanted:
-                rows = Rows([self._read(TokenStore.tokens, low, high) for low, high in spans])
+                rows = Rows([self._read(low, high) for low, high in spans])
                 order = (
                     self._random(1, number).permutation(last - first)
                     if self.shuffle == "chunks"
@@ -325,7 +358,11 @@ class TokenLoader:
         self.dataset.first_batch = self._batches
         context = multiprocessing.get_context("spawn") if self.workers else None
         loader: DataLoader[dict[str, Any]] = DataLoader(
-            self.dataset, batch_size=None, num_workers=self.workers, multiprocessing_context=context
+            self.dataset,
+            batch_size=None,
+            num_workers=self.workers,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # it would draw a seed from the process's generator
         )
         for batch in loader:
             self._batches += 1

@@ -61,6 +61,9 @@ _ERROR_SCHEMA = pyarrow.schema(
 )
 
 
+TokensAndLabels = tuple[numpy.ndarray, numpy.ndarray]
+
+
 class HasIdentity(Protocol):
     """Anything whose tokens can be told from those of others, such as an ImageTokenizer."""
 
@@ -140,9 +143,7 @@ class TokenStore:
             raise DataError(
                 f"{path} does not exist; expected a token store. Create one with `smalto tokenize`."
             )
-        if not path.is_dir() or not any(
-            (path / name).exists() for name in ("head.json", "_versions", "data")
-        ):
+        if not is_store(path):
             raise DataError(
                 f"{path} is not a token store; expected a folder created by `smalto tokenize`. "
                 "Name such a folder."
@@ -228,9 +229,7 @@ class TokenStore:
         stop = len(self) if stop is None else min(stop, len(self))
         return self._columns(self._table.read(start, stop, self._read))
 
-    def tokens(
-        self, start: int, stop: int, classes: Sequence[str]
-    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def tokens(self, start: int, stop: int, classes: Sequence[str]) -> TokensAndLabels:
         """Return the rows [start, stop) for training.
 
         Returns:
@@ -239,9 +238,7 @@ class TokenStore:
         """
         return _tokens_and_labels(self._table.read(start, stop, ["tokens", "label"]), classes)
 
-    def tokens_at(
-        self, indices: numpy.ndarray, classes: Sequence[str]
-    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def tokens_at(self, indices: numpy.ndarray, classes: Sequence[str]) -> TokensAndLabels:
         """Return rows by index in any order, like ``tokens``."""
         rising, places = numpy.unique(indices, return_inverse=True)
         tokens, labels = _tokens_and_labels(
@@ -282,9 +279,12 @@ class TokenStore:
 
     def ids(self) -> list[str]:
         """Return the ids of all rows, in order."""
-        return [
-            id for table in self._table.batches(["id"]) for id in _or_raise(table)["id"].to_pylist()
-        ]
+        return list(self.iterate_ids())
+
+    def iterate_ids(self) -> Iterator[str]:
+        """Yield the ids of all rows, in order, without a list of all."""
+        for table in self._table.batches(["id"]):
+            yield from _or_raise(table)["id"].to_pylist()
 
     def labels(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Return the label of every row in [start, stop), empty for none."""
@@ -504,9 +504,13 @@ def _or_raise(batch: pyarrow.Table | DataError) -> pyarrow.Table:
     return batch
 
 
-def _tokens_and_labels(
-    table: pyarrow.Table, classes: Sequence[str]
-) -> tuple[numpy.ndarray, numpy.ndarray]:
+def is_store(path: Path) -> bool:
+    """Return whether a folder looks like a token store, even if it is damaged."""
+    parts = ("head.json", "_versions", "data")
+    return path.is_dir() and any((path / name).exists() for name in parts)
+
+
+def _tokens_and_labels(table: pyarrow.Table, classes: Sequence[str]) -> TokensAndLabels:
     numbers = compute.index_in(
         table["label"].combine_chunks(), pyarrow.array(list(classes), pyarrow.string())
     )

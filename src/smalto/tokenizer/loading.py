@@ -8,7 +8,7 @@ import torch
 
 from smalto.core.errors import RunError
 from smalto.core.model_files import has_model, read_config, read_weights_into
-from smalto.pretrained import PRETRAINED_FOLDER, pretrained_names, tokenizer_folder
+from smalto.pretrained import is_in_package, pretrained_names, tokenizer_folder
 from smalto.tokenizer.model import AnyTokenizerConfig, ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.presets import SimpleVQVAEConfig
 
@@ -49,6 +49,6 @@ def load(folder: str | Path) -> ImageTokenizer:
     with torch.device("meta"):  # weights come from the file: nothing to initialize
         tokenizer = config.build()
     read_weights_into(tokenizer, config, folder, _CONFIGS)
-    if folder.parent == PRETRAINED_FOLDER:
+    if is_in_package(folder):
         tokenizer.float()
     return tokenizer.eval()

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smalto.training.recipe import OptimizerConfig
+FIRST_LR = 0.005  # the first and last factors, and the share of steps at 1, of VAR's schedule
+LAST_LR = 0.01
+CONSTANT_LR = 0.05
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, no_decay: Iterable[nn.Parameter] = ()
+    model: nn.Module, weight_decay: float, no_decay: Iterable[Tensor] = ()
 ) -> list[dict[str, Any]]:
     """Return the trained parameters in two groups: weights of layers decay; norms and biases do
     not.
@@ -35,16 +37,30 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the factor of the configured learning rate at ``step``, counted from 1.
+def cosine_schedule(step: int, steps: int, warmup: int, decay: bool = True) -> float:
+    """Return the factor of the learning rate at ``step``, counted from 1.
 
     Linear warm-up, then a cosine to zero at the last step.
     """
-    factor = min(1.0, step / config.warmup) if config.warmup else 1.0
-    if config.decay:
+    factor = min(1.0, step / warmup) if warmup else 1.0
+    if decay:
         progress = min(1.0, (step - 1) / max(steps, 1))
         factor *= 0.5 * (1 + math.cos(math.pi * progress))
     return factor
+
+
+def linear_schedule(step: int, steps: int, warmup: int, decay: bool = True) -> float:
+    """Return the factor of the learning rate at ``step``, counted from 1, as VAR's "lin0".
+
+    Linear warm-up from 0.5 %, then constant for 5 % of the other steps, then linear to 1 % at the
+    last step.
+    """
+    if step <= warmup:
+        return FIRST_LR + (1 - FIRST_LR) * (step - 1) / warmup
+    progress = (step - 1 - warmup) / max(1, steps - 1 - warmup)
+    if not decay or progress < CONSTANT_LR:
+        return 1.0
+    return LAST_LR + (1 - LAST_LR) * (1 - progress) / (1 - CONSTANT_LR)
 
 
 class WeightAverage:
@@ -81,3 +97,14 @@ class WeightAverage:
             else:  # codes that the updater moves are averages already
                 tensor.copy_(source)
         torch._foreach_lerp_(averages, present, 1 - decay)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer but keep its settings, which a resumed run may change."""
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

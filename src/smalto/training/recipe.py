@@ -18,19 +18,14 @@ from smalto.training.earlier_formats import rename_settings
 NONE = "none"  # stands for null in TOML: code_dim = "none"
 
 
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019) with a linear warm-up and a cosine decay to zero.
+class AdamWConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019). Norms, biases and codes or embeddings do not decay."""
 
-    Norms, biases and codes are not decayed.
-    """
-
-    lr: float = Field(1e-3, gt=0, le=1e4, description="learning rate after the warm-up")
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="decay rates of the first and second moments"
     )
     weight_decay: float = Field(0.01, ge=0, le=1e4)
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    decay: bool = Field(True, description="cosine decay to zero at the last step")
+    decay: bool = Field(True, description="lower the learning rate after the warm-up")
     clip: float = Field(0.0, ge=0, description="maximum norm of the gradient; 0: no clipping")
     accumulate: int = Field(
         1,
@@ -44,6 +39,13 @@ class OptimizerConfig(Config):
         lt=1,
         description="save moving averages of the weights with this decay; 0: the weights",
     )
+
+
+class OptimizerConfig(AdamWConfig):
+    """AdamW with a linear warm-up and a cosine decay to zero."""
+
+    lr: float = Field(1e-3, gt=0, le=1e4, description="learning rate after the warm-up")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
 
 
 class CheckpointConfig(Config):
@@ -82,10 +84,19 @@ class Recipe(Config):
         "float32",
         description='"bf16" runs the network in bfloat16; a quantizer stays in float32',
     )
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     monitor: MonitorConfig = MonitorConfig()
+
+    @property
+    def codebook_size_key(self) -> str:
+        """The dotted key of the number of codes; empty if the recipe does not decide it."""
+        return ""
+
+    def is_fixed(self, key: str) -> bool:
+        """Return whether a resumed run keeps this setting."""
+        return key in ("data.source", "seed")
 
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)

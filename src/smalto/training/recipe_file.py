@@ -10,10 +10,14 @@ from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError
 from smalto.core.files import read_regular
 from smalto.training.earlier_formats import rename_tables
+from smalto.training.generator_recipe import GeneratorRecipe
 from smalto.training.recipe import NONE, Recipe, change_recipe, replace_values
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 
-RECIPES: dict[str, type[Recipe]] = {"tokenizer": TokenizerRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "tokenizer": TokenizerRecipe,
+    "generator": GeneratorRecipe,
+}
 
 
 def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None = None) -> Any:
@@ -24,7 +28,7 @@ def load_recipe(path: str | Path | None = None, settings: dict[str, Any] | None 
         settings: dotted keys to values, such as ``{"data.size": 64, "optimizer.lr": 5e-4}``.
 
     Returns:
-        Recipe: a TokenizerRecipe, unless the file names another ``kind``.
+        A TokenizerRecipe, or a GeneratorRecipe if the file has ``kind = "generator"``.
 
     Raises:
         ConfigError: the file cannot be read or is not TOML, a key is unknown (with the nearest

@@ -28,6 +28,7 @@ from smalto.core.files import (
     sync_tree,
     write_atomic,
 )
+from smalto.metrics.record import TrainingTimes
 from smalto.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint, write_checkpoint
 from smalto.training.earlier_formats import upgrade_split
 
@@ -37,12 +38,14 @@ METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 START_FOLDER = "start"  # the model that fine-tuning started from
+FLOORS_FILE = "floors.json"  # of a generator
 _CHECKPOINT = re.compile(r"step-([0-9]{8,})")
 _OWN_CHECKPOINT = re.compile(r"(damaged-)?step-[0-9]{8,}")  # other names in the folder are not ours
 _LARGEST = 2**1000  # an integer that is still a float
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 OWN_NAMES = frozenset(
-    {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, START_FOLDER, *LOGS}
+    {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, *LOGS}
+    | {START_FOLDER, FLOORS_FILE, "tokenizer"}
     | {"config.json", "model.safetensors", "checkpoints", REPORT_FILE, "tensorboard"}
 )
 
@@ -95,7 +98,7 @@ class RunFolder:
         save_model: Callable[[Path], None],
         state: dict[str, Any],
         overwrite: bool = False,
-        save_start: Callable[[Path], None] | None = None,
+        save_once: Callable[[Path], None] | None = None,
     ) -> RunFolder:
         """Create a run with its recipe and its checkpoint of step 0; it appears by one rename.
 
@@ -106,7 +109,8 @@ class RunFolder:
             save_model: writes the model into a folder.
             state: of the trainer.
             overwrite: replace a run that exists.
-            save_start: writes the model that fine-tuning starts from, kept for comparison.
+            save_once: writes what training does not change, such as the model that fine-tuning
+                starts from.
 
         Raises:
             RunError: ``path`` exists and ``overwrite`` is off, or it is not a run.
@@ -122,9 +126,8 @@ class RunFolder:
                 (new / name).touch()
             (new / "checkpoints").mkdir()
             cls(new).save(0, save_model, state)
-            if save_start is not None:
-                (new / START_FOLDER).mkdir()
-                save_start(new / START_FOLDER)
+            if save_once is not None:
+                save_once(new)
             sync_tree(new)
             if path.is_dir():
                 os.replace(path, new.parent / "old")  # removed with the temporary folder
@@ -274,6 +277,19 @@ class RunFolder:
             lines = _lines(self.path / name)
             kept = [line for line in lines if not _is_later(line, step)]
             write_atomic(self.path / name, "".join(kept))
+
+    def times(self) -> TrainingTimes:
+        """Return the time of training, from ``times.jsonl``."""
+        rows = read_log(self.path / "times.jsonl")
+        seconds = sum(row.get("seconds", 0) for row in rows)
+        waiting = sum(row.get("waiting", 0) for row in rows)
+        images = sum(row.get("images", 0) for row in rows)
+        return TrainingTimes(
+            round(seconds, 1),
+            round(waiting / seconds, 4) if seconds else None,
+            round(images / seconds, 1) if seconds else None,
+            max((row.get("memory_mb", 0) for row in rows), default=0),
+        )
 
     def event(self, event: str, **metadata: Any) -> None:
         """Append a line to ``events.jsonl``."""

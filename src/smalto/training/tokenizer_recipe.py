@@ -13,7 +13,7 @@ from smalto.losses import LossesConfig
 from smalto.losses.adversarial import MIN_LAST_SIDE
 from smalto.quantizers import Revive
 from smalto.tokenizer import TokenizerConfig, default_tokenizer_config
-from smalto.training.recipe import EvaluateConfig, MonitorConfig, Recipe
+from smalto.training.recipe import EvaluateConfig, MonitorConfig, OptimizerConfig, Recipe
 
 
 class DataConfig(Config):
@@ -98,6 +98,7 @@ class TokenizerRecipe(Recipe):
     tokenizer: TokenizerConfig = Field(default_factory=default_tokenizer_config)
     data: DataConfig = DataConfig()
     losses: LossesConfig = LossesConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     codebook: CodebookConfig = CodebookConfig()
     evaluate: TokenizerEvaluateConfig = TokenizerEvaluateConfig()
     monitor: TokenizerMonitorConfig = TokenizerMonitorConfig()
@@ -107,6 +108,15 @@ class TokenizerRecipe(Recipe):
     def codebook_size_key(self) -> str:
         """The dotted key of the number of codes."""
         return f"tokenizer.quantizer.{self.tokenizer.quantizer.codebook_size_key}"
+
+    def is_fixed(self, key: str) -> bool:
+        """Return whether a resumed run keeps this setting."""
+        discriminator = ("losses.adversarial.width", "losses.adversarial.layers")
+        return (
+            super().is_fixed(key)
+            or key.startswith(("tokenizer.", "finetune."))
+            or (key in discriminator and bool(self.losses.adversarial.weight))
+        )
 
     @model_validator(mode="after")
     def _crops_fit(self) -> TokenizerRecipe:

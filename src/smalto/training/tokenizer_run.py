@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from smalto.images.image_file import summary
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.random_state import seeded
 from smalto.training.recipe import change_recipe, recipe_toml
-from smalto.training.run_folder import RunFolder, Split
+from smalto.training.run_folder import START_FOLDER, RunFolder, Split
+from smalto.training.run_threads import run_threads
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 from smalto.training.trainer import Trainer
@@ -91,7 +92,7 @@ def start_run(
                 task.save,
                 state,
                 overwrite,
-                start.save if start is not None else None,
+                partial(_save_start, start) if start is not None else None,
             )
         distributed.broadcast_object("the run exists", device)
         _train(trainer, batches, images, RunFolder(out), recipe, progress)
@@ -131,10 +132,9 @@ def resume_run(
         tokenizer = load(checkpoint.folder).to(device)
         held_out = images.held_out_crops(recipe)
         task = TokenizerTask(tokenizer, recipe, held_out, keep_codes=True)
-    threads = checkpoint.state["threads"]
     with (
         seeded(recipe.seed + distributed.rank(), device),
-        _threads(threads, device, progress),
+        run_threads(checkpoint.state["threads"], device, progress),
     ):
         batches = images.batches(recipe)
         trainer = Trainer(task, batches, run.path, recipe, progress)
@@ -176,6 +176,12 @@ def _train(
             )
 
 
+def _save_start(start: ImageTokenizer, folder: Path) -> None:
+    """Keep the tokenizer that fine-tuning starts from, to compare with."""
+    (folder / START_FOLDER).mkdir()
+    start.save(folder / START_FOLDER)
+
+
 def _for_finetuning(recipe: TokenizerRecipe, start: ImageTokenizer, name: str) -> TokenizerRecipe:
     """Return the recipe with the configuration of the tokenizer that it starts from."""
     finetune = recipe.finetune.model_dump() | {"tokenizer": name}
@@ -202,21 +208,3 @@ def _report_changes(before: Split, images: TrainingImages, progress: Progress) -
             f"the {len(before.held_out)} held-out images no longer exist, so metrics are on "
             "training images"
         )
-
-
-@contextmanager
-def _threads(number: int, device: torch.device, progress: Progress) -> Iterator[None]:
-    """Compute with as many threads as the run started with: sums on a CPU depend on their
-    number.
-    """
-    before = torch.get_num_threads()
-    if device.type == "cpu" and number != before:
-        progress.message(
-            f"computing with {number} threads as when this run started, not {before}: another "
-            "number would change the results"
-        )
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

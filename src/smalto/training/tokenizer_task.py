@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 import torch._dynamo  # the first optimizer imports it anyway; here Ctrl-C can exit at once
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from smalto.autoencoders import CheckpointedNetwork
 from smalto.core import distributed
@@ -24,7 +21,13 @@ from smalto.losses.reconstruction import Perceptual
 from smalto.metrics import psnr
 from smalto.quantizers import CodebookUpdater
 from smalto.tokenizer import ImageTokenizer, load
-from smalto.training.optimization import WeightAverage, learning_rate_factor, parameter_groups
+from smalto.training.data_parallel import data_parallel, no_gradient_sync
+from smalto.training.optimization import (
+    WeightAverage,
+    cosine_schedule,
+    load_moments,
+    parameter_groups,
+)
 from smalto.training.task import MonitoredMetric
 from smalto.training.tokenizer_recipe import TokenizerMonitorConfig, TokenizerRecipe
 
@@ -77,7 +80,7 @@ class TokenizerTask:
             distributed.broadcast(
                 [*self._discriminator.parameters(), *self._discriminator.buffers()]
             )
-            self._discriminator_network = _data_parallel(self._discriminator)
+            self._discriminator_network = data_parallel(self._discriminator)
             self._discriminator_optimizer = torch.optim.AdamW(
                 parameter_groups(self._discriminator, settings.weight_decay),
                 lr=adversarial.lr,
@@ -149,7 +152,7 @@ class TokenizerTask:
             last = number == len(parts) - 1
             with (
                 computing(self.device, self._recipe.precision, len(images)),
-                _no_gradient_sync(self._network, not last),
+                no_gradient_sync(self._network, not last),
             ):
                 reconstruction, vq_loss, _ = self._network(self._as_laid_out(images))
                 values = self._objective.backward(
@@ -196,7 +199,7 @@ class TokenizerTask:
         for number, (images, fake) in enumerate(zip(parts, fakes, strict=True)):
             with (
                 computing(self.device, self._recipe.precision, len(images)),
-                _no_gradient_sync(self._discriminator_network, number < len(parts) - 1),
+                no_gradient_sync(self._discriminator_network, number < len(parts) - 1),
             ):
                 both = self._as_laid_out(torch.cat([images, fake]))
                 logits = self._discriminator_network(both).chunk(2)
@@ -292,12 +295,12 @@ class TokenizerTask:
             self.tokenizer.load_state_dict(weights)
         elif "weights" in state:  # ema_decay was set when the state was saved
             self.tokenizer.load_state_dict(state["weights"])
-        _load_moments(self.optimizer, state["optimizer"])
+        load_moments(self.optimizer, state["optimizer"])
         if self._updater is not None:
             self._updater.load_state_dict(state["updater"])
         if self._discriminator is not None and "discriminator" in state:
             self._discriminator.load_state_dict(state["discriminator"])
-            _load_moments(self._discriminator_optimizer, state["discriminator_optimizer"])
+            load_moments(self._discriminator_optimizer, state["discriminator_optimizer"])
         self._lr_scale = state["lr_scale"]
 
     def _set_up_networks(self) -> None:
@@ -311,7 +314,7 @@ class TokenizerTask:
         if self._recipe.compile:
             network = torch.compile(network)  # type: ignore[assignment]
         # A multi-scale quantizer may have a phi that is used by none of its scales.
-        self._network = _data_parallel(
+        self._network = data_parallel(
             network, some_unused=self.tokenizer.quantize.may_leave_parameters_unused
         )
 
@@ -323,11 +326,12 @@ class TokenizerTask:
         )
 
     def _set_learning_rates(self, step: int) -> None:
-        share = (
-            learning_rate_factor(self._recipe.optimizer, step, self._recipe.steps) * self._lr_scale
+        settings = self._recipe.optimizer
+        share = self._lr_scale * cosine_schedule(
+            step, self._recipe.steps, settings.warmup, settings.decay
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = self._recipe.optimizer.lr * share
+            group["lr"] = settings.lr * share
         if self._discriminator is not None:
             for group in self._discriminator_optimizer.param_groups:
                 group["lr"] = self._recipe.losses.adversarial.lr * share
@@ -345,40 +349,9 @@ def _freeze(tokenizer: ImageTokenizer, learn: str) -> list[nn.Module]:
     return []
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer but keep its settings, which a resumed run may change."""
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
-
-
 def _last_layer(decoder: nn.Module) -> Tensor:
     """Return the weight of the decoder's last layer."""
     return [p for p in decoder.parameters() if p.ndim > 1][-1]
-
-
-def _data_parallel(network: nn.Module, some_unused: bool = False) -> nn.Module:
-    """Return the network with gradients averaged over processes, if there are several."""
-    if distributed.world_size() == 1:
-        return network
-    # The codebook updater synchronizes the codebook buffers; all others are equal from the start.
-    # ``broadcast_buffers`` is ``forward_sync_buffers`` since torch 2.13.
-    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    buffers: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
-    return DistributedDataParallel(network, find_unused_parameters=some_unused, **buffers)
-
-
-def _no_gradient_sync(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
-    """Accumulate gradients in this process only if ``stay``: all but the last part of a batch."""
-    return (
-        network.no_sync()
-        if stay and isinstance(network, DistributedDataParallel)
-        else contextlib.nullcontext()
-    )
 
 
 def monitored_metrics(config: TokenizerMonitorConfig) -> list[MonitoredMetric]:

@@ -167,7 +167,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
             "--deep-gray must be full or range; got 'none'",
         ),
         (["decode", "nowhere"], "does not exist; expected a token store"),
-        (["info", "."], "not a run, tokenizer or token store"),
+        (["info", "."], "not a run, tokenizer, generator or token store"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:

@@ -214,5 +214,5 @@ def test_info_knows_what_things_are(
         6,
         "vector",
     )
-    with pytest.raises(RunError, match="not a run, tokenizer or token store"):
+    with pytest.raises(RunError, match="not a run, tokenizer, generator or token store"):
         smalto.info(image_folder)

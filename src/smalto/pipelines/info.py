@@ -1,14 +1,17 @@
-"""Descriptions of runs, tokenizers and token stores."""
+"""Descriptions of runs, tokenizers, generators and token stores."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smalto.core.errors import RunError
 from smalto.core.files import read_json
-from smalto.pretrained import is_pretrained, pretrained_names, read_card, tokenizer_folder
+from smalto.generator import load_generator
+from smalto.generator.generator_folder import holds_generator
+from smalto.pretrained import is_pretrained, model_folder, pretrained_names, read_card
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, REPORT_FILE, RunFolder
@@ -18,31 +21,41 @@ if TYPE_CHECKING:
 
 
 def info(path: str | Path) -> dict[str, Any]:
-    """Describe a run, a tokenizer or a token store.
+    """Describe a run, a tokenizer, a generator or a token store.
 
     Args:
-        path: its folder, or the name of a tokenizer in this package.
+        path: its folder, or the name of a model in this package.
 
     Returns:
-        Plain values by name; ``"kind"`` is "run", "tokenizer" or "token store". The model card of a
-        tokenizer in this package is ``"card"``.
+        Plain values by name; ``"kind"`` is "run", "tokenizer", "generator" or "token store". The
+        model card of a model in this package is ``"card"``.
 
     Raises:
         RunError: ``path`` is none of these.
     """
     card = read_card(str(path)) if is_pretrained(path) else None
-    path = tokenizer_folder(path)
+    path = model_folder(path)
     if (path / "head.json").is_file():
         from smalto.store.token_store import TokenStore
 
         return {"kind": "token store", **store_metadata(TokenStore.open(path))}
     if not (path / "config.json").is_file():
         raise RunError(
-            f"{path} is not a run, tokenizer or token store of smalto. Name a folder that smalto "
-            f"wrote, such as runs/mine or tokens.lance, or one of {', '.join(pretrained_names())}."
+            f"{path} is not a run, tokenizer, generator or token store of smalto. Name a folder "
+            "that smalto wrote, such as runs/mine or tokens.lance, or one of "
+            f"{', '.join(pretrained_names())}."
         )
+    metadata = _generator_metadata(path) if holds_generator(path) else _tokenizer_metadata(path)
+    if card is not None:
+        metadata["card"] = card
+    if (path / RECIPE_FILE).is_file():
+        metadata |= _run_metadata(path)
+    return metadata
+
+
+def _tokenizer_metadata(path: Path) -> dict[str, Any]:
     tokenizer = load(path)
-    metadata: dict[str, Any] = {
+    return {
         "kind": "tokenizer",
         "codebook size": tokenizer.quantize.codebook_size,
         **_grids(tokenizer),
@@ -52,29 +65,62 @@ def info(path: str | Path) -> dict[str, Any]:
         "fingerprint": tokenizer.fingerprint(),
         "config": json.dumps(tokenizer.config.model_dump(mode="json")),
     }
-    if card is not None:
-        metadata["card"] = card
-    if (path / RECIPE_FILE).is_file():
-        run = RunFolder(path)
-        recipe = load_recipe(path / RECIPE_FILE)
-        metadata |= {
-            "kind": "run",
-            "trained on": recipe.data.source,
-            "steps": f"{max(run.steps(), default=0)} of {recipe.steps}",
-            "seed": recipe.seed,
-        }
-        if (path / METRICS_FILE).is_file():
-            try:
-                metrics = read_json(path / METRICS_FILE)
-                metadata["PSNR"] = (
-                    f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
-                )
-            except (ValueError, KeyError, TypeError):
-                metadata["PSNR"] = (
-                    f"metrics.json is damaged; rewrite it with: smalto train --resume {path}"
-                )
-            metadata["report"] = str(path / REPORT_FILE)
+
+
+def _generator_metadata(path: Path) -> dict[str, Any]:
+    generator = load_generator(path)
+    config = generator.config
+    names = ", ".join(config.class_names[:20])
+    return {
+        "kind": "generator",
+        "order": config.order,
+        "tokens per image": f"{config.layout.num_tokens:,} in {len(config.grids)} grids",
+        "codebook size": config.codebook_size,
+        "classes": f"{config.num_classes:,}{': ' if names else ''}{names}",
+        "parameters": sum(p.numel() for p in generator.transformer.parameters()),
+        "fingerprint": generator.fingerprint(),
+        "tokenizer": generator.tokenizer.fingerprint(),
+        "config": json.dumps(config.model_dump(mode="json")),
+    }
+
+
+def _run_metadata(path: Path) -> dict[str, Any]:
+    run = RunFolder(path)
+    recipe = load_recipe(path / RECIPE_FILE)
+    metadata: dict[str, Any] = {
+        "kind": "run",
+        "trained on": recipe.data.source,
+        "steps": f"{max(run.steps(), default=0)} of {recipe.steps}",
+        "seed": recipe.seed,
+    }
+    if (path / METRICS_FILE).is_file():
+        name, text = _SUMMARIES[recipe.kind]
+        try:
+            metadata[name] = text(read_json(path / METRICS_FILE))
+        except (ValueError, KeyError, TypeError):
+            metadata[name] = (
+                f"metrics.json is damaged; rewrite it with: smalto train --resume {path}"
+            )
+        metadata["report"] = str(path / REPORT_FILE)
     return metadata
+
+
+def _psnr(metrics: dict[str, Any]) -> str:
+    return f"{metrics['psnr']:.2f} dB on {metrics['num_images']} {metrics['measured_on']}"
+
+
+def _cross_entropy(metrics: dict[str, Any]) -> str:
+    held_out, below = metrics["held_out"], metrics["below_histogram"]
+    return (
+        f"{held_out['loss']:.4f} nats per token on {held_out['num_rows']} "
+        f"{metrics['measured_on']}, {below:.1%} below the histogram by position"
+    )
+
+
+_SUMMARIES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "tokenizer": ("PSNR", _psnr),
+    "generator": ("cross-entropy", _cross_entropy),
+}
 
 
 def store_metadata(store: TokenStore) -> dict[str, Any]:

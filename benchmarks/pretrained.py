@@ -36,6 +36,7 @@ from smalto.images.sources import open_source
 from smalto.images.tensors import to_uint8, to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
 from smalto.pretrained import CARD_FILE, RECIPE_FILE
+from smalto.quantizers.codebook import EMACodebook
 from smalto.tokenizer import ImageTokenizer
 
 HERE = Path(__file__).parent
@@ -155,8 +156,9 @@ def rounded(tokenizer: ImageTokenizer) -> ImageTokenizer:
     no longer give them.
     """
     tokenizer = tokenizer.bfloat16().float()
-    codes = tokenizer.quantize.embedding
-    codes.place(torch.arange(len(codes.weight)), codes.weight.clone())
+    for codes in tokenizer.modules():
+        if isinstance(codes, EMACodebook):
+            codes.place(torch.arange(len(codes.weight)), codes.weight.clone())
     return tokenizer
 
 

@@ -364,3 +364,28 @@ def test_folders_without_a_generator_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "tokenizer").rename(tmp_path / "one" / "tokenizer")
     with pytest.raises(ConfigError, match="with which the generator was trained"):
         load_generator(tmp_path / "one")
+
+
+@kinds
+def test_images_of_another_size(kind: str) -> None:
+    generator = generator_of(kind)
+    same = generator.generate([1], seeds=[5], grids=generator.config.grids)
+    assert equal(same.idx_Bl, generator.generate([1], seeds=[5]).idx_Bl)
+    grids = generator.tokenizer.layout(24, 24).grids
+    samples = generator.generate([1, 2], seeds=[5, 6], grids=grids)
+    assert samples.images.shape == (2, 3, 24, 24)
+    assert [block.shape[1] for block in samples.idx_Bl] == [h * w for h, w in grids]
+    wider = generator.for_grids(grids)
+    cache = wider.new_cache(2)
+    again = generator.generate([1, 2], seeds=[5, 6], grids=grids, cache=cache)
+    assert equal(samples.idx_Bl, again.idx_Bl)
+    back = wider.for_grids(generator.config.grids)
+    assert back.config == generator.config
+    with pytest.raises(InputError, match="as in training"):
+        generator.generate([1], grids=[(1, 1)] * 7)
+
+
+def test_grids_that_are_not_a_layout_are_refused() -> None:
+    generator = generator_of("multiscale")
+    with pytest.raises(ConfigError, match="grids"):
+        generator.for_grids([(1, 1), (1, 1), (6, 6)])

@@ -19,7 +19,7 @@ import smalto
 from smalto.autoencoders import SimpleAutoencoderConfig
 from smalto.core import distributed
 from smalto.core.errors import ConfigError, DataError, InputError, RunError
-from smalto.generator import Generator
+from smalto.generator import Generator, GeneratorConfig, Transformer
 from smalto.quantizers import (
     MultiScaleVQConfig,
     ProductVQConfig,
@@ -31,10 +31,12 @@ from smalto.store.schema import TokenRow, row_id
 from smalto.store.token_store import TokenStore
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.training.generator_recipe import GeneratorRecipe
+from smalto.training.generator_task import GeneratorTask
 from smalto.training.optimization import linear_schedule
 from smalto.training.run_folder import read_jsonl
 from smalto.training.training_tokens import TrainingTokens
 from tests.conftest import smalto_command
+from tests.contract.test_processes import in_processes, join
 
 VECTOR = VectorQuantizerConfig(codebook_size=16, latent_dim=8)
 QUANTIZERS: dict[str, QuantizerConfig] = {
@@ -106,7 +108,8 @@ def recipe_for(folder: Path, **changes: Any) -> GeneratorRecipe:
 
 def generator_toml(folder: Path) -> Path:
     path = folder / "generator.toml"
-    path.write_text('kind = "generator"\n')
+    if not path.exists():
+        path.write_text('kind = "generator"\n')
     return path
 
 
@@ -378,3 +381,44 @@ def test_the_generator_of_a_run_is_the_task_s(store: Path, tmp_path: Path) -> No
     loaded = smalto.load_generator(tmp_path / "run")
     assert isinstance(loaded, Generator)
     assert loaded.fingerprint() == trained.generator.fingerprint()
+
+
+def trained_in(
+    rank: int, world: int, meeting: str, folder: str, changes: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Train on this rank's rows of fixed batches; return the weights and the last loss."""
+    if world > 1:
+        join(rank, world, meeting)
+    recipe = recipe_for(Path(folder), **changes)
+    tokens = TrainingTokens.open(Path(folder) / "tokens.lance", recipe)
+    torch.manual_seed(0)
+    tokenizer = smalto.load(Path(folder) / "tokenizer-of-store")
+    config = GeneratorConfig.for_tokenizer(
+        tokenizer, SIZE, **recipe.generator.model_dump(), num_classes=3
+    )
+    task = GeneratorTask(
+        Generator(Transformer(config), tokenizer), recipe, tokens.some_held_out_rows(5)
+    )
+    batches = tokens.batches(recipe)
+    for step in range(1, 13):
+        metrics = task.train_step(next(batches), step)
+    state = dict(task.result.transformer.state_dict())
+    state["loss"] = torch.tensor(metrics["loss"])
+    state["held out"] = torch.tensor(task.evaluate()["held_out_loss"])
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+@pytest.mark.parametrize("changes", [{}, {"optimizer__accumulate": 2, "optimizer__clip": 0.1}])
+def test_two_processes_train_what_one_does(
+    store: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    changes = changes | {"generator__label_drop": 0.5}
+    alone = trained_in(0, 1, "", str(tmp_path), changes)
+    (tmp_path / "processes").mkdir()
+    first, second = in_processes(2, trained_in, tmp_path / "processes", str(tmp_path), changes)
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

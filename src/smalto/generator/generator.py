@@ -13,9 +13,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from smalto.core.config import parse_config
 from smalto.core.device import Precision
 from smalto.core.errors import InputError, describe
 from smalto.core.model_files import fingerprint
+from smalto.generator.config import GeneratorConfig
 from smalto.generator.kv_cache import KVCache
 from smalto.generator.orders import ORDERS
 from smalto.generator.sampling import SamplingSettings, guided
@@ -138,6 +140,31 @@ class Generator(nn.Module):
                     part.to(torch.bfloat16)
         return Generator(transformer, self.tokenizer.for_inference(precision)).eval()
 
+    def for_grids(self, grids: Sequence[tuple[int, int]]) -> Generator:
+        """Return a copy for images of another size, such as another aspect ratio.
+
+        The position embeddings of each grid are resized. The transformer has not been trained for
+        that size, so expect worse images the farther it is from the trained one.
+
+        Args:
+            grids: (rows, columns) of each grid, as ``tokenizer.layout(height, width).grids``.
+
+        Raises:
+            InputError: their number is not that of the trained grids.
+            ConfigError: they are not a layout of the tokenizer.
+        """
+        config = self.config
+        if len(grids) != len(config.grids):
+            raise InputError(
+                f"got {len(grids)} grids; expected {len(config.grids)}, as in training. Use "
+                "generator.tokenizer.layout(height, width).grids."
+            )
+        data = config.model_dump() | {"grids": tuple((int(h), int(w)) for h, w in grids)}
+        resized = copy.deepcopy(self.transformer)
+        resized.resize(parse_config(GeneratorConfig, data, "grids"))
+        tokenizer = copy.deepcopy(self.tokenizer)
+        return Generator(resized, tokenizer).train(self.training)
+
     def new_cache(self, num_images: int) -> KVCache:
         """Return a cache with which ``generate`` makes so many images at a time."""
         transformer = self.transformer
@@ -162,6 +189,7 @@ class Generator(nn.Module):
         smooth: bool = False,
         seeds: Sequence[int] | Tensor | None = None,
         fixed: Fixed | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
         cache: KVCache | None = None,
         on_scale: Callable[[int, list[Tensor]], None] | None = None,
     ) -> Samples:
@@ -182,6 +210,8 @@ class Generator(nn.Module):
                 and the settings. In float64 its tokens are the same in any batch; in float32 they
                 are as a rule, because sums are rounded in another order.
             fixed: tokens to keep.
+            grids: (rows, columns) of each grid, for images of another size than in training; see
+                ``for_grids``. A ``cache`` must then be that of ``for_grids(grids)``.
             cache: of ``new_cache``: its size decides how many images are made at a time. None: a
                 new one of at most 1 GiB.
             on_scale: called after each grid with the number of images that are finished and the
@@ -190,6 +220,20 @@ class Generator(nn.Module):
         Raises:
             InputError: a value is out of range, or sizes do not fit.
         """
+        if grids is not None and tuple(map(tuple, grids)) != self.config.grids:
+            return self.for_grids(grids).generate(
+                labels,
+                num_images=num_images,
+                guidance=guidance,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                smooth=smooth,
+                seeds=seeds,
+                fixed=fixed,
+                cache=cache,
+                on_scale=on_scale,
+            )
         labels, seeds = self._requests(labels, num_images, seeds)
         settings = SamplingSettings(guidance, top_k, top_p, temperature, smooth)
         settings.check()
@@ -224,9 +268,9 @@ class Generator(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        grids = zip(*(part.idx_Bl for part in parts), strict=True)
+        by_grid = zip(*(part.idx_Bl for part in parts), strict=True)
         images = torch.cat([part.images for part in parts])
-        return Samples([torch.cat(blocks) for blocks in grids], images, seeds)
+        return Samples([torch.cat(blocks) for blocks in by_grid], images, seeds)
 
     def _generate(
         self,

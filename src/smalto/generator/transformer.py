@@ -23,6 +23,7 @@ from smalto.generator.kv_cache import KVCache
 FIRST_SCALE, MAX_SCALE = 4.0, 100.0  # of l2-normalized attention, learned per head
 EPSILON = 1e-6  # of layer norms
 
+Grids = Sequence[tuple[int, int]]
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -84,6 +85,17 @@ class Transformer(nn.Module):
         with without_autocast(x.device):
             out: Tensor = self.head(self.head_norm(x.to(self.head.weight.dtype), condition))
         return out
+
+    @torch.no_grad()
+    def resize(self, config: GeneratorConfig) -> None:
+        """Resize the embeddings of positions, in place, to other grids of the same number."""
+        before = self.config.grids
+        positions = _resized(self.position_embedding, before, config.grids)
+        if config.steps[0] != self.config.steps[0]:
+            start = _resized(self.start_embedding, before[:1], config.grids[:1])
+            self.start_embedding = nn.Parameter(start)
+        self.position_embedding = nn.Parameter(positions)
+        self.config = config
 
     @property
     def block_dtype(self) -> torch.dtype:
@@ -285,3 +297,15 @@ def numbered(lengths: Sequence[int]) -> Tensor:
     """Return for each position the number of the part that it belongs to: 0 ... 0 1 ... 1 2 ..."""
     sizes = torch.tensor(lengths, device="cpu")
     return torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+
+
+def _resized(embedding: Tensor, before: Grids, after: Grids) -> Tensor:
+    """Resize the embedding of each grid's positions [1, L, width] by bicubic interpolation."""
+    parts = embedding.split([rows * columns for rows, columns in before], dim=1)
+    resized = []
+    for part, old, new in zip(parts, before, after, strict=True):
+        maps = part.transpose(1, 2).unflatten(2, old)
+        if old != new:
+            maps = F.interpolate(maps, new, mode="bicubic", align_corners=False)
+        resized.append(maps.flatten(2).transpose(1, 2))
+    return torch.cat(resized, dim=1)

@@ -554,12 +554,12 @@ def info(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="Run, tokenizer (its folder or name) or token store. Default: list the tokenizers "
-            "of this package."
+            help="Run, tokenizer or generator (its folder or name), or token store. Default: list "
+            "the models of this package."
         ),
     ] = None,
 ) -> None:
-    """Describe a run, a tokenizer or a token store, or list the tokenizers of this package."""
+    """Describe a run, a model or a token store, or list the models of this package."""
     from smalto.pretrained import pretrained_names, summary_of
 
     if path is None:

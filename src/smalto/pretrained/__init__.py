@@ -1,8 +1,9 @@
-"""Tokenizers that are part of this package, and their names.
+"""Models that are part of this package, and their names.
 
-Each is a folder beside this file: a tokenizer's two files with weights in bfloat16, its model card,
-the authors of the images that it was trained on, and a recipe for fine-tuning it. A name is used
-wherever a tokenizer's folder is: ``smalto.load("photos-f8")``.
+Each is a folder beside this file: the two files of a tokenizer with weights in bfloat16, its model
+card, the authors of the images that it was trained on, and a recipe for fine-tuning it. A generator
+has its tokenizer in a folder inside. A name is used wherever a folder is:
+``smalto.load("photos-f8")``; the name of a generator stands for its tokenizer there.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ PRETRAINED_FOLDER = Path(__file__).parent
 
 
 def pretrained_names() -> list[str]:
-    """Return the names of the tokenizers in this package."""
+    """Return the names of the models in this package."""
     return sorted(path.parent.name for path in PRETRAINED_FOLDER.glob(f"*/{CARD_FILE}"))
 
 
 def pretrained_folder(name: str) -> Path:
-    """Return the folder of a tokenizer in this package."""
+    """Return the folder of a model in this package."""
     return PRETRAINED_FOLDER / name
 
 
 def is_pretrained(name: object) -> bool:
-    """Return whether ``name`` is that of a tokenizer in this package.
+    """Return whether ``name`` is that of a model in this package.
 
-    It is a str without any part of a path: ``"./photos-f8"`` is a path. A tokenizer of that name in
-    the current folder takes precedence.
+    It is a str without any part of a path: ``"./photos-f8"`` is a path. A model of that name in the
+    current folder takes precedence.
     """
     is_name = isinstance(name, str) and name in pretrained_names()
     return is_name and not (Path(str(name)) / "config.json").is_file()
@@ -63,12 +64,13 @@ def folder_of_recorded(recorded: str) -> Path:
 
 
 def finetuning_recipe(name: object) -> Path | None:
-    """Return the recipe for fine-tuning a tokenizer of this package; None for any other."""
-    return pretrained_folder(str(name)) / RECIPE_FILE if is_pretrained(name) else None
+    """Return the recipe for fine-tuning a tokenizer of this package; None if it has none."""
+    recipe = pretrained_folder(str(name)) / RECIPE_FILE
+    return recipe if is_pretrained(name) and recipe.is_file() else None
 
 
 def read_card(name: str) -> str:
-    """Return the model card of a tokenizer in this package: Markdown."""
+    """Return the model card of a model in this package: Markdown."""
     return (pretrained_folder(name) / CARD_FILE).read_text(encoding="utf-8")
 
 

@@ -247,9 +247,26 @@ class Attention(nn.Module):
             keys = F.normalize(keys, dim=-1)
         if remember is not None:
             keys, values = remember(keys, values)
-        found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        found = attend(queries, keys, values, mask, scale)
         out: Tensor = self.dropout(self.project(found.transpose(1, 2).flatten(2)))
         return out
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Return the values that queries attend to: [B, heads, n, d].
+
+    In training on a CPU it computes in float32: the backward pass of the fused kernel takes 64 ms
+    in bfloat16 and 18 ms in float32 (32 rows, 7 heads, 147 tokens, two cores of an AMD EPYC).
+    """
+    if queries.device.type == "cpu" and queries.requires_grad:
+        with without_autocast(queries.device):
+            dtype = torch.promote_types(queries.dtype, torch.float32)
+            return F.scaled_dot_product_attention(
+                queries.to(dtype), keys.to(dtype), values.to(dtype), attn_mask=mask, scale=scale
+            )
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
 
 class MLP(nn.Module):

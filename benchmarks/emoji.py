@@ -43,12 +43,13 @@ NAME = "emoji"
 DOCS = Path(__file__).parent.parent / "docs"
 PER_GROUP = 40  # samples
 GUIDANCES = (0.0, 1.5, 3.0, 6.0)
-SHOWN = 3.0  # guidance of the pictures
+SHOWN = 3.0  # guidance of the images in the documentation
 NEAREST = 3
 
 
 def main(run: Path, install_it: bool) -> None:
     generator = smalto.load_generator(run)
+    generator.transformer.bfloat16().float()  # as it ships
     names = generator.config.class_names
     training, held_out = emoji_images()
     network = Lite0()

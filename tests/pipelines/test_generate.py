@@ -94,6 +94,39 @@ def test_images_of_other_settings_stay(generator: Generator, tmp_path: Path) -> 
     assert len(TokenStore.open(tmp_path / "s" / "tokens.lance")) == len(made.paths) == 1
 
 
+def test_folders_of_others_stay(generator: Generator, tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path / "a" / "tokens.lance", generator.tokenizer)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "manifest.json").write_text("not JSON")
+    (tmp_path / "b" / "000001.png").write_bytes(b"mine")
+    for name in "ab":
+        for overwrite in (False, True):
+            with pytest.raises(RunError, match="did not write"):
+                smalto.generate(generator, tmp_path / name, overwrite=overwrite)
+    assert store.path.is_dir()
+    assert (tmp_path / "b" / "000001.png").read_bytes() == b"mine"
+
+
+def test_an_image_that_was_cut_short_is_made_again(generator: Generator, tmp_path: Path) -> None:
+    made = smalto.generate(generator, tmp_path / "s", count=2)
+    whole = made.paths[1].read_bytes()
+    made.paths[1].write_bytes(whole[:50])
+    assert smalto.generate(generator, tmp_path / "s", count=2).num_new == 1
+    assert made.paths[1].read_bytes() == whole
+
+
+def test_arrays_of_other_settings_stay(generator: Generator, tmp_path: Path) -> None:
+    npz = tmp_path / "all.npz"
+    smalto.generate(generator, tmp_path / "s", count=2, npz=npz)
+    smalto.generate(generator, tmp_path / "s", count=3, npz=npz)
+    with pytest.raises(RunError, match="holds other images"):
+        smalto.generate(generator, tmp_path / "other", count=3, seed=1, npz=npz)
+    with pytest.raises(RunError, match=r"ends with \.npz"):
+        smalto.generate(generator, tmp_path / "s", npz=tmp_path / "all.npy")
+    with numpy.load(npz) as file:
+        assert len(file["arr_0"]) == 3
+
+
 def test_the_array_is_what_evaluators_read(generator: Generator, tmp_path: Path) -> None:
     made = smalto.generate(generator, tmp_path / "s", count=4, npz=tmp_path / "all.npz")
     with numpy.load(tmp_path / "all.npz") as file:

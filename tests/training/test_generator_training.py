@@ -269,6 +269,48 @@ def test_shard_stores_are_one(tmp_path: Path) -> None:
         smalto.train(tmp_path / "whole-run", recipe, out=tmp_path / "no")
 
 
+def test_runs_on_several_stores_resume(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    first = make_store(tmp_path, tokenizer, range(13))
+    second = make_store(tmp_path / "second", tokenizer, range(13, 40))
+    smalto.train([first, second], recipe_for(tmp_path), out=tmp_path / "run")
+    smalto.resume(tmp_path / "run", settings={"steps": 7})
+    with pytest.raises(RunError, match="start a new run"):
+        smalto.resume(tmp_path / "run", [second, first], settings={"steps": 8})
+
+
+def test_rows_that_are_added_later_change_no_run(store: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, steps=12)
+    smalto.train(store, recipe, out=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for step in range(6, 13, 2):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    more = [TokenRow(f"cow/{i}.png", numpy.zeros(31, numpy.int64), label="cow") for i in range(9)]
+    TokenStore.open(store).append(more)
+    smalto.resume(tmp_path / "run")
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_other_rows_are_refused_and_leave_the_run_alone(store: Path, tmp_path: Path) -> None:
+    smalto.train(store, recipe_for(tmp_path), out=tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "tokenizer-of-store", tmp_path / "other" / "tokenizer-of-store")
+    other = make_store(tmp_path / "other", make_tokenizer(), range(5, 45))
+    with pytest.raises(RunError, match="start a new run"):
+        smalto.resume(tmp_path / "run", other, settings={"steps": 8})
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_damaged_floors_are_computed_again(store: Path, tmp_path: Path) -> None:
+    smalto.train(store, recipe_for(tmp_path), out=tmp_path / "run")
+    path = tmp_path / "run" / "floors.json"
+    before = path.read_text()
+    path.write_text("{}")
+    smalto.resume(tmp_path / "run")
+    assert path.read_text() == before
+
+
 def test_no_image_is_encoded_again(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ def generate(
 
     if precision is not None:
         precision = checked_choice("--precision", precision, ("float32", "bf16"))
-    with console_progress(resumes=True) as progress:
+    with console_progress(resumes=not overwrite) as progress:
         made = run(
             generator,
             out,

@@ -117,10 +117,13 @@ def train(
     seed: Annotated[
         int | None, typer.Option(help="Random seed for initialization, crops and augmentation.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Crops per step.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Crops per step; for a generator, rows per step.")
+    ] = None,
     device: Device = "auto",
     precision: Annotated[
-        str | None, typer.Option(help="float32 or bf16 for encoder and decoder.")
+        str | None,
+        typer.Option(help="float32 or bf16 for encoder and decoder, or for the transformer."),
     ] = None,
     workers: Workers = None,
 ) -> None:

@@ -60,18 +60,20 @@ def fastest_precision(device: torch.device) -> Precision:
 
 
 @contextmanager
-def computing(device: torch.device, precision: Precision, batch: int) -> Iterator[None]:
+def computing(
+    device: torch.device, precision: Precision, batch: int, advice: str = ""
+) -> Iterator[None]:
     """Run a model's computations with autocast for bf16, and with ``memory_errors``."""
     with (
-        memory_errors(device, batch),
+        memory_errors(device, batch, advice),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
     ):
         yield
 
 
 @contextmanager
-def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
-    """Replace out-of-memory errors by one that suggests a smaller batch.
+def memory_errors(device: torch.device, batch: int, advice: str = "") -> Iterator[None]:
+    """Replace out-of-memory errors by one with ``advice``; by default it suggests a smaller batch.
 
     Raises:
         SmaltoError: the device ran out of memory.
@@ -81,7 +83,7 @@ def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = (
+        advice = advice or (
             f"Try --batch {max(1, batch // 2)}."
             if batch > 1
             else "Try smaller images or --device cpu."

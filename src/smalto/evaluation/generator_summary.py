@@ -18,20 +18,18 @@ from smalto.metrics.generator_metrics import GeneratorMetrics
 from smalto.report.generator_page import GeneratorReport, write_generator_report
 from smalto.training.generator_run import TrainedGeneratorRun
 from smalto.training.run_folder import METRICS_FILE, REPORT_FILE, read_log
-from smalto.training.training_tokens import TrainingTokens
 
 MAX_CLASSES = 10  # in the report
 GUIDANCE = 3.0  # of the samples
 SETTINGS = [(t, g) for t in (0.7, 1.0) for g in (0.0, 1.5, 3.0, 6.0)]  # temperature, guidance
 
 
-def measure_run(trained: TrainedGeneratorRun, tokens: TrainingTokens) -> GeneratorMetrics:
+def measure_run(trained: TrainedGeneratorRun) -> GeneratorMetrics:
     """Measure a trained generator on held-out and on training rows. Every rank calls it."""
-    number = trained.recipe.evaluate.rows
     return GeneratorMetrics(
-        held_out=trained.task.measure(tokens.some_held_out_rows(number)),
-        training=trained.task.measure(tokens.some_training_rows(number)),
-        measured_on=tokens.measured_on,
+        held_out=trained.task.measure(trained.rows.held_out),
+        training=trained.task.measure(trained.rows.training),
+        measured_on=trained.measured_on,
         uniform=trained.floors.uniform,
         histogram=trained.floors.histogram,
     )
@@ -95,7 +93,7 @@ def _report(
         progress.advance()
     progress.finish()
     settings = [
-        ("trained on", recipe.data.source),
+        ("trained on", str(recipe.data.source)),
         ("steps, batch", f"{recipe.steps:,} steps of {recipe.data.batch} rows"),
         ("training time", f"{times.seconds:.0f} s, at most {times.peak_memory_mb:,} MiB of memory"),
         ("order", config.order),

@@ -33,8 +33,8 @@ def kept_tokens(repaint: Tensor, layout: TokenLayout) -> Tensor:
         raise InputError(f"got the mask {describe(repaint)}; expected bool [H, W].")
     if not repaint.any():
         raise InputError(
-            "got a mask that is True nowhere, so nothing would be painted again. Set it to True "
-            "for the pixels to paint."
+            "got a mask that is True nowhere in the image that the generator sees, which is the "
+            "center of yours in its aspect ratio. Set it to True for the pixels to paint."
         )
     pixels = repaint[None, None].float()
     kept = []

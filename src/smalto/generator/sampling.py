@@ -105,6 +105,8 @@ def sampled(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     Returns:
         int64 [B, n]. A token depends on its logits, its seed and its position alone.
     """
+    if logits.device.type == "mps":  # which has no float64
+        return sampled(logits.cpu(), seeds.cpu(), positions.cpu()).to(logits.device)
     sums = logits.double().softmax(dim=-1).cumsum(dim=-1)
     total = sums[..., -1:]
     drawn = uniform(seeds[:, None], positions).unsqueeze(-1) * total
@@ -126,6 +128,9 @@ def mixture(
     Returns:
         [B, n, D] in the dtype of the codes.
     """
+    if logits.device.type == "mps":
+        mixed = mixture(logits.cpu(), codes.cpu(), temperature, seeds.cpu(), positions.cpu())
+        return mixed.to(logits.device)
     counters = positions[:, None] * logits.shape[-1] + torch.arange(
         logits.shape[-1], device=logits.device
     )

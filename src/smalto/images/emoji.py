@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from smalto.core.errors import MissingExtra
 from smalto.images.image_file import ImageFile
@@ -38,9 +38,14 @@ def emoji() -> tuple[list[ImageFile], tuple[str, ...]]:
         group = groups.get(base) or groups.get(base.split("-")[0]) or _OTHER
         name = f"{group}/{path.name}"
         found.append(ImageFile(name, str(path), label=group))
-        if is_held_out(base):
+        if is_held_out_emoji(name):
             held_out.append(name)
     return sorted(found), tuple(sorted(held_out))
+
+
+def is_held_out_emoji(name: str) -> bool:
+    """Return whether an emoji ``group/codes.png`` is held out, like all its skin tones."""
+    return is_held_out(base_emoji(PurePosixPath(name).stem))
 
 
 def base_emoji(codes: str) -> str:

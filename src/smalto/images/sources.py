@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from smalto.images import emoji
 from smalto.images.bundled import CREDITS, HELD_OUT, SOURCE, bundled_photographs
 from smalto.images.finding import find_images, modified_ns, walk_images
 from smalto.images.image_file import UNREADABLE, ImageFile, Skipped
+from smalto.images.splits import is_held_out
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,14 @@ def source_name(source: str | Path | list[ImageFile]) -> str:
     return str(source) if str(source) in (SOURCE, emoji.SOURCE) else str(Path(source).resolve())
 
 
-def fixed_held_out(name: str) -> tuple[str, ...] | None:
-    """Return the names that a source always holds out; None: the hash of the name decides.
+def held_out_rule(source: str) -> Callable[[str], bool]:
+    """Return the rule that holds out images of a source by their names, as in training.
 
     Args:
-        name: of the source, as ``source_name`` returned it.
+        source: its name, as ``source_name`` returned it. Its images need not be there.
     """
-    if name == SOURCE:
-        return HELD_OUT
-    return emoji.emoji()[1] if name == emoji.SOURCE else None
+    rules = {SOURCE: HELD_OUT.__contains__, emoji.SOURCE: emoji.is_held_out_emoji}
+    return rules.get(source, is_held_out)
 
 
 def credits_of(source: str) -> str:

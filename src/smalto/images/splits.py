@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy
@@ -74,29 +74,29 @@ def split_by_name(images: ImageSet, held_out: Sequence[str]) -> tuple[list[int],
     return train, out
 
 
-def split_names(names: Iterable[str], fixed: Sequence[str] | None = None) -> numpy.ndarray:
+def split_names(names: Iterable[str], rule: Callable[[str], bool] = is_held_out) -> numpy.ndarray:
     """Return for each name whether it is held out, bool [n]; equal names are on one side.
 
-    Like ``split``, without reading images and without a list of all names.
+    Like ``split``, without reading images and without a list of all names: with fewer than 4
+    images none is held out, and otherwise at least one.
 
     Args:
         names: of images; a name may occur several times.
-        fixed: the names that are held out; None: the hash of the name decides.
+        rule: whether a name is held out.
     """
-    chosen = None if fixed is None else set(fixed)
     mask = bytearray()
     distinct: set[str] = set()  # of the first names, to count the images
     first: list[str] = []  # all names until one is held out
     for name in names:
-        mask.append(is_held_out(name) if chosen is None else name in chosen)
+        mask.append(rule(name))
         if len(distinct) < MIN_IMAGES_TO_HOLD_OUT:
             distinct.add(name)
         if not mask[-1] and len(first) == len(mask) - 1:
             first.append(name)
     result = numpy.frombuffer(bytes(mask), dtype=bool).copy()
-    if chosen is None and len(distinct) < MIN_IMAGES_TO_HOLD_OUT:
+    if len(distinct) < MIN_IMAGES_TO_HOLD_OUT:
         result[:] = False
-    elif chosen is None and len(first) == len(result):  # none was held out
+    elif len(first) == len(result):  # none was held out
         least = first[held_out_order(first)[0]]
         result[:] = [name == least for name in first]
     return result

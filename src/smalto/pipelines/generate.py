@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from smalto.core.allocator import retain_freed_memory
@@ -27,10 +28,15 @@ from smalto.images.npz import write_npz
 from smalto.images.single_image import fitted, fitted_mask, read_mask, read_whole, write_png
 from smalto.images.tensors import to_unit_range
 
+if TYPE_CHECKING:  # it needs Lance
+    from smalto.store.token_store import TokenStore
+
 MANIFEST_FILE = "manifest.json"
 CONTACT_SHEET_FILE = "contact-sheet.png"
 STORE_FOLDER = "tokens.lance"
 ON_CONTACT_SHEET = 64  # images
+SMALL_FILES = 64  # of the store, before they are joined
+_OWN_IMAGE = re.compile(r"\d{6,}(-.*)?\.png")
 SEEDS_PER_RUN = 2**32  # image i of seed s has the seed s * 2^32 + i
 
 
@@ -132,14 +138,16 @@ def generate(
     wanted = _requests(model, chosen, count, seed)
     paths = [folder / image.name for image in wanted]
     if target is not None:
-        check_writable(target)
-    _prepare_folder(folder, manifest, paths, overwrite)
+        _check_npz(target, manifest, overwrite)
+    _prepare_folder(folder, manifest, overwrite)
     progress.message(f"device {place}, {precision}")
-    missing = [image for image in wanted if not (folder / image.name).exists()]
-    fast = model.to(place).for_inference(precision)
+    missing = [image for image in wanted if not _is_made(folder / image.name)]
+    fast = model.for_inference(precision).to(place)
+    store = _open_store(folder, model)
     progress.start("generating", count, "images", done=count - len(missing))
     for images, made in _made(fast, missing, settings, fixed, batch, progress):
-        _append_tokens(folder, model, images, made.idx_Bl)
+        if store is not None:
+            _append_tokens(store, model, images, made.idx_Bl)
         for image, pixels in zip(images, made.images, strict=True):
             write_png(folder / image.name, pixels.float().cpu())
     progress.finish()
@@ -147,11 +155,27 @@ def generate(
     write_contact_sheet(folder / CONTACT_SHEET_FILE, paths[:ON_CONTACT_SHEET])
     if target is not None:
         write_npz(target, paths, progress)
-        write_atomic(
-            target.with_name(f"{target.name}.json"),
-            json.dumps(manifest | {"count": count}, indent=2) + "\n",
-        )
+        write_atomic(_beside(target), json.dumps(manifest | {"count": count}, indent=2) + "\n")
     return Generated(folder, paths, len(missing), target)
+
+
+def _check_npz(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
+    """Raise RunError unless the file may be written: it is new, or of the same settings."""
+    if path.suffix != ".npz" or path.is_dir():
+        raise RunError(f"{path}: got no file name that ends with .npz. Name one with --npz.")
+    before = _read_manifest(_beside(path))
+    is_same = all(before.get(key) == value for key, value in manifest.items())
+    if path.exists() and not is_same and not overwrite:
+        raise RunError(
+            f"{path} exists already, and holds other images. Name another --npz, or replace it "
+            "with --overwrite."
+        )
+    check_writable(path)
+
+
+def _beside(npz: Path) -> Path:
+    """Return the path of the manifest of an .npz file."""
+    return npz.with_name(f"{npz.name}.json")
 
 
 def _made(
@@ -256,7 +280,8 @@ def _fixed_tokens(
     stride = generator.tokenizer.stride
     height, width = layout.grids[-1][0] * stride, layout.grids[-1][1] * stride
     pixels = to_unit_range(fitted(image, height, width))
-    tokens = generator.tokenizer.encode(pixels[None])
+    device = next(generator.tokenizer.parameters()).device
+    tokens = generator.tokenizer.encode(pixels[None].to(device)).cpu()
     return Fixed(tokens, kept_tokens(fitted_mask(repaint, height, width), layout))
 
 
@@ -288,64 +313,94 @@ def _digest(fixed: Fixed) -> str:
     return hashlib.sha256(kept.cpu().numpy().tobytes()).hexdigest()
 
 
-def _prepare_folder(
-    folder: Path, manifest: dict[str, Any], paths: list[Path], overwrite: bool
-) -> None:
+def _prepare_folder(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     """Create the folder with its manifest; keep the images of an earlier call of the same settings.
 
     Raises:
-        RunError: it holds other images, and ``overwrite`` is off.
+        RunError: it holds other images, and ``overwrite`` is off, or it is not a folder of ours.
     """
     record = folder / MANIFEST_FILE
     check_writable(record)
-    before = read_json(record) if record.is_file() else None
-    is_same = isinstance(before, dict) and all(before.get(k) == v for k, v in manifest.items())
-    in_the_way = [path for path in paths if path.exists()]
-    if not is_same and (in_the_way or before is not None) and not overwrite:
+    names = (MANIFEST_FILE, CONTACT_SHEET_FILE, STORE_FOLDER)
+    there = [folder / name for name in names if (folder / name).exists()]
+    there += [path for path in folder.glob("*.png") if _OWN_IMAGE.fullmatch(path.name)]
+    before = _read_manifest(record)
+    is_same = all(before.get(key) == value for key, value in manifest.items())
+    if there and not before:
+        raise RunError(
+            f"{folder} holds {there[0].name}, which `smalto generate` did not write. Name another "
+            "--out."
+        )
+    if there and not is_same and not overwrite:
         raise RunError(
             f"{folder} holds images that were made with other settings. Name another --out, or "
             "replace them with --overwrite."
         )
-    if not is_same or overwrite:
-        for path in folder.glob("[0-9]*.png") if before is not None else in_the_way:
-            path.unlink()
-        store = folder / STORE_FOLDER
-        if store.exists():
-            from smalto.store.token_store import TokenStore
+    if overwrite:
+        for path in there:
+            if path.name == STORE_FOLDER:
+                from smalto.store.token_store import TokenStore
 
-            TokenStore.remove(store)
+                TokenStore.remove(path)
+            else:
+                path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     write_atomic(record, json.dumps(manifest, indent=2) + "\n")
 
 
-def _append_tokens(
-    folder: Path, generator: Generator, images: list[_Wanted], blocks: list[Tensor]
-) -> None:
-    """Add the tokens of images to the store beside them, if Lance is installed."""
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of an earlier call; empty if there is none, or another file."""
+    try:
+        manifest = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    is_own = isinstance(manifest, dict) and {"generator", "seeds", "guidance"} <= manifest.keys()
+    return manifest if is_own else {}
+
+
+def _is_made(path: Path) -> bool:
+    """Return whether an image is there, and whole: a loss of power may have cut it short."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+def _open_store(folder: Path, generator: Generator) -> TokenStore | None:
+    """Return the store of the tokens, which may be new; None if Lance is not installed."""
     if find_spec("lance") is None or find_spec("pyarrow") is None:
-        return
-    from smalto.store.schema import TokenRow
+        return None
     from smalto.store.token_store import TokenStore
 
     path = folder / STORE_FOLDER
-    config, tokenizer = generator.config, generator.tokenizer
-    layout = config.layout
-    store = (
-        TokenStore.open(path)
-        if path.exists()
-        else TokenStore.create(path, tokenizer, layout=layout, transform="generated")
-    )
-    side = layout.grids[-1][0] * tokenizer.stride, layout.grids[-1][1] * tokenizer.stride
-    rows = [
+    if path.exists():
+        return TokenStore.open(path)
+    layout = generator.config.layout
+    return TokenStore.create(path, generator.tokenizer, layout=layout, transform="generated")
+
+
+def _append_tokens(
+    store: TokenStore, generator: Generator, images: list[_Wanted], blocks: list[Tensor]
+) -> None:
+    """Add the tokens of images to the store beside them."""
+    from smalto.store.schema import TokenRow
+
+    config = generator.config
+    rows, columns = config.layout.grids[-1]
+    height, width = rows * generator.tokenizer.stride, columns * generator.tokenizer.stride
+    new = [
         TokenRow(
             image.name,
             tokens.cpu(),
             label="" if image.label is None else _class_name(config, image.label),
-            height=side[0],
-            width=side[1],
-            crop=(0, 0, *side),
+            height=height,
+            width=width,
+            crop=(0, 0, height, width),
         )
         for image, tokens in zip(images, torch.cat(blocks, dim=1), strict=True)
     ]
-    store.append(rows, replace=True)
+    store.append(new, replace=True)
+    store.merge_small_files(SMALL_FILES)

@@ -39,7 +39,7 @@ from smalto.training.training_images import (
 
 if TYPE_CHECKING:  # they need the token store
     from smalto.training.generator_run import TrainedGeneratorRun
-    from smalto.training.training_tokens import TokenData, TrainingTokens
+    from smalto.training.training_tokens import TokenData
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def train(
 ) -> Trained | TrainedGenerator:
     """Train a tokenizer or a generator; write a run folder with checkpoints, metrics and a report.
 
-    Under torchrun the processes share every batch; rank 0 writes, and it alone evaluates at the
-    end.
+    Under torchrun the processes share every batch; rank 0 writes, and it alone evaluates a
+    tokenizer at the end.
 
     Args:
         data: a folder of images, ``"bundled"``, ``"emoji"``, or a map-style dataset of [C, H, W]
@@ -142,8 +142,8 @@ def train(
             ``"photos-f8"``, or a weight file of VAR.
             ``recipe.finetune.learn`` says what is trained.
         device: "auto", "cpu", "cuda" or "mps".
-        workers: processes that read images (0: none); None leaves one core to the model. In a
-            script, workers need the call under ``if __name__ == "__main__":``.
+        workers: for tokenizers, processes that read images (0: none); None leaves one core to the
+            model. In a script, workers need the call under ``if __name__ == "__main__":``.
         progress: receives steps, metrics and messages.
 
     Raises:
@@ -286,9 +286,10 @@ def _train_generator(
 
     if start is not None:
         raise ConfigError("got --from and a recipe of a generator; --from is for tokenizers.")
+    _report_ignored(workers, progress)
     tokens = TrainingTokens.open(data, recipe)
     trained = start_generator_run(tokens, recipe, out, device, progress, overwrite=overwrite)
-    return _finish_generator(trained, tokens, progress)
+    return _finish_generator(trained, progress)
 
 
 def _resume_generator(
@@ -303,9 +304,15 @@ def _resume_generator(
     from smalto.training.generator_run import resume_generator_run
     from smalto.training.training_tokens import TrainingTokens
 
-    tokens = TrainingTokens.open(data, recipe)
+    _report_ignored(workers, progress)
+    tokens = TrainingTokens.open(data, recipe, run.split())
     trained = resume_generator_run(tokens, run, recipe, device, progress)
-    return _finish_generator(trained, tokens, progress)
+    return _finish_generator(trained, progress)
+
+
+def _report_ignored(workers: int | None, progress: Progress) -> None:
+    if workers is not None:
+        progress.message("workers is ignored: they read images, and a generator trains on tokens")
 
 
 _TRAIN: dict[str, Callable[..., Any]] = {
@@ -318,13 +325,11 @@ _RESUME: dict[str, Callable[..., Any]] = {
 }
 
 
-def _finish_generator(
-    trained: TrainedGeneratorRun, tokens: TrainingTokens, progress: Progress
-) -> TrainedGenerator:
+def _finish_generator(trained: TrainedGeneratorRun, progress: Progress) -> TrainedGenerator:
     """Measure on all ranks; write metrics.json and report.html on rank 0."""
     from smalto.evaluation.generator_summary import measure_run, write_generator_results
 
-    metrics = measure_run(trained, tokens)
+    metrics = measure_run(trained)
     generator = trained.task.result.eval()
     is_first = distributed.rank() == 0
     distributed.leave_process_group()

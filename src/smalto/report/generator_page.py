@@ -90,7 +90,8 @@ def _charts(report: GeneratorReport) -> list[tuple[str, str]]:
     floors = {"histogram_loss": metrics.histogram.loss, "uniform_loss": metrics.uniform}
     for number, loss in enumerate(metrics.histogram.loss_by_grid, start=1):
         floors[f"histogram_loss_grid_{number}"] = loss
-    log = [{**row, **floors} for row in report.log]
+    ends = [report.log[0], report.log[-1]] if report.log else []  # a level is a line of two points
+    log = [*report.log, *({"step": row["step"], **floors} for row in ends)]
     chosen: list[Any] = [
         ("Cross-entropy", "nats per token", False, _LABELS),
         (

@@ -69,6 +69,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         drop_last: leave out a last batch that is not full.
         model: any object with ``idxBl_to_var_input``; it must be picklable if there are workers.
         rows: indices of the rows to use, int64, increasing; None: all rows.
+        lengths: how many rows of each store to read, the first ones; None: all that it has now.
         rank, world_size: index of this process and number of processes. Default: those of
             torch.distributed.
 
@@ -96,6 +97,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         drop_last: bool = False,
         model: Any = None,
         rows: numpy.ndarray | None = None,
+        lengths: Sequence[int] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -108,7 +110,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             raise ConfigError(
                 f'got shuffle={shuffle!r}; expected "chunks", "rows" or "none". Use "chunks".'
             )
-        store = JoinedStores.open(path)
+        store = JoinedStores.open(path, lengths)
         if rows is not None and (
             rows.ndim != 1
             or rows.dtype.kind not in "iu"
@@ -138,7 +140,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         self.first_batch = 0
         self.rows = rows
         self.num_rows = len(store) if rows is None else len(rows)
-        self.num_stored = len(store)
+        self.lengths = store.lengths
         self.num_replacements = store.num_replacements
         self.classes = store.classes()
         self._store: JoinedStores | None = store
@@ -162,7 +164,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
 
     def _opened(self) -> JoinedStores:
         if self._store is None:
-            self._store = JoinedStores.open(self.paths)
+            self._store = JoinedStores.open(self.paths, self.lengths)
             self._process = os.getpid()
             self._check_order(self._store)
         if self._process != os.getpid():
@@ -171,12 +173,6 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
                 "would hang; expected a spawned one. Use smalto.TokenLoader(dataset, workers=2) "
                 "or DataLoader(dataset, batch_size=None, num_workers=2, "
                 'multiprocessing_context="spawn").'
-            )
-        if len(self._store) < self.num_stored:
-            raise InputError(
-                f"{self._store}: got {len(self._store):,} rows; expected at least "
-                f"{self.num_stored:,}, the number when the data set was created. Create the "
-                "TokenDataset again."
             )
         return self._store
 

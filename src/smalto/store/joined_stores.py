@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -12,29 +13,43 @@ from smalto.core.errors import DataError, InputError
 from smalto.store.schema import StoreHeader
 from smalto.store.token_store import TokensAndLabels, TokenStore, is_store
 
+ROWS_AT_ONCE = 2**16
 _SAME = ("fingerprint", "codebook_size", "grids", "transform", "precision")
 
 
 class JoinedStores:
     """Rows of token stores of one kind, one store after the other, for reading.
 
-    Attributes:
+    Args:
         stores: at least one.
-        header: of the first.
+        lengths: how many rows of each to read, the first ones; None: all that it has now. Rows
+            that are added later change no index.
+
+    Attributes:
+        stores: as given.
+        lengths: rows of each store.
+        header: of the first store.
+
+    Raises:
+        InputError: a store has fewer rows.
     """
 
-    def __init__(self, stores: Sequence[TokenStore]) -> None:
+    def __init__(self, stores: Sequence[TokenStore], lengths: Sequence[int] | None = None) -> None:
         self.stores = list(stores)
+        self.lengths = list(map(len, self.stores)) if lengths is None else list(lengths)
+        self._check_lengths()
         self.header: StoreHeader = self.stores[0].header
-        self._starts = numpy.cumsum([0, *map(len, self.stores)])
+        self._starts = numpy.cumsum([0, *self.lengths])
 
     @classmethod
-    def open(cls, path: str | Path | Sequence[str | Path]) -> Self:
+    def open(
+        cls, path: str | Path | Sequence[str | Path], lengths: Sequence[int] | None = None
+    ) -> Self:
         """Open a store, a folder of stores, or a list of these.
 
         Raises:
-            DataError: there is none, or one is damaged.
-            InputError: they hold tokens of different kinds.
+            DataError: a store does not exist, or is damaged.
+            InputError: they hold tokens of different kinds, or too few rows.
         """
         paths = [path] if isinstance(path, (str, Path)) else path
         found = [store for given in paths for store in find_stores(given)]
@@ -50,7 +65,12 @@ class JoinedStores:
                         "expected stores of one kind. Leave one of them out, or tokenize its "
                         "images like the others."
                     )
-        return cls(stores)
+        if lengths is not None and len(lengths) != len(stores):
+            raise InputError(
+                f"got {len(stores)} token stores; expected {len(lengths)}, as before. Name the "
+                "same stores."
+            )
+        return cls(stores, lengths)
 
     @property
     def paths(self) -> list[Path]:
@@ -76,21 +96,38 @@ class JoinedStores:
         return [store.version for store in self.stores]
 
     def refresh(self) -> None:
-        """Load the newest version of each store; their numbers of rows must not shrink."""
+        """Load the newest version of each store."""
         for store in self.stores:
             store.refresh()
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        for store, length in zip(self.stores, self.lengths, strict=True):
+            if len(store) < length:
+                raise InputError(
+                    f"{store.path}: got {len(store):,} rows; expected at least {length:,}, the "
+                    "number when it was first read. Restore them, or start again without them."
+                )
 
     def classes(self) -> list[str]:
         """Return all labels that occur, sorted."""
-        return sorted({label for store in self.stores for label in store.classes()})
+        found: set[str] = set()
+        for store, length in zip(self.stores, self.lengths, strict=True):
+            if length == len(store):
+                found.update(store.classes())
+            else:
+                starts = range(0, length, ROWS_AT_ONCE)
+                found.update(*(store.labels(i, min(i + ROWS_AT_ONCE, length)) for i in starts))
+        return sorted(found - {""})
 
     def ids(self) -> Iterator[str]:
         """Yield the ids of all rows, in order."""
-        for store, start, stop in zip(self.stores, self._starts, self._starts[1:], strict=False):
-            for number, id in enumerate(store.iterate_ids()):
-                if number == stop - start:  # rows that were added since
-                    break
-                yield id
+        for number in range(len(self.stores)):
+            yield from self.ids_of(number)
+
+    def ids_of(self, number: int) -> Iterator[str]:
+        """Yield the ids of the rows of one store, in order."""
+        return itertools.islice(self.stores[number].iterate_ids(), self.lengths[number])
 
     def tokens(self, start: int, stop: int, classes: Sequence[str]) -> TokensAndLabels:
         """Return the rows [start, stop) for training, like ``TokenStore.tokens``."""

@@ -36,8 +36,8 @@ class GeneratorOptimizerConfig(AdamWConfig):
 class TokensConfig(Config):
     """Rows of token stores."""
 
-    source: str = Field(
-        "", description="token store, or folder of stores; filled in when a run starts"
+    source: str | tuple[str, ...] = Field(
+        "", description="token store, folder of stores, or list; filled in when a run starts"
     )
     tokenizer: str = Field(
         "", description="folder or name of its tokenizer; empty: the one recorded in the store"

@@ -24,7 +24,20 @@ from smalto.training.run_folder import RunFolder
 from smalto.training.run_threads import run_threads
 from smalto.training.token_floors import Floors, measure_floors, read_floors, write_floors
 from smalto.training.trainer import Trainer
-from smalto.training.training_tokens import TrainingTokens
+from smalto.training.training_tokens import TokenBatch, TrainingTokens
+
+
+@dataclass(frozen=True)
+class EvaluatedRows:
+    """The rows that a run is evaluated on, read before it trains: a store may change later."""
+
+    held_out: TokenBatch
+    training: TokenBatch
+
+    @classmethod
+    def of(cls, tokens: TrainingTokens, number: int) -> EvaluatedRows:
+        """Read at most ``number`` rows of each kind."""
+        return cls(tokens.some_held_out_rows(number), tokens.some_training_rows(number))
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,16 @@ class TrainedGeneratorRun:
         recipe: as resolved.
         task: with the trained generator.
         floors: of its tokens.
+        rows: that are evaluated.
+        measured_on: what the held-out ones really are, in words.
     """
 
     folder: RunFolder
     recipe: GeneratorRecipe
     task: GeneratorTask
     floors: Floors
+    rows: EvaluatedRows
+    measured_on: str
 
 
 def start_generator_run(
@@ -67,15 +84,15 @@ def start_generator_run(
     tokenizer = _tokenizer_of(tokens, recipe)
     config = _generator_config(tokens, recipe, tokenizer)
     progress.message(f"{tokens.describe()}; device {device}")
-    held_out = tokens.some_held_out_rows(recipe.evaluate.rows)
+    rows = EvaluatedRows.of(tokens, recipe.evaluate.rows)
+    floors = measure_floors(tokens, rows.held_out, device, progress)
     with seeded(recipe.seed, device):
         generator = Generator(Transformer(config), tokenizer).to(device)
-        task = GeneratorTask(generator, recipe, held_out)
+        task = GeneratorTask(generator, recipe, rows.held_out)
     with seeded(recipe.seed + distributed.rank(), device):
         trainer = Trainer(task, tokens.batches(recipe), out, recipe, progress)
         state = trainer.state()
         if distributed.rank() == 0:
-            floors = measure_floors(tokens, held_out, progress)
             RunFolder.create(
                 out,
                 recipe_toml(recipe),
@@ -87,7 +104,7 @@ def start_generator_run(
             )
         distributed.broadcast_object("the run exists", device)
         _train(trainer, RunFolder(out))
-    return TrainedGeneratorRun(RunFolder(out), recipe, task, read_floors(out))
+    return TrainedGeneratorRun(RunFolder(out), recipe, task, floors, rows, tokens.measured_on)
 
 
 def resume_generator_run(
@@ -106,6 +123,14 @@ def resume_generator_run(
             step = run.restore(load_transformer).step
     step = distributed.broadcast_object(step, device)
     checkpoint = run.read(step)
+    transformer = load_transformer(checkpoint.folder)
+    expected = _generator_config(tokens, recipe, tokenizer)
+    if transformer.config != expected:
+        raise RunError(
+            f"got {tokens.stores} with {len(expected.class_names)} classes and the layout "
+            f"{tokens.layout}; the run has {len(transformer.config.class_names)} and "
+            f"{transformer.config.layout}. Name the store with which it was started."
+        )
     if recipe.steps < step:
         raise ConfigError(
             f"got --steps {recipe.steps}; {run.path} is at step {step} already. "
@@ -117,9 +142,10 @@ def resume_generator_run(
     if distributed.rank() == 0:
         with run.locked():
             run.continue_from(checkpoint, recipe_toml(recipe), tokens.split(), recipe.steps)
-    held_out = tokens.some_held_out_rows(recipe.evaluate.rows)
-    generator = Generator(load_transformer(checkpoint.folder), tokenizer).to(device)
-    task = GeneratorTask(generator, recipe, held_out)
+    rows = EvaluatedRows.of(tokens, recipe.evaluate.rows)
+    floors = _floors_of(run, tokens, rows, device, progress)
+    generator = Generator(transformer, tokenizer).to(device)
+    task = GeneratorTask(generator, recipe, rows.held_out)
     with (
         seeded(recipe.seed + distributed.rank(), device),
         run_threads(checkpoint.state["threads"], device, progress),
@@ -130,12 +156,30 @@ def resume_generator_run(
         progress.message(f"{tokens.describe()}; device {device}")
         progress.message(f"resuming after step {step} of {recipe.steps}")
         _train(trainer, run)
-    return TrainedGeneratorRun(run, recipe, task, read_floors(run.path))
+    return TrainedGeneratorRun(run, recipe, task, floors, rows, tokens.measured_on)
 
 
 def _train(trainer: Trainer, run: RunFolder) -> None:
     with run.locked() if distributed.rank() == 0 else nullcontext():
         trainer.train()
+
+
+def _floors_of(
+    run: RunFolder,
+    tokens: TrainingTokens,
+    rows: EvaluatedRows,
+    device: torch.device,
+    progress: Progress,
+) -> Floors:
+    """Return the floors that the run has recorded; compute them again if the file is damaged."""
+    try:
+        return read_floors(run.path)
+    except RunError as error:
+        progress.message(f"{error}")
+        floors = measure_floors(tokens, rows.held_out, device, progress)
+        if distributed.rank() == 0:
+            write_floors(run.path, floors)
+        return floors
 
 
 def _save_once(tokenizer: ImageTokenizer, floors: Floors, folder: Path) -> None:

@@ -30,6 +30,7 @@ from smalto.training.optimization import (
 from smalto.training.task import MonitoredMetric
 from smalto.training.training_tokens import TokenBatch
 
+MEMORY_ADVICE = "Try --set optimizer.accumulate=4 or --set gradient_checkpointing=true."
 LR_BACK_OFF = 0.5  # each rollback multiplies the learning rate by this
 
 
@@ -87,7 +88,7 @@ class GeneratorTask:
         parts = batch.chunk(self._recipe.optimizer.accumulate)
         for number, part in enumerate(parts):
             with (
-                computing(self.device, self._recipe.precision, len(part)),
+                computing(self.device, self._recipe.precision, len(part), MEMORY_ADVICE),
                 no_gradient_sync(self._network, number < len(parts) - 1),
             ):
                 losses, hits = self._losses(self._network, part)
@@ -112,8 +113,8 @@ class GeneratorTask:
         model = self.result.eval()
         sums = TokenLoss(model.config.layout, self.device)
         own = distributed.rank_range(len(rows))
-        for part in rows[own.start : own.stop].split(self._recipe.data.batch):
-            with computing(self.device, self._recipe.precision, len(part)):
+        for part in rows[own.start : own.stop].split(self._rows_at_once):
+            with computing(self.device, self._recipe.precision, len(part), MEMORY_ADVICE):
                 sums.add(*self._losses(model, part.to(self.device)))
         return sums.over_all_ranks().means()
 
@@ -179,8 +180,14 @@ class GeneratorTask:
             inputs = generator.tokenizer.quantize.generator_input(blocks, generator.config.layout)
         labels = rows.labels.clamp(min=0) if generator.config.num_classes else None
         logits = network(labels, inputs, dropped=rows.labels < 0)
-        losses = F.cross_entropy(logits.transpose(1, 2), rows.tokens, reduction="none")
-        return losses, logits.detach().argmax(dim=-1) == rows.tokens
+        losses = F.cross_entropy(logits.flatten(0, 1), rows.tokens.flatten(), reduction="none")
+        return losses.view_as(rows.tokens), logits.detach().argmax(dim=-1) == rows.tokens
+
+    @property
+    def _rows_at_once(self) -> int:
+        """The rows that this process computes at once in training."""
+        parts = self._recipe.optimizer.accumulate * distributed.world_size()
+        return max(1, self.batch_size // parts)
 
     def _dropped_labels(self, step: int) -> Tensor:
         """Return which of this rank's rows are trained without their label, bool [b].
@@ -188,9 +195,9 @@ class GeneratorTask:
         It depends on (seed, step, row), so any number of processes drops the same labels.
         """
         rows = distributed.rank_range(self.batch_size)
-        numbers = torch.arange(rows.start, rows.stop, device=self.device) + step * self.batch_size
-        seed = torch.tensor(self._recipe.seed, device=self.device)
-        return uniform(seed, numbers) < self.generator.config.label_drop
+        numbers = torch.arange(rows.start, rows.stop) + step * self.batch_size
+        drawn = uniform(torch.tensor(self._recipe.seed), numbers)  # on the CPU: MPS has no float64
+        return (drawn < self.generator.config.label_drop).to(self.device)
 
     def _update(self) -> Tensor:
         """Step the optimizer and the averages; return the gradient norm.

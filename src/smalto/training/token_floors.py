@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import torch
 
+from smalto.core import distributed
 from smalto.core.errors import RunError
 from smalto.core.files import read_json, write_atomic
 from smalto.core.progress import Progress
@@ -36,23 +37,26 @@ class Floors:
     smoothing: float
 
 
-def measure_floors(tokens: TrainingTokens, held_out: TokenBatch, progress: Progress) -> Floors:
-    """Compute the floors from the stores: one pass over all training rows.
+def measure_floors(
+    tokens: TrainingTokens, held_out: TokenBatch, device: torch.device, progress: Progress
+) -> Floors:
+    """Compute the floors from the stores: one pass over all training rows, shared by the ranks.
 
     Args:
         tokens: of the run.
         held_out: the rows that the generator is evaluated on.
+        device: on which processes exchange tensors.
         progress: receives rows.
     """
     layout, codebook_size = tokens.layout, tokens.stores.header.codebook_size
     counts = numpy.zeros((layout.num_tokens, codebook_size), numpy.int32)
-    offsets = numpy.arange(layout.num_tokens, dtype=numpy.int64) * codebook_size
-    progress.start("counting tokens", len(tokens.training), "rows")
-    for rows in tokens.all_training_tokens():
-        flat = (rows.astype(numpy.int64) + offsets).reshape(-1)
-        counts += numpy.bincount(flat, minlength=counts.size).reshape(counts.shape).astype("int32")
+    progress.start("counting tokens", len(distributed.rank_range(len(tokens.training))), "rows")
+    for rows in tokens.some_training_tokens(distributed.rank_range):
+        for position in range(layout.num_tokens):
+            counts[position] += numpy.bincount(rows[:, position], minlength=codebook_size)
         progress.advance(len(rows))
     progress.finish()
+    counts = distributed.all_reduce(torch.from_numpy(counts).to(device)).cpu().numpy()
     targets = held_out.tokens.numpy()
     found = numpy.take_along_axis(counts.T, targets, axis=0)
     hits = torch.from_numpy(targets == counts.argmax(axis=1))
@@ -88,5 +92,5 @@ def read_floors(folder: Path) -> Floors:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(
             f"{folder / FLOORS_FILE} is missing or damaged; it holds the cross-entropies that a "
-            "generator has to beat. Restore it from a copy of the run."
+            "generator has to beat. They are computed again when the run is resumed."
         ) from None

@@ -4,7 +4,9 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor
 
 from smalto.core import distributed
-from smalto.core.errors import ConfigError, InputError
+from smalto.core.errors import ConfigError, InputError, RunError
 from smalto.core.layout import TokenLayout
-from smalto.images.sources import fixed_held_out
+from smalto.images.sources import held_out_rule
 from smalto.images.splits import split_names
 from smalto.store.dataset import TokenDataset, TokenLoader
 from smalto.store.joined_stores import JoinedStores
@@ -25,6 +27,7 @@ from smalto.training.generator_recipe import GeneratorRecipe
 from smalto.training.run_folder import Split
 
 TokenData = str | Path | Sequence[str | Path]
+Source = str | tuple[str, ...]
 READ_AT_ONCE = 8192  # rows
 
 
@@ -70,37 +73,51 @@ class TrainingTokens:
     Attributes:
         stores: all of them.
         source: where they are, as runs record it.
+        digest: SHA-256 of the ids of all rows.
         training: indices of the rows to train on, increasing.
         held_out: indices of the rows that training never sees, increasing.
         class_names: names of the labels, sorted; empty: unconditional.
     """
 
     stores: JoinedStores
-    source: str
+    source: Source
+    digest: str
     training: numpy.ndarray
     held_out: numpy.ndarray
     class_names: list[str]
 
     @classmethod
     def open(
-        cls, path: str | Path | Sequence[str | Path], recipe: GeneratorRecipe
+        cls, path: TokenData, recipe: GeneratorRecipe, before: Split | None = None
     ) -> TrainingTokens:
         """Open the stores and split their rows by image: all views of an image are on one side.
 
         The images are those that a tokenizer's training holds out, if they are the same.
 
+        Args:
+            path: a store, a folder of stores, or a list of these.
+            recipe: of the run.
+            before: the split of the run that is resumed; rows that were added since are left out.
+
         Raises:
             DataError, InputError: a store does not exist, or they do not fit together.
             ConfigError: there are fewer rows than in a batch.
+            RunError: the rows are not those of the run that is resumed.
         """
         stores = JoinedStores.open(path)
+        if before is not None and len(stores.stores) == 1 and len(stores) > before.num_images:
+            stores = JoinedStores(stores.stores, [before.num_images])
         if stores.header.layout is None:
             raise InputError(
                 f"got {stores}, whose images keep their shapes; expected images of one shape. "
                 "Tokenize with --size."
             )
-        names = (split_id(id)[0] for id in stores.ids())
-        is_held_out = split_names(names, fixed_held_out(stores.header.source))
+        is_held_out, digest = _split_rows(stores)
+        if before is not None and before.digest != digest:
+            raise RunError(
+                f"got {len(stores):,} rows in {stores}; expected the {before.num_images:,} with "
+                "which the run was started, in their order. Restore them, or start a new run."
+            )
         rows = numpy.arange(len(is_held_out))
         training = rows[~is_held_out]
         if len(training) < recipe.data.batch:
@@ -113,11 +130,8 @@ class TrainingTokens:
                 f"data.batch is {recipe.data.batch}, the rows of all {distributed.world_size()} "
                 "processes together: it must be a multiple of their number."
             )
-        source = ", ".join(str(store.resolve()) for store in stores.paths)
-        if isinstance(path, (str, Path)):
-            source = str(Path(path).resolve())
-        names_of_classes = stores.classes() if recipe.data.labels else []
-        return cls(stores, source, training, rows[is_held_out], names_of_classes)
+        class_names = stores.classes() if recipe.data.labels else []
+        return cls(stores, _recorded(path), digest, training, rows[is_held_out], class_names)
 
     @property
     def layout(self) -> TokenLayout:
@@ -133,7 +147,8 @@ class TrainingTokens:
 
     def split(self) -> Split:
         """Return what the run remembers of its rows."""
-        return Split(self.source, len(self.stores), self.stores.header.fingerprint, [])
+        source = self.source if isinstance(self.source, str) else ", ".join(self.source)
+        return Split(source, len(self.stores), self.digest, [])
 
     def describe(self) -> str:
         """Return the numbers of rows in one sentence."""
@@ -154,6 +169,7 @@ class TrainingTokens:
             seed=recipe.seed,
             drop_last=True,
             rows=self.training,
+            lengths=self.stores.lengths,
             rank=0,  # every rank reads the whole batch, so that their number changes nothing
             world_size=1,
         )
@@ -170,10 +186,15 @@ class TrainingTokens:
         rows = self.held_out if len(self.held_out) else self.training
         return self._read(_spaced(rows, number))
 
-    def all_training_tokens(self) -> Iterator[numpy.ndarray]:
-        """Yield the tokens of all training rows in the stored dtype, [n, L] each."""
-        for start in range(0, len(self.training), READ_AT_ONCE):
-            rows = self.training[start : start + READ_AT_ONCE]
+    def some_training_tokens(self, share: Callable[[int], range]) -> Iterator[numpy.ndarray]:
+        """Yield the tokens of training rows in the stored dtype, [n, L] at a time.
+
+        Args:
+            share: the number of training rows -> the range of those to read.
+        """
+        chosen = share(len(self.training))
+        for start in range(chosen.start, chosen.stop, READ_AT_ONCE):
+            rows = self.training[start : min(start + READ_AT_ONCE, chosen.stop)]
             first, last = int(rows[0]), int(rows[-1])
             tokens, _ = self.stores.tokens(first, last + 1, [])
             yield tokens[rows - first]
@@ -222,3 +243,28 @@ def _spaced(rows: numpy.ndarray, number: int) -> numpy.ndarray:
     if len(rows) <= number:
         return rows
     return rows[numpy.arange(number) * len(rows) // number]
+
+
+def _split_rows(stores: JoinedStores) -> tuple[numpy.ndarray, str]:
+    """Return whether each row is held out, bool [n], and the SHA-256 of all ids.
+
+    The rule is that of the source of each store; stores of one rule are split together.
+    """
+    digest = hashlib.sha256()
+
+    def names(number: int) -> Iterator[str]:
+        for id in stores.ids_of(number):
+            digest.update(f"{id}\n".encode())
+            yield split_id(id)[0]
+
+    masks = []
+    rules = [held_out_rule(store.header.source) for store in stores.stores]
+    for rule, group in itertools.groupby(range(len(rules)), key=rules.__getitem__):
+        masks.append(split_names(itertools.chain.from_iterable(map(names, group)), rule))
+    return numpy.concatenate(masks), digest.hexdigest()
+
+
+def _recorded(path: TokenData) -> Source:
+    if isinstance(path, (str, Path)):
+        return str(Path(path).resolve())
+    return tuple(str(Path(store).resolve()) for store in path)

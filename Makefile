@@ -4,9 +4,10 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
+TRAIN_ARGS ?=
 # $(call train,DATA,RECIPE): train runs/RECIPE, or resume it
-train = if [ -d runs/$(2) ]; then $(BIN)/smalto train --resume runs/$(2); \
-	else $(BIN)/smalto train $(1) --recipe recipes/$(2).toml --out runs/$(2); fi
+train = if [ -d runs/$(2) ]; then $(BIN)/smalto train --resume runs/$(2) $(TRAIN_ARGS); \
+	else $(BIN)/smalto train $(1) --recipe recipes/$(2).toml --out runs/$(2) $(TRAIN_ARGS); fi
 
 .DEFAULT_GOAL := help
 .PHONY: .venv help run run-generator test test-slow photos photos-f4 photos-f8 emoji check bench clean

@@ -68,11 +68,20 @@ class CNNAutoencoderConfig(Config):
     )
     attention: bool = Field(
         True,
-        description="attention at the lowest resolution; its time grows with the square "
-        "of the number of positions",
+        description="attention in the middle and at the lowest resolution; its time grows with the "
+        "square of the number of positions",
     )
-    quant_conv_kernel: Literal[1, 3] = Field(
-        3, description="kernel size of the convolutions on both sides of the quantizer"
+    attention_levels: tuple[int, ...] | None = Field(
+        None,
+        max_length=8,
+        description="with attention: the levels that have it besides the middle, counted from 0 at "
+        "the highest resolution; default: the lowest resolution",
+        exclude_if=_is(None),
+    )
+    quant_conv_kernel: Literal[0, 1, 3] = Field(
+        3,
+        description="kernel size of the convolutions on both sides of the quantizer; 0: without "
+        "them",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks")
     norm: Literal["group", "rms"] = Field(
@@ -116,6 +125,17 @@ class CNNAutoencoderConfig(Config):
                 f'local_statistics is for norm "group"; got norm {self.norm!r}, which looks at one '
                 "position at a time. Set local_statistics to 0."
             )
+        levels = self.attention_levels
+        if levels is not None and (
+            not self.attention
+            or list(levels) != sorted(set(levels))
+            or not set(levels) <= set(range(len(self.ch_mult)))
+        ):
+            raise ValueError(
+                "attention_levels must be increasing levels from 0 to "
+                f"{len(self.ch_mult) - 1}, with attention = true; got {levels} and attention "
+                f"{self.attention}."
+            )
         for width, lower in itertools.pairwise(self.ch_mult):
             if self.shortcuts and 4 * width % lower:
                 raise ValueError(
@@ -133,6 +153,12 @@ class CNNAutoencoderConfig(Config):
     def widths(self) -> list[int]:
         """Channels of each level, from the highest to the lowest resolution."""
         return [self.ch * m for m in self.ch_mult]
+
+    def has_attention(self, level: int) -> bool:
+        """Return whether attention follows each residual block of a level."""
+        if self.attention_levels is not None:
+            return level in self.attention_levels
+        return self.attention and level == len(self.ch_mult) - 1
 
     def norm_of(self, level: int) -> Norm:
         """Return the normalization of a level, which builds a layer for some width."""
@@ -191,9 +217,9 @@ class CheckpointedNetwork(nn.Module, ABC):
 
 
 def _level(widths: list[int], config: CNNAutoencoderConfig, level: int) -> nn.ModuleDict:
-    """Return the residual blocks of one level; at the lowest one attention follows each."""
+    """Return the residual blocks of one level, and the attention that follows each, if any."""
     norm = config.norm_of(level)
-    has_attention = config.attention and level == len(config.ch_mult) - 1
+    has_attention = config.has_attention(level)
     blocks = [ResBlock(a, b, config.dropout, norm) for a, b in itertools.pairwise(widths)]
     attention = [AttentionBlock(width, norm) for width in widths[1:] if has_attention]
     return nn.ModuleDict({"block": nn.ModuleList(blocks), "attn": nn.ModuleList(attention)})
@@ -286,6 +312,8 @@ class CNNDecoder(CheckpointedNetwork):
         yield from (self.norm_out, self.silu, self.conv_out, self.patches)
 
 
-def _quant_conv(config: CNNAutoencoderConfig) -> nn.Conv2d:
+def _quant_conv(config: CNNAutoencoderConfig) -> nn.Module:
     kernel = config.quant_conv_kernel
+    if not kernel:
+        return nn.Identity()
     return nn.Conv2d(config.latent_dim, config.latent_dim, kernel, padding=kernel // 2)

@@ -28,6 +28,7 @@ from smalto.interop.state_dicts import (
 )
 from smalto.interop.var_generator import generator_state_dict as generator_state_dict
 from smalto.interop.var_generator import load_generator as load_generator
+from smalto.interop.vqgan import network_obstacles
 from smalto.quantizers import MultiScaleVQ, MultiScaleVQConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.tokenizer.token_blocks import PatchHws
@@ -133,7 +134,14 @@ def obstacles(tokenizer: ImageTokenizer) -> list[str]:
             f"got autoencoder.kind {kinds[0]!r} and quantizer.kind {kinds[1]!r}; "
             'expected "cnn" and "multiscale"'
         ]
-    reasons = []
+    reasons = network_obstacles(autoencoder)
+    if autoencoder.attention_levels not in (None, (), (len(autoencoder.ch_mult) - 1,)):
+        reasons.append(
+            f"got autoencoder.attention_levels {autoencoder.attention_levels}; expected the lowest "
+            "resolution at most"
+        )
+    if not autoencoder.quant_conv_kernel:
+        reasons.append("got autoencoder.quant_conv_kernel 0; expected 1 or 3")
     if quantizer.scale.code_dim is not None:
         reasons.append(
             f"got quantizer.scale.code_dim {quantizer.scale.code_dim}; expected None, because VAR "
@@ -204,7 +212,7 @@ def var_settings(tokenizer: ImageTokenizer) -> VARSettings:
         "in_channels": (autoencoder.in_channels, 3),
         "ch_mult": (autoencoder.ch_mult, (1, 1, 2, 2, 4)),
         "num_res_blocks": (autoencoder.num_res_blocks, 2),
-        "using_sa": (autoencoder.attention, True),
+        "using_sa": (autoencoder.has_attention(len(autoencoder.ch_mult) - 1), True),
         "using_mid_sa": (autoencoder.attention, True),
     }
     return VARSettings(

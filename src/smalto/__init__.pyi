@@ -8,6 +8,7 @@ from smalto.generator import Generator as Generator
 from smalto.generator import load_generator as load_generator
 from smalto.images.single_image import read_image as read_image
 from smalto.images.single_image import write_png as write_png
+from smalto.interop.loading import load as load
 from smalto.pipelines.convert import convert as convert
 from smalto.pipelines.decode import decode as decode
 from smalto.pipelines.demo import demo as demo
@@ -33,7 +34,6 @@ from smalto.tokenizer import ImageTokenizer as ImageTokenizer
 from smalto.tokenizer import SimpleVQVAE as SimpleVQVAE
 from smalto.tokenizer import TokenizerConfig as TokenizerConfig
 from smalto.tokenizer import default_tokenizer as default_tokenizer
-from smalto.tokenizer import load as load
 from smalto.training.generator_recipe import GeneratorRecipe as GeneratorRecipe
 from smalto.training.recipe_file import load_recipe as load_recipe
 from smalto.training.tokenizer_recipe import TokenizerRecipe as TokenizerRecipe

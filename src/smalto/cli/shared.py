@@ -54,7 +54,10 @@ Size = Annotated[
 ]
 Tokenizer = Annotated[
     str,
-    typer.Option(help="Folder of a tokenizer or run, or a name that `smalto info` lists."),
+    typer.Option(
+        help="Folder of a tokenizer, run or generator, a name that `smalto info` lists, or a "
+        "weight file of VAR, LlamaGen or taming-transformers."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 

@@ -87,8 +87,8 @@ def train(
         str | None,
         typer.Option(
             "--from",
-            help="Fine-tune this tokenizer: a folder, a weight file of VAR, or a name that "
-            "`smalto info` lists.",
+            help="Fine-tune this tokenizer: a folder, a name that `smalto info` lists, or a weight "
+            "file of VAR, LlamaGen or taming-transformers.",
         ),
     ] = None,
     learn: Annotated[
@@ -495,7 +495,7 @@ def convert(
         str,
         typer.Argument(
             help="Folder of a tokenizer or generator, or name of a tokenizer. With --to smalto: a "
-            ".pth or .safetensors file of VAR."
+            "weight file of VAR, LlamaGen or taming-transformers."
         ),
     ],
     out: Annotated[
@@ -503,7 +503,10 @@ def convert(
     ],
     to: Annotated[
         str,
-        typer.Option(help="var: write a file for FoundationVision/VAR. smalto: read such a file."),
+        typer.Option(
+            help="var, llamagen or taming: write a file that this project's code loads. smalto: "
+            "read such a file."
+        ),
     ] = "var",
     patch_nums: Annotated[
         str, typer.Option(help="With --to smalto: the scales of VAR's tokenizer.")
@@ -530,7 +533,7 @@ def convert(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a tokenizer or generator to a weight file that VAR loads, or such a file back."""
+    """Convert a tokenizer or generator to a weight file of another project, or such a file back."""
     from smalto.pipelines.convert import convert as run
 
     try:

@@ -22,17 +22,20 @@ from smalto.core.files import (
     sync_tree,
     write_atomic,
 )
-from smalto.core.layout import TokenLayout
 from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from smalto.generator import Generator, load_generator, save_generator
 from smalto.generator.generator_folder import holds_generator
-from smalto.interop import var
+from smalto.interop import llamagen, taming, var
+from smalto.interop.loading import load, recognize
 from smalto.pretrained import TOKENIZER_FOLDER
-from smalto.quantizers import MultiScaleVQ
-from smalto.tokenizer import ImageTokenizer, load
+from smalto.tokenizer import ImageTokenizer
 from smalto.tokenizer.token_blocks import PatchHws
 
-Target = Literal["var", "smalto"]
+Target = Literal["var", "llamagen", "taming", "smalto"]
+OTHERS: dict[str, tuple[str, Callable[[ImageTokenizer], dict[str, Tensor]]]] = {
+    "llamagen": (llamagen.KEYS.project, llamagen.tokenizer_state_dict),
+    "taming": (taming.KEYS.project, taming.tokenizer_state_dict),
+}
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,21 @@ def convert(
     """Write a tokenizer or generator as a file of another project, or such a file as one of ours.
 
     Args:
-        source: with ``to="var"`` the folder of a tokenizer or generator, or the name of a
-            tokenizer; with ``to="smalto"`` a ``.pth`` or ``.safetensors`` file of VAR.
+        source: the folder of a tokenizer or generator, or the name of a tokenizer; with
+            ``to="smalto"`` a weight file of VAR, LlamaGen or taming-transformers.
         out: the file (``.pth``, plain tensors) or folder to write.
-        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads; ``"smalto"`` for a folder.
+        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads, ``"llamagen"`` or ``"taming"``
+            for one of their ``VQModel``; ``"smalto"`` for a folder.
         overwrite: whether to replace an existing ``out``.
-        patch_nums, using_znorm, quant_resi: with ``to="smalto"``, the arguments with which the
+        patch_nums, using_znorm, quant_resi: with ``to="smalto"``, the arguments with which VAR's
             tokenizer of the file was built.
         tokenizer: with ``to="smalto"``, the folder of VAR's tokenizer if ``source`` is a
             transformer of VAR.
         num_heads: of such a transformer, if its weights do not show them.
 
     Raises:
-        ConfigError: VAR cannot hold the model, or the file does not fit the arguments.
-        DataError: the file of VAR cannot be read.
+        ConfigError: the project cannot hold the model, or the file does not fit the arguments.
+        DataError: the file cannot be read, or is of another project.
         RunError: ``source`` is not a model, or ``out`` exists and ``overwrite`` is off.
     """
     path = named_path(out, "the result")
@@ -84,6 +88,10 @@ def convert(
         if holds_generator(Path(source)):
             return _generator_to_var(load_generator(source), path, overwrite)
         return _to_var(load(source), path, overwrite)
+    if to in OTHERS:
+        project, state_dict = OTHERS[to]
+        _write_pth(state_dict(load(source)), path, overwrite)
+        return Converted(path, [f"{project} loads it with VQModel.load_state_dict."])
     if to == "smalto":
         if tokenizer is None and num_heads is not None:
             raise ConfigError(
@@ -93,10 +101,10 @@ def convert(
         if tokenizer is not None:
             generator = var.load_generator(source, load(tokenizer), num_heads)
             return _generator_to_smalto(generator, path, overwrite)
-        return _to_smalto(
-            var.load_tokenizer(source, patch_nums, using_znorm, quant_resi), path, overwrite
-        )
-    raise ConfigError(f'got to={to!r}; to must be "var" or "smalto".')
+        read = partial(var.load_tokenizer, source, patch_nums, using_znorm, quant_resi)
+        is_of_var = Path(source).is_file() and recognize(source).project == "VAR"
+        return _to_smalto(read() if is_of_var else load(source), path, overwrite)
+    raise ConfigError(f"got to={to!r}; expected one of {', '.join(('var', *OTHERS, 'smalto'))}.")
 
 
 def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
@@ -168,9 +176,9 @@ def edits_of_var(settings: var.VARSettings, checkpoint: Path) -> list[str]:
 
 def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
     _write_folder(tokenizer.save, path, overwrite, {CONFIG_FILE, WEIGHTS_FILE})
-    assert isinstance(tokenizer.quantize, MultiScaleVQ)
-    scales = TokenLayout(tokenizer.quantize.scales)
-    return Converted(path, [f"{tokenizer.quantize.codebook_size:,} codes, scales {scales}"])
+    note = f"{tokenizer.quantize.codebook_size:,} codes"
+    layout = tokenizer.quantize.configured_layout
+    return Converted(path, [note if layout is None else f"{note}, scales {layout}"])
 
 
 def _generator_to_smalto(generator: Generator, path: Path, overwrite: bool) -> Converted:

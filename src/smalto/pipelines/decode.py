@@ -20,6 +20,7 @@ from smalto.core.progress import Progress
 from smalto.images.image_reader import default_workers
 from smalto.images.single_image import write_png
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.interop.loading import open_tokenizer
 from smalto.pretrained import folder_of_recorded
 from smalto.store.schema import split_id
 from smalto.store.token_store import TokenStore
@@ -63,7 +64,11 @@ def decode(
     store = TokenStore.open(tokens)
     folder = named_path(out, "the images")
     inference = InferenceTokenizer.of(
-        recorded_tokenizer(store, tokenizer), device, precision, batch, progress
+        open_tokenizer(recorded_tokenizer(store, tokenizer), progress),
+        device,
+        precision,
+        batch,
+        progress,
     )
     check_tokenizer(store, inference.identity.fingerprint, tokenizer)
     paths = image_paths(folder, [image_name(id) for id in store.ids()])

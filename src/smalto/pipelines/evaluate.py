@@ -15,6 +15,7 @@ from smalto.images.image_reader import ImageReader
 from smalto.images.reading import LONGER_SIDE
 from smalto.images.sources import Source, open_source
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.interop.loading import open_tokenizer
 from smalto.pretrained import tokenizer_folder
 from smalto.tokenizer import ImageTokenizer
 from smalto.training.run_folder import SPLIT_FILE, Split, read_split
@@ -60,7 +61,9 @@ def evaluate(
         Evaluation: ``.metrics.psnr`` and so on; each mean knows its ``num_images``.
     """
     progress = progress or Progress()
-    inference = InferenceTokenizer.of(tokenizer, device, precision, batch, progress)
+    inference = InferenceTokenizer.of(
+        open_tokenizer(tokenizer, progress), device, precision, batch, progress
+    )
     networks = FeatureNetworks.open(
         inference.device,
         reference_stats=reference_stats,

@@ -11,8 +11,9 @@ from smalto.core.errors import RunError
 from smalto.core.files import read_json
 from smalto.generator import load_generator
 from smalto.generator.generator_folder import holds_generator
+from smalto.interop.loading import load
 from smalto.pretrained import is_pretrained, model_folder, pretrained_names, read_card
-from smalto.tokenizer import ImageTokenizer, load
+from smalto.tokenizer import ImageTokenizer
 from smalto.training.recipe_file import load_recipe
 from smalto.training.run_folder import METRICS_FILE, RECIPE_FILE, REPORT_FILE, RunFolder
 
@@ -24,7 +25,8 @@ def info(path: str | Path) -> dict[str, Any]:
     """Describe a run, a tokenizer, a generator or a token store.
 
     Args:
-        path: its folder, or the name of a model in this package.
+        path: its folder, the name of a model in this package, or a weight file that
+            ``smalto.load`` reads.
 
     Returns:
         Plain values by name; ``"kind"`` is "run", "tokenizer", "generator" or "token store". The
@@ -39,6 +41,8 @@ def info(path: str | Path) -> dict[str, Any]:
         from smalto.store.token_store import TokenStore
 
         return {"kind": "token store", **store_metadata(TokenStore.open(path))}
+    if path.is_file():
+        return _tokenizer_metadata(path)
     if not (path / "config.json").is_file():
         raise RunError(
             f"{path} is not a run, tokenizer, generator or token store of smalto. Name a folder "

@@ -13,6 +13,7 @@ from smalto.images.reading import LONGER_SIDE
 from smalto.images.single_image import png_path, read_pixels, single_file, write_png
 from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.interop.loading import open_tokenizer
 from smalto.metrics import psnr
 from smalto.tokenizer import ImageTokenizer
 
@@ -68,7 +69,9 @@ def reconstruct(
     check_writable(path)
     file = single_file(photo)
     progress = progress or Progress()
-    inference = InferenceTokenizer.of(tokenizer, device, precision, 1, progress)
+    inference = InferenceTokenizer.of(
+        open_tokenizer(tokenizer, progress), device, precision, 1, progress
+    )
     progress.start("reconstructing", 1, "images")
     # uint8: in float32 only while it is needed
     original = read_pixels(file, inference.tokenizer.stride, longer_side, progress)

@@ -21,6 +21,7 @@ from smalto.images.retries import SourceCheck
 from smalto.images.sources import source_name, walk_source
 from smalto.images.transforms import Transform
 from smalto.inference.inference_tokenizer import InferenceTokenizer
+from smalto.interop.loading import open_tokenizer
 from smalto.store.schema import StoreHeader
 from smalto.store.token_store import TokenStore
 from smalto.store.writer import SOME_SMALL_FILES, StoreWriter
@@ -127,7 +128,9 @@ def tokenize(
     progress, out = progress or Progress(), named_path(out, "the store")
     if max_errors is not None and max_errors < 0:
         raise ConfigError(f"max_errors must be 0 or more; got {max_errors}.")
-    inference = InferenceTokenizer.of(tokenizer, device, precision, batch, progress)
+    inference = InferenceTokenizer.of(
+        open_tokenizer(tokenizer, progress), device, precision, batch, progress
+    )
     if not isinstance(source, list) and _is_store(source):
         given = (size, resize, longer_side, crops, flip, deep_gray, shuffle)
         if given != (None, None, LONGER_SIDE, 1, False, "full", False):

@@ -18,12 +18,12 @@ from smalto.core.progress import Progress
 from smalto.evaluation.run_summary import evaluate_run, write_results
 from smalto.generator import Generator
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.interop.var import load_tokenizer as load_var
+from smalto.interop.loading import open_tokenizer
 from smalto.metrics.formatting import generator_rows, metric_tables, prediction_rows
 from smalto.metrics.generator_metrics import GeneratorMetrics
 from smalto.metrics.record import Metrics, TrainingSummary
-from smalto.pretrained import finetuning_recipe, is_pretrained, recorded_name
-from smalto.tokenizer import ImageTokenizer, load
+from smalto.pretrained import finetuning_recipe, recorded_name
+from smalto.tokenizer import ImageTokenizer
 from smalto.training.generator_recipe import GeneratorRecipe
 from smalto.training.recipe import Recipe, change_recipe
 from smalto.training.recipe_file import load_recipe
@@ -139,7 +139,7 @@ def train(
         out: the run folder to create.
         overwrite: replace a run that exists.
         start: for tokenizers, fine-tune this one: an ImageTokenizer, its folder, a name such as
-            ``"photos-f8"``, or a weight file of VAR.
+            ``"photos-f8"``, or a weight file of another project: see ``smalto.load``.
             ``recipe.finetune.learn`` says what is trained.
         device: "auto", "cpu", "cuda" or "mps".
         workers: for tokenizers, processes that read images (0: none); None leaves one core to the
@@ -250,7 +250,7 @@ def _train_tokenizer(
             device,
             progress,
             overwrite=overwrite,
-            start=_read_start(start),
+            start=_read_start(start, progress),
             start_name=_name_of(start),
         )
         return _finish(trained, images, progress)
@@ -356,13 +356,13 @@ def _rank_zero_progress(progress: Progress | None) -> Progress:
     return progress if progress is not None and distributed.rank() == 0 else Progress()
 
 
-def _read_start(start: ImageTokenizer | str | Path | None) -> ImageTokenizer | None:
-    """Return the tokenizer to fine-tune: ``start`` itself, or read from a folder, by a name, or
-    from a weight file of VAR.
-    """
-    if start is None or isinstance(start, ImageTokenizer):
-        return start
-    return load_var(start) if Path(start).is_file() and not is_pretrained(start) else load(start)
+def _read_start(
+    start: ImageTokenizer | str | Path | None, progress: Progress
+) -> ImageTokenizer | None:
+    """Return the tokenizer to fine-tune, if any."""
+    if start is None:
+        return None
+    return open_tokenizer(start, progress)
 
 
 def _name_of(start: ImageTokenizer | str | Path | None) -> str:

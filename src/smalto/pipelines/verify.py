@@ -19,11 +19,12 @@ from smalto.images.retries import read_with_retries
 from smalto.images.sources import locate
 from smalto.images.tensors import to_unit_range, views_of
 from smalto.images.transforms import Transform
+from smalto.interop.loading import open_tokenizer
 from smalto.pipelines.decode import check_tokenizer, recorded_tokenizer
 from smalto.store.check import StoreCheck, check_store
 from smalto.store.schema import TokenRow, split_id
 from smalto.store.token_store import TokenStore
-from smalto.tokenizer import ImageTokenizer, load
+from smalto.tokenizer import ImageTokenizer
 
 # How much farther than the nearest code a stored token's code may be, in the unit of
 # CodeSpace.vector_gaps. Rounding in the encoder differs with batch size, threads and processor;
@@ -119,7 +120,9 @@ def verify(
     store, progress = TokenStore.open(path), progress or Progress()
     model = None
     if sample:
-        model = load(recorded_tokenizer(store, tokenizer)).to(resolve_device(device))
+        model = open_tokenizer(recorded_tokenizer(store, tokenizer), progress).to(
+            resolve_device(device)
+        )
         check_tokenizer(store, model.fingerprint(), tokenizer)
     found = Verification(check_store(store, progress), SampleCheck())
     is_readable = found.rows.num_checked and found.rows.num_checked == found.rows.num_rows

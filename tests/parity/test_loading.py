@@ -60,13 +60,15 @@ def test_convert_there_and_back(name: str, tmp_path: Path) -> None:
     expected = weights(read(name)[0])
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
-    with pytest.raises(ConfigError, match="expected one of var, llamagen, taming, smalto"):
+    with pytest.raises(
+        ConfigError, match="expected one of var, llamagen, taming, diffusers, smalto"
+    ):
         smalto.convert(own.path, tmp_path / "no.pth", "vqgan")  # type: ignore[arg-type]
 
 
 def test_files_of_other_projects_are_refused(tmp_path: Path) -> None:
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(DataError, match="VAR, LlamaGen, taming-transformers"):
+    with pytest.raises(DataError, match="VAR, LlamaGen, diffusers, taming-transformers"):
         smalto.load(tmp_path / "other.pth")
     both = weights(read("taming_a")[0]) | weights(read("llamagen_a")[0])
     torch.save(both, tmp_path / "both.pth")

@@ -56,7 +56,7 @@ Tokenizer = Annotated[
     str,
     typer.Option(
         help="Folder of a tokenizer, run or generator, a name that `smalto info` lists, or a "
-        "weight file of VAR, LlamaGen or taming-transformers."
+        "weight file of VAR, LlamaGen, taming-transformers or diffusers."
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]

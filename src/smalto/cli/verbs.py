@@ -88,7 +88,7 @@ def train(
         typer.Option(
             "--from",
             help="Fine-tune this tokenizer: a folder, a name that `smalto info` lists, or a weight "
-            "file of VAR, LlamaGen or taming-transformers.",
+            "file of VAR, LlamaGen, taming-transformers or diffusers.",
         ),
     ] = None,
     learn: Annotated[
@@ -495,7 +495,7 @@ def convert(
         str,
         typer.Argument(
             help="Folder of a tokenizer or generator, or name of a tokenizer. With --to smalto: a "
-            "weight file of VAR, LlamaGen or taming-transformers."
+            "weight file of VAR, LlamaGen, taming-transformers or diffusers."
         ),
     ],
     out: Annotated[
@@ -504,8 +504,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="var, llamagen or taming: write a file that this project's code loads. smalto: "
-            "read such a file."
+            help="var, llamagen, taming or diffusers: write a file that this project's code loads. "
+            "smalto: read such a file."
         ),
     ] = "var",
     patch_nums: Annotated[

@@ -10,7 +10,7 @@ from typing import Any
 from smalto.core.errors import DataError
 from smalto.core.progress import Progress
 from smalto.core.weight_files import read_weights
-from smalto.interop import llamagen, taming, var
+from smalto.interop import diffusers, llamagen, taming, var
 from smalto.pretrained import is_pretrained
 from smalto.tokenizer import ImageTokenizer
 from smalto.tokenizer import load as load_folder
@@ -47,6 +47,7 @@ _OF_VAR = ("quantize.ema_vocab_hit_SV", "quantize.quant_resi.")
 FORMATS = (
     Format("VAR", _OF_VAR, (), var.load_tokenizer),
     Format("LlamaGen", ("encoder.conv_blocks.0.res.0.norm1.weight",), (), llamagen.load_tokenizer),
+    Format("diffusers", (diffusers.MARK,), (), diffusers.load_tokenizer),
     Format("taming-transformers", (_VQGAN,), (*_OF_VAR, "pos_1LC"), taming.load_tokenizer),
 )
 
@@ -55,8 +56,9 @@ def load(model: str | Path) -> ImageTokenizer:
     """Load a tokenizer in evaluation mode on the CPU.
 
     Args:
-        model: the folder of a tokenizer, run or generator, the name of one in this package, or a
-            weight file of VAR, LlamaGen or taming-transformers, whose format is recognized.
+        model: the folder of a tokenizer, run or generator, the name of one in this package, the
+            folder of a ``VQModel`` of diffusers, or a weight file of VAR, LlamaGen, diffusers or
+            taming-transformers, whose format is recognized.
 
     Raises:
         RunError: the folder or one of its two files is missing or damaged, or does not fit.
@@ -72,14 +74,19 @@ def open_tokenizer(model: ImageTokenizer | str | Path, progress: Progress) -> Im
     """Return a tokenizer, or load it like ``load`` and report what a weight file holds."""
     if isinstance(model, ImageTokenizer):
         return model
-    if is_pretrained(model) or not Path(model).is_file():
+    if is_pretrained(model):
         return load_folder(model)
-    checkpoint = read_weights(model)
-    format = _format_of(checkpoint, str(model))
-    tokenizer = format.load(checkpoint)
+    if diffusers.is_folder(Path(model)):
+        project, tokenizer = diffusers.KEYS.project, diffusers.load_tokenizer(model)
+    elif Path(model).is_file():
+        checkpoint = read_weights(model)
+        format = _format_of(checkpoint, str(model))
+        project, tokenizer = format.project, format.load(checkpoint)
+    else:
+        return load_folder(model)
     side = tokenizer.stride
     progress.message(
-        f"{model}: {format.project}, {tokenizer.quantize.codebook_size:,} codes, {side} x {side} "
+        f"{model}: {project}, {tokenizer.quantize.codebook_size:,} codes, {side} x {side} "
         "pixels per token"
     )
     return tokenizer

@@ -35,6 +35,7 @@ class VQGANKeys:
         up_is_reversed: whether the decoder's levels are numbered from the lowest resolution.
         settings: of the quantizer, which the weights do not show.
         unused: keys that the project's code does not need in inference.
+        attention_is_linear: whether attention has linear layers, not 1x1 convolutions.
     """
 
     project: str
@@ -42,6 +43,7 @@ class VQGANKeys:
     up_is_reversed: bool
     settings: Mapping[str, object]
     unused: tuple[str, ...] = ()
+    attention_is_linear: bool = False
 
     def of(self, key: str, num_levels: int) -> str:
         """Return the project's key for one of ours, with q, k or v in the place of qkv."""
@@ -51,6 +53,16 @@ class VQGANKeys:
         for pattern, replacement in self.table:
             key = re.sub(pattern, replacement, key)
         return key
+
+    def shape_of(self, key: str, shape: torch.Size) -> torch.Size:
+        """Return the shape of the project's tensor, or of each of three, for one of ours."""
+        if key in _PROJECTIONS:  # 1x1 convolutions there
+            return torch.Size((*shape, 1, 1))
+        rows = shape[0] // (3 if f".{_FUSED}." in key else 1)
+        is_attention = re.search(rf"\.attn(_1)?\..*({_FUSED}|proj_out)\.weight$", key)
+        if self.attention_is_linear and is_attention:
+            return torch.Size((rows, shape[1]))
+        return torch.Size((rows, *shape[1:]))
 
     def all_of(self, key: str, num_levels: int) -> list[str]:
         """Return the project's keys for one of ours: three for a fused convolution."""
@@ -80,9 +92,7 @@ def tokenizer_of(state: State, keys: VQGANKeys, source: str, beta: float) -> Ima
     names = _names(tokenizer, keys)
     own = tokenizer.state_dict()
     expected = {
-        name: _foreign_shape(key, own[key].shape, len(theirs))
-        for key, theirs in names.items()
-        for name in theirs
+        name: keys.shape_of(key, own[key].shape) for key, theirs in names.items() for name in theirs
     }
     compare(expected, state, source, f"this tokenizer of {keys.project}")
     if problem := weight_problem(state):
@@ -117,7 +127,7 @@ def state_dict_of(tokenizer: ImageTokenizer, keys: VQGANKeys) -> dict[str, Tenso
     for key, theirs in _names(tokenizer, keys).items():
         parts = own[key].detach().cpu().chunk(len(theirs))
         for name, part in zip(theirs, parts, strict=True):
-            state[name] = part.reshape(_foreign_shape(key, own[key].shape, len(theirs))).clone()
+            state[name] = part.reshape(keys.shape_of(key, own[key].shape)).clone()
     return state
 
 
@@ -162,13 +172,6 @@ def _names(tokenizer: ImageTokenizer, keys: VQGANKeys) -> dict[str, list[str]]:
         for key in tokenizer.state_dict()
         if not key.startswith("quantize.embedding.ema_")  # needed in training only
     }
-
-
-def _foreign_shape(key: str, shape: torch.Size, parts: int) -> torch.Size:
-    """Return the shape of a project's tensor: linear projections are 1x1 convolutions there."""
-    if key in _PROJECTIONS:
-        return torch.Size((*shape, 1, 1))
-    return torch.Size((shape[0] // parts, *shape[1:]))
 
 
 def _read_config(state: State, keys: VQGANKeys, source: str, beta: float) -> TokenizerConfig:

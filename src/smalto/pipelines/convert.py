@@ -25,16 +25,17 @@ from smalto.core.files import (
 from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from smalto.generator import Generator, load_generator, save_generator
 from smalto.generator.generator_folder import holds_generator
-from smalto.interop import llamagen, taming, var
+from smalto.interop import diffusers, llamagen, taming, var
 from smalto.interop.loading import load, recognize
 from smalto.pretrained import TOKENIZER_FOLDER
 from smalto.tokenizer import ImageTokenizer
 from smalto.tokenizer.token_blocks import PatchHws
 
-Target = Literal["var", "llamagen", "taming", "smalto"]
+Target = Literal["var", "llamagen", "taming", "diffusers", "smalto"]
 OTHERS: dict[str, tuple[str, Callable[[ImageTokenizer], dict[str, Tensor]]]] = {
     "llamagen": (llamagen.KEYS.project, llamagen.tokenizer_state_dict),
     "taming": (taming.KEYS.project, taming.tokenizer_state_dict),
+    "diffusers": (diffusers.KEYS.project, diffusers.tokenizer_state_dict),
 }
 
 
@@ -69,8 +70,8 @@ def convert(
         source: the folder of a tokenizer or generator, or the name of a tokenizer; with
             ``to="smalto"`` a weight file of VAR, LlamaGen or taming-transformers.
         out: the file (``.pth``, plain tensors) or folder to write.
-        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads, ``"llamagen"`` or ``"taming"``
-            for one of their ``VQModel``; ``"smalto"`` for a folder.
+        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads, ``"llamagen"``, ``"taming"`` or
+            ``"diffusers"`` for one of their ``VQModel``; ``"smalto"`` for a folder.
         overwrite: whether to replace an existing ``out``.
         patch_nums, using_znorm, quant_resi: with ``to="smalto"``, the arguments with which VAR's
             tokenizer of the file was built.

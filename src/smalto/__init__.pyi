@@ -8,7 +8,7 @@ from smalto.generator import Generator as Generator
 from smalto.generator import load_generator as load_generator
 from smalto.images.single_image import read_image as read_image
 from smalto.images.single_image import write_png as write_png
-from smalto.interop.loading import load as load
+from smalto.interop.open_tokenizer import load as load
 from smalto.pipelines.convert import convert as convert
 from smalto.pipelines.decode import decode as decode
 from smalto.pipelines.demo import demo as demo

@@ -12,7 +12,7 @@ import torch
 import smalto
 from smalto.core.errors import ConfigError, DataError
 from smalto.interop.diffusers import load_tokenizer, tokenizer_state_dict
-from smalto.interop.loading import recognize
+from smalto.interop.open_tokenizer import recognize
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 

@@ -26,7 +26,7 @@ from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from smalto.generator import Generator, load_generator, save_generator
 from smalto.generator.generator_folder import holds_generator
 from smalto.interop import diffusers, llamagen, taming, var
-from smalto.interop.loading import load, recognize
+from smalto.interop.open_tokenizer import load, recognize
 from smalto.pretrained import TOKENIZER_FOLDER
 from smalto.tokenizer import ImageTokenizer
 from smalto.tokenizer.token_blocks import PatchHws

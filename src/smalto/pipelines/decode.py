@@ -20,7 +20,7 @@ from smalto.core.progress import Progress
 from smalto.images.image_reader import default_workers
 from smalto.images.single_image import write_png
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.interop.loading import open_tokenizer
+from smalto.interop.open_tokenizer import open_tokenizer
 from smalto.pretrained import folder_of_recorded
 from smalto.store.schema import split_id
 from smalto.store.token_store import TokenStore

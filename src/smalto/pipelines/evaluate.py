@@ -15,7 +15,7 @@ from smalto.images.image_reader import ImageReader
 from smalto.images.reading import LONGER_SIDE
 from smalto.images.sources import Source, open_source
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.interop.loading import open_tokenizer
+from smalto.interop.open_tokenizer import open_tokenizer
 from smalto.pretrained import tokenizer_folder
 from smalto.tokenizer import ImageTokenizer
 from smalto.training.run_folder import SPLIT_FILE, Split, read_split

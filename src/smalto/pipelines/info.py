@@ -11,7 +11,7 @@ from smalto.core.errors import RunError
 from smalto.core.files import read_json
 from smalto.generator import load_generator
 from smalto.generator.generator_folder import holds_generator
-from smalto.interop.loading import load
+from smalto.interop.open_tokenizer import load
 from smalto.pretrained import is_pretrained, model_folder, pretrained_names, read_card
 from smalto.tokenizer import ImageTokenizer
 from smalto.training.recipe_file import load_recipe

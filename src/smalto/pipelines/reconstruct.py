@@ -13,7 +13,7 @@ from smalto.images.reading import LONGER_SIDE
 from smalto.images.single_image import png_path, read_pixels, single_file, write_png
 from smalto.images.tensors import to_unit_range
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.interop.loading import open_tokenizer
+from smalto.interop.open_tokenizer import open_tokenizer
 from smalto.metrics import psnr
 from smalto.tokenizer import ImageTokenizer
 

@@ -21,7 +21,7 @@ from smalto.images.retries import SourceCheck
 from smalto.images.sources import source_name, walk_source
 from smalto.images.transforms import Transform
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.interop.loading import open_tokenizer
+from smalto.interop.open_tokenizer import open_tokenizer
 from smalto.store.schema import StoreHeader
 from smalto.store.token_store import TokenStore
 from smalto.store.writer import SOME_SMALL_FILES, StoreWriter

@@ -18,7 +18,7 @@ from smalto.core.progress import Progress
 from smalto.evaluation.run_summary import evaluate_run, write_results
 from smalto.generator import Generator
 from smalto.inference.inference_tokenizer import InferenceTokenizer
-from smalto.interop.loading import open_tokenizer
+from smalto.interop.open_tokenizer import open_tokenizer
 from smalto.metrics.formatting import generator_rows, metric_tables, prediction_rows
 from smalto.metrics.generator_metrics import GeneratorMetrics
 from smalto.metrics.record import Metrics, TrainingSummary

@@ -19,7 +19,7 @@ from smalto.images.retries import read_with_retries
 from smalto.images.sources import locate
 from smalto.images.tensors import to_unit_range, views_of
 from smalto.images.transforms import Transform
-from smalto.interop.loading import open_tokenizer
+from smalto.interop.open_tokenizer import open_tokenizer
 from smalto.pipelines.decode import check_tokenizer, recorded_tokenizer
 from smalto.store.check import StoreCheck, check_store
 from smalto.store.schema import TokenRow, split_id

@@ -9,7 +9,7 @@ import torch
 
 import smalto
 from smalto.core.errors import ConfigError, DataError
-from smalto.interop.loading import recognize
+from smalto.interop.open_tokenizer import recognize
 from tests.conftest import smalto_command, write_images
 from tests.parity.golden import read, weights
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 QUANTIZERS = [ROOT / "docs" / language / "quantizers.md" for language in ("en", "zh")]
 
+GENERATION = [ROOT / "docs" / language / "generation.md" for language in ("en", "zh")]
 PRETRAINED = [ROOT / "docs" / language / "pretrained.md" for language in ("en", "zh")]
 
 on_readmes = pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
@@ -492,3 +493,27 @@ def test_what_was_claimed_of_the_store_holds() -> None:
     job = result("tokenization")
     assert min(row["share_of_bound"] for row in job["rows"]) >= 0.9
     assert job["memory_ratio"] <= 1.05
+
+
+@pytest.mark.parametrize("page", GENERATION, ids=lambda page: page.parent.name)
+def test_the_generator_is_quoted(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    emoji = result("emoji")
+    run, shown = emoji["run"], emoji["guidance"]["3"]
+    values = [
+        f"{run['held_out']['loss']:.3f}",
+        f"{run['training']['loss']:.3f}",
+        f"{run['below_histogram']:.1%}",
+        f"{shown['accuracy']:.1%}",
+        f"{emoji['accuracy_of_held_out']:.1%}",
+        f"{shown['fid']:.1f}",
+        f"{emoji['fid_of_training']:.1f}",
+        f"{emoji['num_training']:,}",
+    ]
+    generate = result("generate")
+    values += [f"{generate[name]:.2f}" for name in ("decoding", "decoding_default")]
+    values.append(f"{generate['cache']['allocated'] / 2**20:.0f} MiB")
+    for seconds in generate["seconds"].values():
+        values += [f"{value:.2f}" for value in seconds.values()]
+    for value in values:
+        assert quotes(text, value), value

@@ -180,6 +180,16 @@ def test_an_edit_keeps_the_other_tokens(generator: Generator, tmp_path: Path) ->
     assert torch.equal(rows, other)
 
 
+def test_an_edit_without_a_label_is_made_without_one(generator: Generator, tmp_path: Path) -> None:
+    Image.fromarray(make_image(1, *SIZE)).save(tmp_path / "image.png")
+    made = smalto.generate(
+        generator, tmp_path / "s", edit=tmp_path / "image.png", box=(0, 0, 9, 9), count=2
+    )
+    assert [path.name for path in made.paths] == ["000000.png", "000001.png"]
+    assert TokenStore.open(tmp_path / "s" / "tokens.lance").classes() == []
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text())["label"] == "none"
+
+
 def test_coarse_tokens_stay_unless_half_of_them_is_painted() -> None:
     layout = smalto.TokenLayout(((1, 1), (2, 2), (4, 4)))
     mask = torch.zeros(16, 16, dtype=torch.bool)

@@ -1,9 +1,9 @@
-"""Tokenizers of the package: every job takes their names, and a wheel holds all of their files."""
+"""Models of the package: every job takes their names, and a wheel holds all of their files."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -28,18 +28,62 @@ from smalto.pretrained import (
 from tests.conftest import ENVIRONMENT, smalto_command, write_images
 
 ROOT = Path(__file__).parents[2]
-NAMES = pretrained_names()
 PUBLISHED = {  # fingerprints: weights under a name never change, or token stores would not decode
     "photos-f4": "5dc8c29902d9b16c3cd2e92a0bf2992dc1910ccf9ec42f4aed2ac3a0ca49e06f",
     "photos-f8": "deb2a7414be0f313b5775744b02f8f10f330567e2108fd16c3da2885c1f7dbbd",
 }
+GENERATORS = {"emoji": "a7817fff3740524be667ce05efb17b08c6543d9a3519b474165d3cc3fb45311c"}
+NAMES = sorted(PUBLISHED)
 each = pytest.mark.parametrize("name", NAMES)
 
 
-def test_they_are_there_and_fit_into_ten_megabytes() -> None:
-    assert set(NAMES) == set(PUBLISHED)
-    files = [file for name in NAMES for file in tokenizer_folder(name).iterdir()]
-    assert sum(file.stat().st_size for file in files) < 10e6
+def test_they_are_there_and_fit_into_the_wheel() -> None:
+    assert set(pretrained_names()) == {*PUBLISHED, *GENERATORS}
+    for names, megabytes in ((PUBLISHED, 10), (GENERATORS, 12)):
+        files = [file for name in names for file in pretrained_folder(name).rglob("*.*")]
+        assert sum(file.stat().st_size for file in files) < megabytes * 1e6
+
+
+def test_the_generator_makes_emoji_from_anywhere(tmp_path: Path) -> None:
+    """Right after the installation, and without a network."""
+    done = smalto_command(
+        "generate", "emoji", "--label", "animals", "--count", 16, "--out", "s", cwd=tmp_path
+    )
+    assert "16 new images" in done.stdout
+    assert len(list((tmp_path / "s").glob("*-animals-nature.png"))) == 16
+    store = smalto.TokenStore.open(tmp_path / "s" / "tokens.lance")
+    assert len(store) == 16
+    assert store.header.fingerprint == smalto.load("emoji").fingerprint()
+
+
+def test_the_generator_is_the_published_one(tmp_path: Path) -> None:
+    generator = smalto.load_generator("emoji")
+    assert generator.fingerprint() == GENERATORS["emoji"]
+    assert all(weight.dtype == torch.float32 for weight in generator.parameters())
+    saved = load_file(pretrained_folder("emoji") / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    assert len(generator.config.class_names) == generator.config.num_classes
+    assert finetuning_recipe("emoji") is None
+    described = smalto.info("emoji")
+    assert (described["kind"], described["card"]) == ("generator", read_card("emoji"))
+
+
+def test_the_card_of_the_generator_shows_what_was_measured() -> None:
+    card = read_card("emoji")
+    result = json.loads((ROOT / "benchmarks" / "results" / "emoji.json").read_text())
+    run = result["run"]
+    assert f"{run['held_out']['loss']:.3f} nats" in card
+    assert f"{run['below_histogram']:.1%} below the histogram" in card
+    for guidance, row in result["guidance"].items():
+        assert f"| {guidance} | {row['accuracy']:.1%} | {row['fid']:.1f} |" in card
+    assert "CC BY 4.0" in card
+
+
+def test_what_was_claimed_of_the_generator_holds() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "emoji.json").read_text())
+    assert result["run"]["below_histogram"] >= 0.1
+    chance = 1 / result["groups"]
+    assert max(row["accuracy"] for row in result["guidance"].values()) >= 2 * chance
 
 
 @each
@@ -108,8 +152,8 @@ def test_other_names_are_refused_with_those_that_exist() -> None:
 
 def test_the_command_line_lists_them_and_prints_their_cards(tmp_path: Path) -> None:
     listed = smalto_command("info", cwd=tmp_path).stdout
-    for name in NAMES:
-        assert f"{name}  {summary_of(name)}" in listed
+    for name in pretrained_names():
+        assert re.search(rf"^{name} +{re.escape(summary_of(name))}$", listed, re.MULTILINE)
         assert read_card(name) in smalto_command("info", name, cwd=tmp_path).stdout
     write_images(tmp_path, 1, 64, 64)
     smalto_command("reconstruct", "photo00.png", "--tokenizer", "photos-f8", cwd=tmp_path)
@@ -154,7 +198,8 @@ import pathlib, torch, smalto
 assert pathlib.Path(smalto.__file__).is_relative_to(pathlib.Path.cwd()), smalto.__file__
 tokenizer = smalto.load("photos-f8")
 tokens = tokenizer.encode(torch.zeros(1, 3, 64, 64))
-print(len(tokens[0]), tokenizer.fingerprint())
+samples = smalto.load_generator("emoji").generate(0, seeds=[0])
+print(len(tokens[0]), tokenizer.fingerprint(), *samples.images.shape)
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -165,8 +210,13 @@ print(len(tokens[0]), tokenizer.fingerprint())
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["64", smalto.load("photos-f8").fingerprint()]
+    own = smalto.load("photos-f8").fingerprint()
+    assert done.stdout.split() == ["64", own, "1", "3", "72", "72"]
     installed = tmp_path / "installed" / "smalto" / "pretrained"
-    for name in NAMES:
-        assert sorted(os.listdir(installed / name)) == sorted(os.listdir(tokenizer_folder(name)))
-        assert CARD_FILE in os.listdir(installed / name)
+    for name in pretrained_names():
+        own_files, files = (
+            sorted(str(path.relative_to(folder / name)) for path in (folder / name).rglob("*.*"))
+            for folder in (pretrained_folder(name).parent, installed)
+        )
+        assert files == own_files
+        assert CARD_FILE in files

@@ -22,7 +22,8 @@ def generate(
     label: Annotated[
         str | None,
         typer.Option(
-            help="Class to make, by its name, a part of it, or its number. Default: all in turn."
+            help="Class to make, by its name, a part of it, or its number. Default: all in turn; "
+            "for --edit, none."
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Images in all.")] = 16,

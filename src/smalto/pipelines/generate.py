@@ -99,7 +99,8 @@ def generate(
         generator: a Generator, its folder or run, or the name of one in this package.
         out: folder for the images.
         label: name of a class, a part of a name that no other class has, or its number; None: all
-            classes in turn, so that each has as many images as the others, give or take one.
+            classes in turn, so that each has as many images as the others, give or take one; for
+            an edit, no label.
         count: images in all.
         seed: an image depends on (seed, its number, its label) and the settings alone.
         guidance, top_k, top_p, temperature, smooth: see ``Generator.generate``.
@@ -135,7 +136,7 @@ def generate(
     precision = precision or fastest_precision(place)
     fixed = _fixed_tokens(model, edit, box, mask)
     manifest = _manifest(model, chosen, seed, settings, precision, fixed)
-    wanted = _requests(model, chosen, count, seed)
+    wanted = _requests(model, chosen, count, seed, takes_turns=edit is None)
     paths = [folder / image.name for image in wanted]
     if target is not None:
         _check_npz(target, manifest, overwrite)
@@ -207,13 +208,15 @@ def _made(
         progress.advance(len(images))
 
 
-def _requests(generator: Generator, label: int | None, count: int, seed: int) -> list[_Wanted]:
-    """Return the images to make; all classes in turn without a label."""
+def _requests(
+    generator: Generator, label: int | None, count: int, seed: int, takes_turns: bool
+) -> list[_Wanted]:
+    """Return the images to make; without a label of all classes in turn, or of none."""
     config = generator.config
     wanted = []
     for number in range(count):
         own = label
-        if own is None and config.num_classes:
+        if own is None and config.num_classes and takes_turns:
             own = number % config.num_classes
         name = f"{number:06d}.png"
         if own is not None:
@@ -295,7 +298,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Return what decides the images, as JSON."""
     config = generator.config
-    labels = "all in turn" if config.num_classes else "none"
+    labels = "all in turn" if config.num_classes and fixed is None else "none"
     return {
         "generator": generator.fingerprint(),
         "label": labels if label is None else _class_name(config, label),

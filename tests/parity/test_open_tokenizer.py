@@ -49,15 +49,13 @@ def test_jobs_take_a_weight_file(tmp_path: Path) -> None:
     assert (described["kind"], described["codebook size"]) == ("tokenizer", 256)
 
 
-@pytest.mark.parametrize("name", ["taming_a", "llamagen_a"])
-def test_convert_there_and_back(name: str, tmp_path: Path) -> None:
-    path = written(name, tmp_path)
-    to = {"taming_a": "taming", "llamagen_a": "llamagen"}[name]
+def test_convert_there_and_back(tmp_path: Path) -> None:
+    path = written("taming_a", tmp_path)
     own = smalto.convert(path, tmp_path / "own", "smalto")
     assert "256 codes" in own.notes[0]
-    back = smalto.convert(own.path, tmp_path / "back.pth", to)  # type: ignore[arg-type]
+    back = smalto.convert(own.path, tmp_path / "back.pth", "taming")
     state = torch.load(back.path, weights_only=True)
-    expected = weights(read(name)[0])
+    expected = weights(read("taming_a")[0])
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
     with pytest.raises(

@@ -109,7 +109,7 @@ def test_an_emptied_recipe_is_refused(tmp_path: Path, tiny_recipe: TokenizerReci
     with pytest.raises(ConfigError, match=r"recipe\.toml is empty"):
         smalto.resume(tmp_path / "r", device="cpu", workers=0)
     (tmp_path / "r" / "recipe.toml").write_text("steps = 8\n")
-    with pytest.raises(ConfigError, match="names no source"):
+    with pytest.raises(ConfigError, match=r"empty data\.source"):
         smalto.resume(tmp_path / "r", device="cpu", workers=0)
 
 

@@ -43,12 +43,12 @@ class Format:
         return occurs(self.needs) and not occurs(self.lacks)
 
 
-_OF_VAR = ("quantize.ema_vocab_hit_SV", "quantize.quant_resi.")
+_OF_VAR = ("quantize.ema_vocab_hit_SV", "quantize.quant_resi.", "pos_1LC")
 FORMATS = (
-    Format("VAR", _OF_VAR, (), var.load_tokenizer),
+    Format("VAR", _OF_VAR, (), var.load_tokenizer),  # which names a transformer as such
     Format("LlamaGen", ("encoder.conv_blocks.0.res.0.norm1.weight",), (), llamagen.load_tokenizer),
     Format("diffusers", (diffusers.MARK,), (), diffusers.load_tokenizer),
-    Format("taming-transformers", (_VQGAN,), (*_OF_VAR, "pos_1LC"), taming.load_tokenizer),
+    Format("taming-transformers", (_VQGAN,), _OF_VAR, taming.load_tokenizer),
 )
 
 

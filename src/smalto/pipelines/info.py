@@ -98,7 +98,7 @@ def _run_metadata(path: Path) -> dict[str, Any]:
         "seed": recipe.seed,
     }
     if (path / METRICS_FILE).is_file():
-        name, text = _SUMMARIES[recipe.kind]
+        name, text = _SUMMARIES[recipe.trains]
         try:
             metadata[name] = text(read_json(path / METRICS_FILE))
         except (ValueError, KeyError, TypeError):

@@ -160,7 +160,7 @@ def train(
             if isinstance(data, (str, Path)) and Path(data).resolve().is_relative_to(out.resolve()):
                 raise RunError(f"{data} lies inside {out}, the run to create. Name another --out.")
             RunFolder.check_free(out, overwrite)
-        return _TRAIN[recipe.kind](
+        return _TRAIN[recipe.trains](
             data,
             recipe,
             out,
@@ -210,7 +210,7 @@ def resume(
         )
     with distributed.process_group(target):
         progress = _rank_zero_progress(progress)
-        return _RESUME[recipe.kind](
+        return _RESUME[recipe.trains](
             source, recipe, folder, device=target, workers=workers, progress=progress
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -64,6 +64,7 @@ class GeneratorEvaluateConfig(EvaluateConfig):
 class GeneratorRecipe(Recipe):
     """A training run of a generator on token stores."""
 
+    trains: ClassVar[str] = "generator"
     kind: Literal["generator"] = "generator"
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
     generator: TransformerConfig = TransformerConfig()

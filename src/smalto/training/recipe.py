@@ -5,7 +5,7 @@ recipe shares.
 from __future__ import annotations
 
 import tomllib
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field
@@ -70,8 +70,14 @@ class EvaluateConfig(Config):
 
 
 class Recipe(Config):
-    """A training run of any kind."""
+    """A training run of any kind.
 
+    Attributes:
+        trains: which model it trains, "tokenizer" or "generator"; recipes of several kinds may
+            train the same.
+    """
+
+    trains: ClassVar[str]
     kind: str
     seed: int = Field(
         0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -85,6 +85,7 @@ class FinetuneConfig(Config):
 class TokenizerRecipe(Recipe):
     """A training run of a tokenizer. ``TokenizerRecipe()`` is the default of ``smalto train``."""
 
+    trains: ClassVar[str] = "tokenizer"
     kind: Literal["tokenizer"] = "tokenizer"
     gradient_checkpointing: bool = Field(
         False, description="less memory, a third more time; for autoencoder.kind cnn"

@@ -389,3 +389,32 @@ def test_grids_that_are_not_a_layout_are_refused() -> None:
     generator = generator_of("multiscale")
     with pytest.raises(ConfigError, match="grids"):
         generator.for_grids([(1, 1), (1, 1), (6, 6)])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_weights_start_as_in_var(shared: bool) -> None:
+    """init_weights(init_adaln=0.5, init_adaln_gamma=1e-5, init_head=0.02, init_std=-1)."""
+    config = generator_of("multiscale", width=256, depth=4, shared_adaln=shared).config
+    transformer = Transformer(config).requires_grad_(False)
+    std = math.sqrt(1 / 256 / 3)
+    block = transformer.blocks[1]
+    modulation = block.offset[0, 0] if shared else block.modulation.linear.weight.view(6, -1)
+    of_modulation = 1 / math.sqrt(256) if shared else std
+    for weights, expected in (
+        (transformer.head.weight, 0.02 * std),
+        (transformer.head_norm.modulation.linear.weight, 0.5 * std),
+        (transformer.class_embedding.weight, std),
+        (transformer.position_embedding, std),
+        (transformer.word_embedding.weight, std),
+        (block.attention.qkv.weight, std),
+        (block.attention.project.weight, std / math.sqrt(8)),
+        (block.mlp.widen.weight, std),
+        (block.mlp.narrow.weight, std / math.sqrt(8)),
+        (modulation[:2], 1e-5 * of_modulation),
+        (modulation[2:], 0.5 * of_modulation),
+    ):
+        assert float(weights.std()) == pytest.approx(expected, rel=0.15)
+        assert abs(float(weights.mean())) < 0.1 * expected
+    for bias in (block.attention.project.bias, block.mlp.widen.bias, transformer.head.bias):
+        assert not bias.any()
+    assert float(block.attention.log_scale.mean()) == pytest.approx(math.log(4))

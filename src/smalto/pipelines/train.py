@@ -237,6 +237,11 @@ def _train_tokenizer(
     workers: int | None,
     progress: Progress,
 ) -> Trained:
+    if isinstance(data, (str, Path)) and (Path(data) / "head.json").is_file():
+        raise ConfigError(
+            f"{data} is a token store, and a tokenizer trains on images. To train a generator on "
+            "its tokens, name its recipe: --recipe recipes/emoji-generator.toml."
+        )
     if start is None and recipe.finetune.learn != "everything":
         raise ConfigError(
             f"finetune.learn is {recipe.finetune.learn!r}, but no tokenizer was named to start "

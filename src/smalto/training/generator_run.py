@@ -20,8 +20,8 @@ from smalto.training.generator_recipe import GeneratorRecipe
 from smalto.training.generator_task import GeneratorTask
 from smalto.training.random_state import seeded
 from smalto.training.recipe import change_recipe, recipe_toml
+from smalto.training.resuming import checkpoint_to_resume, run_threads
 from smalto.training.run_folder import RunFolder
-from smalto.training.run_threads import run_threads
 from smalto.training.token_floors import Floors, measure_floors, read_floors, write_floors
 from smalto.training.trainer import Trainer
 from smalto.training.training_tokens import TokenBatch, TrainingTokens
@@ -117,12 +117,7 @@ def resume_generator_run(
     """Train a run that exists to its last step, from its newest checkpoint that is not damaged."""
     tokenizer = load(run.path / TOKENIZER_FOLDER)
     _check_fingerprint(tokens, tokenizer, run.path / TOKENIZER_FOLDER)
-    step = -1
-    if distributed.rank() == 0:
-        with run.locked():
-            step = run.restore(load_transformer).step
-    step = distributed.broadcast_object(step, device)
-    checkpoint = run.read(step)
+    checkpoint = checkpoint_to_resume(run, recipe.steps, load_transformer, device)
     transformer = load_transformer(checkpoint.folder)
     expected = _generator_config(tokens, recipe, tokenizer)
     if transformer.config != expected:
@@ -130,11 +125,6 @@ def resume_generator_run(
             f"got {tokens.stores} with {len(expected.class_names)} classes and the layout "
             f"{tokens.layout}; the run has {len(transformer.config.class_names)} and "
             f"{transformer.config.layout}. Name the store with which it was started."
-        )
-    if recipe.steps < step:
-        raise ConfigError(
-            f"got --steps {recipe.steps}; {run.path} is at step {step} already. "
-            f"Resume with at least that many."
         )
     recipe = change_recipe(recipe, {"data.source": tokens.source})
     if others := run.other_files():
@@ -154,7 +144,7 @@ def resume_generator_run(
         trainer.load(checkpoint)
         distributed.broadcast_object("the run is ready", device)
         progress.message(f"{tokens.describe()}; device {device}")
-        progress.message(f"resuming after step {step} of {recipe.steps}")
+        progress.message(f"resuming after step {checkpoint.step} of {recipe.steps}")
         _train(trainer, run)
     return TrainedGeneratorRun(run, recipe, task, floors, rows, tokens.measured_on)
 

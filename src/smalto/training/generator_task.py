@@ -23,6 +23,7 @@ from smalto.training.data_parallel import data_parallel, no_gradient_sync
 from smalto.training.generator_recipe import GeneratorRecipe
 from smalto.training.optimization import (
     WeightAverage,
+    clip_gradients,
     linear_schedule,
     load_moments,
     parameter_groups,
@@ -204,8 +205,7 @@ class GeneratorTask:
 
         If the gradient is not finite, nothing is changed.
         """
-        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(learning, self._recipe.optimizer.clip or math.inf)
+        norm = clip_gradients(self.optimizer, self._recipe.optimizer.clip)
         # The gradient is the same in all processes, so all take the same branch.
         if math.isfinite(float(norm)):
             self.optimizer.step()

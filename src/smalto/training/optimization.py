@@ -99,6 +99,17 @@ class WeightAverage:
         torch._foreach_lerp_(averages, present, 1 - decay)
 
 
+def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
+    """Shorten the gradient of an optimizer's parameters to a norm; return the norm before.
+
+    Args:
+        optimizer: of the parameters.
+        most: the norm; 0: no clipping.
+    """
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(learning, most or math.inf)
+
+
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the state of an optimizer but keep its settings, which a resumed run may change."""
     settings = [

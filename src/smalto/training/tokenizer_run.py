@@ -11,7 +11,6 @@ import torch
 
 from smalto.core import distributed
 from smalto.core.config import parse_config
-from smalto.core.errors import ConfigError
 from smalto.core.progress import Progress
 from smalto.core.text import printable
 from smalto.images.crops import CropStream
@@ -19,8 +18,8 @@ from smalto.images.image_file import summary
 from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.random_state import seeded
 from smalto.training.recipe import change_recipe, recipe_toml
+from smalto.training.resuming import checkpoint_to_resume, run_threads
 from smalto.training.run_folder import START_FOLDER, RunFolder, Split
-from smalto.training.run_threads import run_threads
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from smalto.training.tokenizer_task import TokenizerTask
 from smalto.training.trainer import Trainer
@@ -108,17 +107,7 @@ def resume_run(
 ) -> TrainedRun:
     """Train a run that exists to its last step, from its newest checkpoint that is not damaged."""
     check_data(images, recipe)
-    step = -1
-    if distributed.rank() == 0:
-        with run.locked():
-            step = run.restore(load).step
-    step = distributed.broadcast_object(step, device)
-    checkpoint = run.read(step)
-    if recipe.steps < step:
-        raise ConfigError(
-            f"got --steps {recipe.steps}; {run.path} is at step {step} already. "
-            f"Resume with at least that many."
-        )
+    checkpoint = checkpoint_to_resume(run, recipe.steps, load, device)
     before = run.split()
     recipe = change_recipe(recipe, {"data.source": images.source})
     _report_changes(before, images, progress)
@@ -142,7 +131,7 @@ def resume_run(
         distributed.broadcast_object("the run is ready", device)
         progress.message(f"{images.describe()}; device {device}")
         _report_skipped(images, progress)
-        progress.message(f"resuming after step {step} of {recipe.steps}")
+        progress.message(f"resuming after step {checkpoint.step} of {recipe.steps}")
         _train(trainer, batches, images, run, recipe, progress)
     return TrainedRun(run, recipe, task.result.eval())
 

@@ -24,6 +24,7 @@ from smalto.tokenizer import ImageTokenizer, load
 from smalto.training.data_parallel import data_parallel, no_gradient_sync
 from smalto.training.optimization import (
     WeightAverage,
+    clip_gradients,
     cosine_schedule,
     load_moments,
     parameter_groups,
@@ -177,8 +178,7 @@ class TokenizerTask:
 
         If the gradient is not finite, nothing is changed.
         """
-        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(learning, self._recipe.optimizer.clip or math.inf)
+        norm = clip_gradients(self.optimizer, self._recipe.optimizer.clip)
         # The gradient is the same in all processes, so all take the same branch.
         if math.isfinite(float(norm)):
             self.optimizer.step()
@@ -206,9 +206,7 @@ class TokenizerTask:
                 loss = hinge(*logits) * (len(images) / num_images)
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(
-            self._discriminator.parameters(), self._recipe.optimizer.clip or math.inf
-        )
+        norm = clip_gradients(self._discriminator_optimizer, self._recipe.optimizer.clip)
         if math.isfinite(float(norm)):
             self._discriminator_optimizer.step()
         return total

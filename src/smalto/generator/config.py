@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from smalto.core.config import Config, parse_config
-from smalto.core.errors import ConfigError
+from smalto.core.errors import ConfigError, InputError
 from smalto.core.layout import TokenLayout
 from smalto.tokenizer import ImageTokenizer
 
@@ -82,6 +82,33 @@ class GeneratorConfig(TransformerConfig):
         """The number of tokens that each step predicts."""
         lengths = self.layout.lengths
         return lengths if self.order == "next-scale" else (1,) * sum(lengths)
+
+    def class_name(self, number: int) -> str:
+        """Return the name of a class, or its number as text."""
+        return self.class_names[number] if self.class_names else str(number)
+
+    def class_number(self, label: str | int) -> int:
+        """Return the number of a class by its number, its name, or a part of its name.
+
+        Raises:
+            InputError: no class has this name, or several have.
+        """
+        if not self.num_classes:
+            raise InputError(
+                f"got the label {label!r}; this generator was trained without labels. Leave it out."
+            )
+        names, text = self.class_names, str(label)
+        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        expected = f"one of {known}" if names else f"0 to {self.num_classes - 1}"
+        if text in names:
+            return names.index(text)
+        if text.isdecimal() and int(text) < self.num_classes:
+            return int(text)
+        found = [number for number, name in enumerate(names) if text.lower() in name.lower()]
+        if len(found) != 1:
+            several = f", which is in {', '.join(names[n] for n in found[:5])}" if found else ""
+            raise InputError(f"got the label {label!r}{several}; expected {expected}.")
+        return found[0]
 
     @classmethod
     def for_tokenizer(

@@ -20,12 +20,18 @@ from smalto.core.model_files import fingerprint
 from smalto.generator.config import GeneratorConfig
 from smalto.generator.kv_cache import KVCache
 from smalto.generator.orders import ORDERS
+from smalto.generator.requests import (
+    Fixed,
+    Labels,
+    checked_fixed,
+    checked_labels,
+    labels_and_seeds,
+)
 from smalto.generator.sampling import SamplingSettings, guided
 from smalto.generator.transformer import Transformer
 from smalto.tokenizer import ImageTokenizer
 
 MAX_CACHE_BYTES = 2**30  # of the images that are made at a time
-Labels = Tensor | Sequence[int] | int | None
 
 
 @dataclass(frozen=True)
@@ -41,25 +47,6 @@ class Samples:
     idx_Bl: list[Tensor]  # noqa: N815
     images: Tensor
     seeds: Tensor
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Tokens that a generation keeps, for in-painting.
-
-    Attributes:
-        tokens: int64 [B, L], or [1, L] for all images.
-        mask: bool of the same shape, True for the tokens to keep.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-
-    def rows(self, chosen: slice) -> Fixed:
-        """Return those of some images."""
-        if len(self.tokens) == 1:
-            return self
-        return Fixed(self.tokens[chosen], self.mask[chosen])
 
 
 class Generator(nn.Module):
@@ -113,12 +100,19 @@ class Generator(nn.Module):
                 f"got {describe(inputs)}; expected inputs [B, {num_inputs}, "
                 f"{self.config.code_dim}]. Pass the result of tokenizer.idxBl_to_var_input."
             )
-        labels = self._labels(labels, len(inputs))
+        device = self.transformer.head.weight.device
+        labels = checked_labels(labels, len(inputs), self.config, device)
         if dropped is None and self.training and self.config.num_classes:
             dropped = torch.rand(len(labels), device=labels.device) < self.config.label_drop
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.config.num_classes)
         return _precise(self.transformer(labels, inputs[:, :num_inputs]))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        rows, columns = self.config.grids[-1]
+        return rows * self.tokenizer.stride, columns * self.tokenizer.stride
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the transformer and of the tokenizer, in hexadecimal."""
@@ -234,7 +228,8 @@ class Generator(nn.Module):
                 cache=cache,
                 on_scale=on_scale,
             )
-        labels, seeds = self._requests(labels, num_images, seeds)
+        like = self.transformer.head.weight
+        labels, seeds = labels_and_seeds(labels, num_images, seeds, self.config, like.device)
         settings = SamplingSettings(guidance, top_k, top_p, temperature, smooth)
         settings.check()
         if smooth and self.config.order != "next-scale":
@@ -242,8 +237,7 @@ class Generator(nn.Module):
                 "got smooth=True for next-token prediction; mixtures are for next-scale "
                 "prediction. Use smooth=False."
             )
-        fixed = self._checked(fixed, len(labels))
-        like = self.transformer.head.weight
+        fixed = checked_fixed(fixed, len(labels), self.config, like.device)
         if cache is None:
             cache = self.new_cache(min(self.images_at_a_time(), len(labels)))
         cache.check(self.config, 2, self.transformer.block_dtype, like.device)
@@ -322,91 +316,6 @@ class Generator(nn.Module):
                 inputs = next_inputs
         images = self.tokenizer.decode_latents(order.quantized(tokens))
         return Samples(list(tokens.split(layout.lengths, dim=1)), images, seeds)
-
-    def _labels(self, labels: Tensor | None, number: int) -> Tensor:
-        """Return the labels of rows, int64 [B]; ``num_classes`` for no label."""
-        device = self.transformer.head.weight.device
-        if labels is None:
-            return torch.full((number,), self.config.num_classes, device=device)
-        labels = torch.as_tensor(labels, device=device)
-        if labels.shape != (number,) or labels.is_floating_point():
-            raise InputError(
-                f"got labels {describe(labels)}; expected {number} integers, one per row."
-            )
-        wrong = labels[(labels < 0) | (labels >= self.config.num_classes)]
-        if len(wrong):
-            expected = f"0 to {self.config.num_classes - 1}" if self.config.num_classes else "none"
-            raise InputError(f"got label {int(wrong[0])}; expected {expected}.")
-        return labels.long()
-
-    def _requests(
-        self, labels: Labels, num_images: int | None, seeds: Sequence[int] | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return one label and one seed per image, int64 [B] each."""
-        if num_images is not None and not isinstance(num_images, int):
-            raise InputError(f"got num_images={num_images!r}; expected an integer.")
-        if isinstance(labels, int):
-            labels = [labels] * (1 if num_images is None else num_images)
-        if labels is not None:
-            labels = _integers("labels", labels)
-        seeds = None if seeds is None else _integers("seeds", seeds)
-        numbers = {len(values) for values in (labels, seeds) if values is not None}
-        numbers |= {num_images} if num_images is not None else set()
-        if len(numbers) > 1 or min(numbers, default=1) < 1:
-            raise InputError(
-                f"got num_images={num_images}, {_number_of(labels)} labels and "
-                f"{_number_of(seeds)} seeds; expected the same number of each that is given, at "
-                "least 1."
-            )
-        number = numbers.pop() if numbers else 1
-        seeds = torch.randint(2**62, (number,)) if seeds is None else seeds
-        device = self.transformer.head.weight.device
-        return self._labels(labels, number), seeds.to(device)
-
-    def _checked(self, fixed: Fixed | None, number: int) -> Fixed | None:
-        """Return the tokens to keep, on the device of the generator.
-
-        Raises:
-            InputError: they are not tokens of ``number`` of its images.
-        """
-        if fixed is None:
-            return None
-        if not isinstance(fixed, Fixed):
-            raise InputError(f"got fixed {describe(fixed)}; expected Fixed(tokens, mask).")
-        sizes = [(rows, sum(self.config.steps)) for rows in (1, number)]
-        fits = fixed.tokens.shape in sizes and fixed.mask.shape == fixed.tokens.shape
-        if not fits or fixed.mask.dtype != torch.bool or fixed.tokens.dtype != torch.int64:
-            raise InputError(
-                f"got fixed tokens {describe(fixed.tokens)} and mask {describe(fixed.mask)}; "
-                f"expected int64 tokens and a bool mask, both {list(sizes[0])} or "
-                f"{list(sizes[1])}. Encode the image with generator.tokenizer.encode."
-            )
-        kept = fixed.tokens[fixed.mask]
-        wrong = kept[(kept < 0) | (kept >= self.config.codebook_size)]
-        if len(wrong):
-            raise InputError(
-                f"got the fixed token {int(wrong[0])}; expected 0 to "
-                f"{self.config.codebook_size - 1}. Encode the image with "
-                "generator.tokenizer.encode."
-            )
-        device = self.transformer.head.weight.device
-        return Fixed(fixed.tokens.to(device), fixed.mask.to(device))
-
-
-def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    """Return labels or seeds as int64 [B]; raise InputError if they are anything else."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        tensor = torch.empty(())
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        given = describe(values) if isinstance(values, Tensor) else repr(values)
-        raise InputError(f"got {name} {given}; expected a list of integers, one per image.")
-    return tensor.long()
-
-
-def _number_of(values: Tensor | None) -> str:
-    return "no" if values is None else str(len(values))
 
 
 def _precise(logits: Tensor) -> Tensor:

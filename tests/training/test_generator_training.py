@@ -27,7 +27,7 @@ from smalto.quantizers import (
     ResidualVQConfig,
     VectorQuantizerConfig,
 )
-from smalto.store.schema import TokenRow, row_id
+from smalto.store.schema import StoreHeader, TokenRow, row_id
 from smalto.store.token_store import TokenStore
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.training.generator_recipe import GeneratorRecipe
@@ -80,6 +80,7 @@ def make_store(
     images: Sequence[int] = range(40),
     views: Sequence[str] = ("", "flip"),
     labels: Sequence[str] = LABELS,
+    source: str = "",
 ) -> Path:
     """Write a store of tokens that follow from the label."""
     tokenizer.save(folder / "tokenizer-of-store") if not (
@@ -87,7 +88,8 @@ def make_store(
     ).exists() else None
     layout = tokenizer.layout(*SIZE)
     path = folder / "tokens.lance"
-    store = TokenStore.create(path, tokenizer, layout=layout)
+    header = StoreHeader.of(tokenizer.identity(), layout=layout, source=source)
+    store = TokenStore.create(path, header)
     rows = []
     for image in images:
         random = numpy.random.default_rng(image)
@@ -145,6 +147,12 @@ def test_every_kind_of_tokenizer_gets_a_generator(kind: str, tmp_path: Path) -> 
     assert len(log) == 40
     assert {"loss", "accuracy", "held_out_loss", "held_out_accuracy"} <= log[-1].keys()
     assert ("loss_grid_2" in log[-1]) == (kind != "vector")
+
+
+def test_the_report_names_the_authors(tmp_path: Path) -> None:
+    path = make_store(tmp_path, make_tokenizer(), source="emoji")
+    smalto.train(path, recipe_for(tmp_path, steps=2), out=tmp_path / "run")
+    assert "Twemoji, Twitter and other contributors" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.parametrize("label_drop", [0.1, 1.0])

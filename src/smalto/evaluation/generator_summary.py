@@ -89,7 +89,7 @@ def _report(
         labels = [classes[i % len(classes)] for i in range(max(8, len(classes)))]
         made = _samples(generator, labels, guidance, temperature)
         caption = f"guidance {guidance:g}, temperature {temperature:g}"
-        sheet.append((caption, _sheet(made.images, columns=4)))
+        sheet.append((caption, _sheet(made.images, columns=5)))
         progress.advance()
     progress.finish()
     settings = [
@@ -103,6 +103,8 @@ def _report(
         ("versions", ", ".join(f"{name} {number}" for name, number in versions().items())),
         ("fingerprint", fingerprint),
     ]
+    if trained.credits:
+        settings.append(("images by", trained.credits))
     return GeneratorReport(
         name=printable(run.path.resolve().name),
         metrics=metrics,

@@ -18,10 +18,10 @@ from smalto.report.drawing import data_uri
 from smalto.report.page import template
 
 _LABELS = (
-    ("training batches", "loss"),
-    ("held-out rows", "held_out_loss"),
-    ("histogram by position", "histogram_loss"),
-    ("uniform guess", "uniform_loss"),
+    ("training", "loss"),
+    ("held out", "held_out_loss"),
+    ("histogram", "histogram_loss"),
+    ("uniform", "uniform_loss"),
 )
 
 
@@ -78,7 +78,7 @@ def _headline(report: GeneratorReport) -> list[tuple[str, str]]:
     return [
         (f"{metrics.held_out.loss:.3f}", f"nats per token on {metrics.measured_on}"),
         (f"{metrics.below_histogram:.1%}", "below the histogram by position"),
-        (f"{metrics.held_out.accuracy:.1%}", "of tokens are the likeliest"),
+        (f"{metrics.held_out.accuracy:.1%}", f"accuracy on {metrics.measured_on}"),
         (f"{metrics.training.loss:.3f}", "nats per token on training rows"),
         (f"{report.times.seconds / 60:.1f} min", "training time"),
     ]
@@ -98,7 +98,7 @@ def _charts(report: GeneratorReport) -> list[tuple[str, str]]:
             "Accuracy",
             "share",
             False,
-            (("training batches", "accuracy"), ("held-out rows", "held_out_accuracy")),
+            (("training", "accuracy"), ("held out", "held_out_accuracy")),
         ),
     ]
     if len(report.grids) > 1:

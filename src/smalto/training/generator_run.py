@@ -51,6 +51,7 @@ class TrainedGeneratorRun:
         floors: of its tokens.
         rows: that are evaluated.
         measured_on: what the held-out ones really are, in words.
+        credits: authors of the images; may be empty.
     """
 
     folder: RunFolder
@@ -59,6 +60,7 @@ class TrainedGeneratorRun:
     floors: Floors
     rows: EvaluatedRows
     measured_on: str
+    credits: str
 
 
 def start_generator_run(
@@ -104,7 +106,9 @@ def start_generator_run(
             )
         distributed.broadcast_object("the run exists", device)
         _train(trainer, RunFolder(out))
-    return TrainedGeneratorRun(RunFolder(out), recipe, task, floors, rows, tokens.measured_on)
+    return TrainedGeneratorRun(
+        RunFolder(out), recipe, task, floors, rows, tokens.measured_on, tokens.credits
+    )
 
 
 def resume_generator_run(
@@ -146,7 +150,7 @@ def resume_generator_run(
         progress.message(f"{tokens.describe()}; device {device}")
         progress.message(f"resuming after step {checkpoint.step} of {recipe.steps}")
         _train(trainer, run)
-    return TrainedGeneratorRun(run, recipe, task, floors, rows, tokens.measured_on)
+    return TrainedGeneratorRun(run, recipe, task, floors, rows, tokens.measured_on, tokens.credits)
 
 
 def _train(trainer: Trainer, run: RunFolder) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from smalto.core import distributed
 from smalto.core.errors import ConfigError, InputError, RunError
 from smalto.core.layout import TokenLayout
-from smalto.images.sources import held_out_rule
+from smalto.images.sources import credits_of, held_out_rule
 from smalto.images.splits import split_names
 from smalto.store.dataset import TokenDataset, TokenLoader
 from smalto.store.joined_stores import JoinedStores
@@ -144,6 +144,12 @@ class TrainingTokens:
     def measured_on(self) -> str:
         """What the evaluation measures, in words."""
         return "held-out rows" if len(self.held_out) else "training rows"
+
+    @property
+    def credits(self) -> str:
+        """Return the authors of images that come with packages; empty for others."""
+        sources = sorted({store.header.source for store in self.stores.stores})
+        return "; ".join(filter(None, map(credits_of, sources)))
 
     def split(self) -> Split:
         """Return what the run remembers of its rows."""

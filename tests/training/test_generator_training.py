@@ -176,18 +176,18 @@ def test_validation_keeps_every_label(store: Path, tmp_path: Path, label_drop: f
         start += length
 
 
-def test_the_floors_are_those_of_a_count_by_hand(store: Path, tmp_path: Path) -> None:
+def test_the_baselines_are_those_of_a_count_by_hand(store: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path)
     trained = smalto.train(store, recipe, out=tmp_path / "run")
     tokens = TrainingTokens.open(store, recipe)
     rows = TokenStore.open(store).rows()["tokens"].numpy()
-    floors = json.loads((tmp_path / "run" / "floors.json").read_text())
+    baselines = json.loads((tmp_path / "run" / "baselines.json").read_text())
     losses = []
     for row in tokens.some_held_out_rows(6).tokens.numpy():
         for position, token in enumerate(row):
             count = (rows[tokens.training, position] == token).sum()
-            total = len(tokens.training) + 16 * floors["smoothing"]
-            losses.append(-math.log((count + floors["smoothing"]) / total))
+            total = len(tokens.training) + 16 * baselines["smoothing"]
+            losses.append(-math.log((count + baselines["smoothing"]) / total))
     assert trained.metrics is not None
     assert trained.metrics.histogram.loss == pytest.approx(numpy.mean(losses), rel=1e-5)
     assert trained.metrics.uniform == math.log(16)
@@ -308,9 +308,9 @@ def test_other_rows_are_refused_and_leave_the_run_alone(store: Path, tmp_path: P
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-def test_damaged_floors_are_computed_again(store: Path, tmp_path: Path) -> None:
+def test_damaged_baselines_are_computed_again(store: Path, tmp_path: Path) -> None:
     smalto.train(store, recipe_for(tmp_path), out=tmp_path / "run")
-    path = tmp_path / "run" / "floors.json"
+    path = tmp_path / "run" / "baselines.json"
     before = path.read_text()
     path.write_text("{}")
     smalto.resume(tmp_path / "run")

@@ -30,8 +30,8 @@ def measure_run(trained: TrainedGeneratorRun) -> GeneratorMetrics:
         held_out=trained.task.measure(trained.rows.held_out),
         training=trained.task.measure(trained.rows.training),
         measured_on=trained.measured_on,
-        uniform=trained.floors.uniform,
-        histogram=trained.floors.histogram,
+        uniform=trained.baselines.uniform,
+        histogram=trained.baselines.histogram,
     )
 
 

@@ -85,13 +85,13 @@ def _headline(report: GeneratorReport) -> list[tuple[str, str]]:
 
 
 def _charts(report: GeneratorReport) -> list[tuple[str, str]]:
-    """Return the curves of loss and accuracy, in all and per grid, with their floors."""
+    """Return the curves of loss and accuracy, in all and per grid, with their baselines."""
     metrics = report.metrics
-    floors = {"histogram_loss": metrics.histogram.loss, "uniform_loss": metrics.uniform}
+    baselines = {"histogram_loss": metrics.histogram.loss, "uniform_loss": metrics.uniform}
     for number, loss in enumerate(metrics.histogram.loss_by_grid, start=1):
-        floors[f"histogram_loss_grid_{number}"] = loss
+        baselines[f"histogram_loss_grid_{number}"] = loss
     ends = [report.log[0], report.log[-1]] if report.log else []  # a level is a line of two points
-    log = [*report.log, *({"step": row["step"], **floors} for row in ends)]
+    log = [*report.log, *({"step": row["step"], **baselines} for row in ends)]
     chosen: list[Any] = [
         ("Cross-entropy", "nats per token", False, _LABELS),
         (

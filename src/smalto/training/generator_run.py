@@ -22,7 +22,12 @@ from smalto.training.random_state import seeded
 from smalto.training.recipe import change_recipe, recipe_toml
 from smalto.training.resuming import checkpoint_to_resume, run_threads
 from smalto.training.run_folder import RunFolder
-from smalto.training.token_floors import Floors, measure_floors, read_floors, write_floors
+from smalto.training.token_baselines import (
+    Baselines,
+    measure_baselines,
+    read_baselines,
+    write_baselines,
+)
 from smalto.training.trainer import Trainer
 from smalto.training.training_tokens import TokenBatch, TrainingTokens
 
@@ -48,7 +53,7 @@ class TrainedGeneratorRun:
         folder: on disk.
         recipe: as resolved.
         task: with the trained generator.
-        floors: of its tokens.
+        baselines: of its tokens.
         rows: that are evaluated.
         measured_on: what the held-out ones really are, in words.
         credits: authors of the images; may be empty.
@@ -57,7 +62,7 @@ class TrainedGeneratorRun:
     folder: RunFolder
     recipe: GeneratorRecipe
     task: GeneratorTask
-    floors: Floors
+    baselines: Baselines
     rows: EvaluatedRows
     measured_on: str
     credits: str
@@ -87,7 +92,7 @@ def start_generator_run(
     config = _generator_config(tokens, recipe, tokenizer)
     progress.message(f"{tokens.describe()}; device {device}")
     rows = EvaluatedRows.of(tokens, recipe.evaluate.rows)
-    floors = measure_floors(tokens, rows.held_out, device, progress)
+    baselines = measure_baselines(tokens, rows.held_out, device, progress)
     with seeded(recipe.seed, device):
         generator = Generator(Transformer(config), tokenizer).to(device)
         task = GeneratorTask(generator, recipe, rows.held_out)
@@ -102,12 +107,12 @@ def start_generator_run(
                 task.save,
                 state,
                 overwrite,
-                partial(_save_once, generator.tokenizer, floors),
+                partial(_save_once, generator.tokenizer, baselines),
             )
         distributed.broadcast_object("the run exists", device)
         _train(trainer, RunFolder(out))
     return TrainedGeneratorRun(
-        RunFolder(out), recipe, task, floors, rows, tokens.measured_on, tokens.credits
+        RunFolder(out), recipe, task, baselines, rows, tokens.measured_on, tokens.credits
     )
 
 
@@ -137,7 +142,7 @@ def resume_generator_run(
         with run.locked():
             run.continue_from(checkpoint, recipe_toml(recipe), tokens.split(), recipe.steps)
     rows = EvaluatedRows.of(tokens, recipe.evaluate.rows)
-    floors = _floors_of(run, tokens, rows, device, progress)
+    baselines = _baselines_of(run, tokens, rows, device, progress)
     generator = Generator(transformer, tokenizer).to(device)
     task = GeneratorTask(generator, recipe, rows.held_out)
     with (
@@ -150,7 +155,9 @@ def resume_generator_run(
         progress.message(f"{tokens.describe()}; device {device}")
         progress.message(f"resuming after step {checkpoint.step} of {recipe.steps}")
         _train(trainer, run)
-    return TrainedGeneratorRun(run, recipe, task, floors, rows, tokens.measured_on, tokens.credits)
+    return TrainedGeneratorRun(
+        run, recipe, task, baselines, rows, tokens.measured_on, tokens.credits
+    )
 
 
 def _train(trainer: Trainer, run: RunFolder) -> None:
@@ -158,27 +165,27 @@ def _train(trainer: Trainer, run: RunFolder) -> None:
         trainer.train()
 
 
-def _floors_of(
+def _baselines_of(
     run: RunFolder,
     tokens: TrainingTokens,
     rows: EvaluatedRows,
     device: torch.device,
     progress: Progress,
-) -> Floors:
-    """Return the floors that the run has recorded; compute them again if the file is damaged."""
+) -> Baselines:
+    """Return the baselines that the run has recorded; compute them again if the file is damaged."""
     try:
-        return read_floors(run.path)
+        return read_baselines(run.path)
     except RunError as error:
         progress.message(f"{error}")
-        floors = measure_floors(tokens, rows.held_out, device, progress)
+        baselines = measure_baselines(tokens, rows.held_out, device, progress)
         if distributed.rank() == 0:
-            write_floors(run.path, floors)
-        return floors
+            write_baselines(run.path, baselines)
+        return baselines
 
 
-def _save_once(tokenizer: ImageTokenizer, floors: Floors, folder: Path) -> None:
+def _save_once(tokenizer: ImageTokenizer, baselines: Baselines, folder: Path) -> None:
     save_tokenizer(tokenizer, folder)
-    write_floors(folder, floors)
+    write_baselines(folder, baselines)
 
 
 def _tokenizer_of(tokens: TrainingTokens, recipe: GeneratorRecipe) -> ImageTokenizer:

@@ -38,14 +38,14 @@ METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 START_FOLDER = "start"  # the model that fine-tuning started from
-FLOORS_FILE = "floors.json"  # of a generator
+BASELINES_FILE = "baselines.json"  # of a generator
 _CHECKPOINT = re.compile(r"step-([0-9]{8,})")
 _OWN_CHECKPOINT = re.compile(r"(damaged-)?step-[0-9]{8,}")  # other names in the folder are not ours
 _LARGEST = 2**1000  # an integer that is still a float
 LOGS = ("log.jsonl", "times.jsonl", "events.jsonl")
 OWN_NAMES = frozenset(
     {RECIPE_FILE, SPLIT_FILE, METRICS_FILE, LOCK_FILE, *LOGS}
-    | {START_FOLDER, FLOORS_FILE, "tokenizer"}
+    | {START_FOLDER, BASELINES_FILE, "tokenizer"}
     | {"config.json", "model.safetensors", "checkpoints", REPORT_FILE, "tensorboard"}
 )
 

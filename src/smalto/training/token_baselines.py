@@ -16,14 +16,14 @@ from smalto.core.errors import RunError
 from smalto.core.files import read_json, write_atomic
 from smalto.core.progress import Progress
 from smalto.metrics.generator_metrics import TokenLoss, TokenPrediction
-from smalto.training.run_folder import FLOORS_FILE
+from smalto.training.run_folder import BASELINES_FILE
 from smalto.training.training_tokens import TokenBatch, TrainingTokens
 
 SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # counts added to every code, per position
 
 
 @dataclass(frozen=True)
-class Floors:
+class Baselines:
     """Cross-entropies in nats per token of predictions that do not look at the other tokens.
 
     Attributes:
@@ -37,10 +37,10 @@ class Floors:
     smoothing: float
 
 
-def measure_floors(
+def measure_baselines(
     tokens: TrainingTokens, held_out: TokenBatch, device: torch.device, progress: Progress
-) -> Floors:
-    """Compute the floors from the stores: one pass over all training rows, shared by the ranks.
+) -> Baselines:
+    """Compute the baselines from the stores: one pass over all training rows, shared by the ranks.
 
     Args:
         tokens: of the run.
@@ -66,31 +66,31 @@ def measure_floors(
         losses = torch.from_numpy(math.log(total) - numpy.log(found + smoothing))
         sums = TokenLoss(layout, torch.device("cpu"))
         sums.add(losses, hits)
-        floors = Floors(math.log(codebook_size), sums.means(), smoothing)
-        if best is None or floors.histogram.loss < best.histogram.loss:
-            best = floors
+        baselines = Baselines(math.log(codebook_size), sums.means(), smoothing)
+        if best is None or baselines.histogram.loss < best.histogram.loss:
+            best = baselines
     assert best is not None
     return best
 
 
-def write_floors(folder: Path, floors: Floors) -> None:
-    """Write ``floors.json``."""
-    write_atomic(folder / FLOORS_FILE, json.dumps(asdict(floors)) + "\n")
+def write_baselines(folder: Path, baselines: Baselines) -> None:
+    """Write ``baselines.json``."""
+    write_atomic(folder / BASELINES_FILE, json.dumps(asdict(baselines)) + "\n")
 
 
-def read_floors(folder: Path) -> Floors:
-    """Read ``floors.json``.
+def read_baselines(folder: Path) -> Baselines:
+    """Read ``baselines.json``.
 
     Raises:
         RunError: it is missing or damaged.
     """
     try:
-        data = read_json(folder / FLOORS_FILE)
+        data = read_json(folder / BASELINES_FILE)
         histogram: dict[str, Any] = data["histogram"]
         lists = {key: tuple(value) for key, value in histogram.items() if isinstance(value, list)}
-        return Floors(data["uniform"], TokenPrediction(**histogram | lists), data["smoothing"])
+        return Baselines(data["uniform"], TokenPrediction(**histogram | lists), data["smoothing"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(
-            f"{folder / FLOORS_FILE} is missing or damaged; it holds the cross-entropies that a "
+            f"{folder / BASELINES_FILE} is missing or damaged; it holds the cross-entropies that a "
             "generator has to beat. They are computed again when the run is resumed."
         ) from None

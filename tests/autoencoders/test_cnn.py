@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smalto.autoencoders import CNNAutoencoderConfig, SimpleAutoencoderConfig
 from smalto.autoencoders.layers import AttentionBlock, Downsample, ResBlock, Upsample
+from smalto.autoencoders.locality import is_local
 from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, RunError
 
@@ -234,3 +236,40 @@ def test_folded_upsampling_is_the_plain_one(size: tuple[int, int]) -> None:
     torch.testing.assert_close(
         folded.bfloat16()(x.bfloat16()).double(), plain(x), rtol=0.1, atol=0.1
     )
+
+
+def test_spatial_norm_follows_the_quantized_latents() -> None:
+    torch.manual_seed(0)
+    config = CNNAutoencoderConfig(
+        latent_dim=4, ch=32, ch_mult=(1, 2), num_res_blocks=1, norm="spatial", quant_conv_kernel=1
+    )
+    decoder = config.build_decoder()
+    latents = torch.randn(2, 4, 5, 6)
+    plain = decoder(latents)
+    decoder.gradient_checkpointing = True
+    saved = decoder(latents.requires_grad_())
+    assert torch.equal(saved, plain)
+    saved.sum().backward()
+    gradients = [name for name, p in decoder.named_parameters() if p.grad is None]
+    assert gradients == []
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if "conv_y" in name or "conv_b" in name:
+                parameter.zero_()
+        black = decoder(latents)
+    assert torch.equal(black, decoder.conv_out.bias[:, None, None].expand(2, -1, 10, 12))
+    assert not is_local(config.build_encoder())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"norm_groups": 24}, "multiple of 24"),
+        ({"norm": "rms", "norm_groups": 8}, "norm_groups is for norm"),
+        ({"video_frames": 3}, "power of two"),
+        ({"norm": "spatial", "local_statistics": 4}, "local_statistics"),
+    ],
+)
+def test_settings_of_published_networks_are_checked(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        CNNAutoencoderConfig(ch=32, **settings)

@@ -23,6 +23,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "two levels": {"block_out_channels": (32, 64), "levels": (PLAIN, PLAIN)},
     "attention at the lowest": {"block_out_channels": (32, 64), "levels": (PLAIN, ATTENTION)},
     "attention everywhere": {"block_out_channels": (32, 64), "levels": (ATTENTION, ATTENTION)},
+    "spatial norm": {
+        "block_out_channels": (32, 64),
+        "levels": (PLAIN, ATTENTION),
+        "norm_type": "spatial",
+    },
+    "widths without a common first": {
+        "block_out_channels": (64, 96),
+        "levels": (PLAIN, PLAIN),
+    },
     "no attention": {"block_out_channels": (32,), "mid_block_add_attention": False},
     "projected codes": {
         "block_out_channels": (32, 32),
@@ -75,13 +84,27 @@ def test_tokens_and_images(name: str, tmp_path: Path) -> None:
     assert recognize(weights).project == "diffusers"
 
 
+def test_groups_are_read_from_the_configuration(tmp_path: Path) -> None:
+    MODELS["groups"] = {"block_out_channels": (32,), "norm_num_groups": 8}
+    model = model_of("groups")
+    model.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        tokenizer = smalto.load(path)
+        with torch.no_grad():
+            latents = model.encode(images).latents
+            torch.testing.assert_close(tokenizer.encoder(images), latents, rtol=1e-4, atol=2e-5)
+    with pytest.raises(ConfigError, match="norm_groups 8; expected 32"):
+        tokenizer_state_dict(tokenizer)  # a state dict does not hold them
+
+
 def test_settings_that_the_network_lacks_are_refused(tmp_path: Path) -> None:
     model_of("as it comes").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    for name, value in (("norm_type", "spatial"), ("norm_num_groups", 16)):
+    for name, value in (("act_fn", "relu"), ("norm_num_groups", True)):
         path.write_text(json.dumps(config | {name: value}))
-        with pytest.raises(ConfigError, match=f"got {name} {json.dumps(value)}; expected"):
+        with pytest.raises(ConfigError, match=f"got {name} .*; expected"):
             smalto.load(tmp_path)
     path.write_text("[]")
     with pytest.raises(DataError, match="expected a table"):

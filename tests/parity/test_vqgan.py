@@ -12,8 +12,10 @@ from torch import Tensor
 import smalto
 from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.errors import ConfigError, DataError, InputError
+from smalto.core.progress import Progress
 from smalto.interop import llamagen, taming, var
-from smalto.quantizers import MultiScaleVQConfig, VectorQuantizerConfig
+from smalto.interop.open_tokenizer import open_tokenizer
+from smalto.quantizers import LogitVQConfig, MultiScaleVQConfig, VectorQuantizerConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from tests.parity.golden import near, read, weights
 
@@ -75,6 +77,71 @@ def test_weights_nested_beside_those_of_a_loss(tmp_path: Path) -> None:
     _, _, state = loaded("llamagen_a")
     torch.save({"model": state, "steps": 7}, tmp_path / "vq.pt")
     assert llamagen.load_tokenizer(tmp_path / "vq.pt").quantize.codebook_size == 256
+
+
+def test_averages_are_preferred_if_the_project_evaluates_with_them(tmp_path: Path) -> None:
+    _, _, state = loaded("llamagen_a")
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    torch.save({"model": other, "ema": state, "discriminator": {}}, tmp_path / "vq.pt")
+    expected = llamagen.load_tokenizer(state).fingerprint()
+    messages = Messages()
+    assert open_tokenizer(tmp_path / "vq.pt", messages).fingerprint() == expected
+    assert messages.texts[0].endswith("16 x 16 pixels per token; weights of ['ema']")
+    torch.save({"model": other, "teacher": state}, tmp_path / "two.pt")
+    with pytest.raises(DataError, match=r"2 sets of weights .* \['model'\]; \['teacher'\]"):
+        llamagen.load_tokenizer(tmp_path / "two.pt")
+
+
+class Messages(Progress):
+    """Keeps what a job reports."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def gumbel(code_dim: int | None = None) -> ImageTokenizer:
+    torch.manual_seed(0)
+    autoencoder = CNNAutoencoderConfig(
+        latent_dim=8,
+        ch=32,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        quant_conv_kernel=0 if code_dim else 1,
+    )
+    quantizer = LogitVQConfig(codebook_size=32, latent_dim=8, code_dim=code_dim)
+    return TokenizerConfig(autoencoder=autoencoder, quantizer=quantizer).build().eval()
+
+
+@pytest.mark.parametrize("code_dim", [None, 4])
+def test_gumbel_takes_the_highest_logit(code_dim: int | None, tmp_path: Path) -> None:
+    tokenizer = gumbel(code_dim)
+    state = taming.tokenizer_state_dict(tokenizer)
+    torch.save({"state_dict": state | {"loss.x": torch.zeros(1)}}, tmp_path / "last.ckpt")
+    again = smalto.load(tmp_path / "last.ckpt")
+    assert again.fingerprint() == tokenizer.fingerprint()
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = again.encoder(images)
+        if code_dim:  # behind quant_conv, which is outside of the encoder here
+            weight, bias = state["quant_conv.weight"], state["quant_conv.bias"]
+            latents = torch.nn.functional.conv2d(latents, weight, bias)
+        # GumbelQuantize.forward of taming, which adds noise in training only
+        proj = state["quantize.proj.weight"], state["quantize.proj.bias"]
+        expected = torch.nn.functional.conv2d(latents, *proj).argmax(dim=1).flatten(1)
+        tokens = again.encode(images)
+    assert tokens.unique().numel() >= 6
+    assert torch.equal(tokens, expected)
+    codes = again.quantize.decode(tokens, again.layout(32, 48))
+    values = state["quantize.embed.weight"][tokens]
+    if code_dim:
+        weight, bias = state["post_quant_conv.weight"], state["post_quant_conv.bias"]
+        values = torch.nn.functional.linear(values, weight[:, :, 0, 0], bias)
+    near(codes.permute(0, 2, 3, 1).flatten(1, 2), values)
+    with pytest.raises(ConfigError, match=r'quantizer\.kind .logit.; expected "cnn" and "vector"'):
+        llamagen.tokenizer_state_dict(tokenizer)
 
 
 def small(**changes: Any) -> ImageTokenizer:

@@ -2,11 +2,13 @@
 
 from smalto.autoencoders.cnn import CheckpointedNetwork, CNNAutoencoderConfig
 from smalto.autoencoders.config import AutoencoderConfig
+from smalto.autoencoders.maskgit import MaskGITAutoencoderConfig
 from smalto.autoencoders.simple import SimpleAutoencoderConfig
 
 __all__ = [
     "AutoencoderConfig",
     "CNNAutoencoderConfig",
     "CheckpointedNetwork",
+    "MaskGITAutoencoderConfig",
     "SimpleAutoencoderConfig",
 ]

@@ -25,13 +25,16 @@ from smalto.autoencoders.layers import (
     Norm,
     ResBlock,
     RMSNorm,
+    SpatialNorm,
     ToPatches,
     Upsample,
     check_layer_initialization,
     conv3x3,
 )
 from smalto.autoencoders.locality import input_range
+from smalto.autoencoders.video import video_decoder, video_encoder
 from smalto.core.config import Config
+from smalto.core.errors import ConfigError
 
 
 def _is(default: object) -> Callable[[object], bool]:
@@ -55,7 +58,10 @@ class CNNAutoencoderConfig(Config):
     in_channels: int = Field(3, ge=1, le=4096, description="channels of the images")
     latent_dim: int = Field(32, ge=1, le=65536, description="channels of the latents (C)")
     ch: int = Field(
-        128, ge=1, le=8192, description="width of the first level; a multiple of 32 for norm group"
+        128,
+        ge=1,
+        le=8192,
+        description="unit of the widths; for norm group a multiple of norm_groups (32)",
     )
     ch_mult: tuple[int, ...] = Field(
         (1, 1, 2, 2, 4),
@@ -84,11 +90,19 @@ class CNNAutoencoderConfig(Config):
         "them",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks")
-    norm: Literal["group", "rms"] = Field(
+    norm: Literal["group", "rms", "spatial"] = Field(
         "group",
-        description="group: over 32 groups of channels and the whole map, as in published weights; "
-        "rms: over the channels at each position",
+        description="group: over groups of channels and the whole map, as in published weights; "
+        "rms: over the channels at each position; spatial: group, and in the decoder its scale and "
+        "shift follow from the quantized latents (MoVQ)",
         exclude_if=_is("group"),
+    )
+    norm_groups: int = Field(
+        NUM_GROUPS,
+        ge=1,
+        le=8192,
+        description="groups of channels, for norm group",
+        exclude_if=_is(NUM_GROUPS),
     )
     shortcuts: bool = Field(
         False,
@@ -111,19 +125,43 @@ class CNNAutoencoderConfig(Config):
         exclude_if=_is(0),
     )
 
+    video_frames: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="layers of a video tokenizer (Emu3) that see one image as so many equal "
+        "frames; a power of two",
+        exclude_if=_is(None),
+    )
+    encoder_only: bool = Field(
+        False,
+        description="for weights that were published without a decoder: images become tokens, "
+        "tokens do not become images",
+        exclude_if=_is(False),
+    )
+
     @model_validator(mode="after")
     def _widths_fit(self) -> CNNAutoencoderConfig:
         if min(self.ch_mult) < 1 or max(self.ch_mult) > 1024:
             raise ValueError(f"ch_mult must be integers from 1 to 1024; got {self.ch_mult}.")
-        if self.norm == "group" and self.ch % NUM_GROUPS:
+        if self.norm != "group" and self.norm_groups != NUM_GROUPS:
             raise ValueError(
-                f"ch must be a multiple of {NUM_GROUPS}, the number of normalization groups; "
+                f'norm_groups is for norm "group"; got {self.norm_groups} and norm {self.norm!r}. '
+                f"Set norm_groups to {NUM_GROUPS}."
+            )
+        if self.norm != "rms" and self.ch % self.norm_groups:
+            raise ValueError(
+                f"ch must be a multiple of {self.norm_groups}, the number of normalization groups; "
                 f"got {self.ch}."
             )
         if self.norm != "group" and self.local_statistics:
             raise ValueError(
                 f'local_statistics is for norm "group"; got norm {self.norm!r}, which looks at one '
                 "position at a time. Set local_statistics to 0."
+            )
+        if self.video_frames is not None and self.video_frames.bit_count() != 1:
+            raise ValueError(
+                f"video_frames must be a power of two from 1 to 16; got {self.video_frames}."
             )
         levels = self.attention_levels
         if levels is not None and (
@@ -160,12 +198,15 @@ class CNNAutoencoderConfig(Config):
             return level in self.attention_levels
         return self.attention and level == len(self.ch_mult) - 1
 
-    def norm_of(self, level: int) -> Norm:
+    def norm_of(self, level: int, in_decoder: bool = False) -> Norm:
         """Return the normalization of a level, which builds a layer for some width."""
         if self.norm == "rms":
             return RMSNorm
+        if self.norm == "spatial" and in_decoder:
+            return partial(SpatialNorm, latent_dim=self.latent_dim)
         positions = self.stride // self.patch >> level  # of the level, per latent position
-        return partial(GroupNorm, window=self.local_statistics * positions)
+        window = self.local_statistics * positions
+        return partial(GroupNorm, window=window, groups=self.norm_groups)
 
     def build_encoder(self) -> CNNEncoder:
         """Return a new encoder.
@@ -176,14 +217,14 @@ class CNNAutoencoderConfig(Config):
         check_layer_initialization()
         return CNNEncoder(self)
 
-    def build_decoder(self) -> CNNDecoder:
+    def build_decoder(self) -> CNNDecoder | NoDecoder:
         """Return a new decoder.
 
         Raises:
             RunError: this process does not initialize layers; see ``check_layer_initialization``.
         """
         check_layer_initialization()
-        return CNNDecoder(self)
+        return NoDecoder() if self.encoder_only else CNNDecoder(self)
 
 
 class CheckpointedNetwork(nn.Module, ABC):
@@ -201,12 +242,18 @@ class CheckpointedNetwork(nn.Module, ABC):
         """Yield the modules in the order in which they run."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def run(self, x: Tensor, *condition: Tensor) -> Tensor:
+        """Run the steps; blocks and norms receive ``condition`` too."""
         saving = self.gradient_checkpointing and torch.is_grad_enabled()
         for step in self.steps():
+            is_block = isinstance(step, (ResBlock, AttentionBlock))
+            of_step = condition if is_block or isinstance(step, SpatialNorm) else ()
             x = (
-                checkpoint(step, x, use_reentrant=False)
-                if saving and isinstance(step, (ResBlock, AttentionBlock))
-                else step(x)
+                checkpoint(step, x, *of_step, use_reentrant=False)
+                if saving and is_block
+                else step(x, *of_step)
             )
         return x
 
@@ -216,17 +263,19 @@ class CheckpointedNetwork(nn.Module, ABC):
         return first, last
 
 
-def _level(widths: list[int], config: CNNAutoencoderConfig, level: int) -> nn.ModuleDict:
+def _level(
+    widths: list[int], config: CNNAutoencoderConfig, level: int, in_decoder: bool = False
+) -> nn.ModuleDict:
     """Return the residual blocks of one level, and the attention that follows each, if any."""
-    norm = config.norm_of(level)
+    norm = config.norm_of(level, in_decoder)
     has_attention = config.has_attention(level)
     blocks = [ResBlock(a, b, config.dropout, norm) for a, b in itertools.pairwise(widths)]
     attention = [AttentionBlock(width, norm) for width in widths[1:] if has_attention]
     return nn.ModuleDict({"block": nn.ModuleList(blocks), "attn": nn.ModuleList(attention)})
 
 
-def _middle(width: int, config: CNNAutoencoderConfig) -> nn.ModuleDict:
-    norm = config.norm_of(len(config.ch_mult) - 1)
+def _middle(width: int, config: CNNAutoencoderConfig, in_decoder: bool = False) -> nn.ModuleDict:
+    norm = config.norm_of(len(config.ch_mult) - 1, in_decoder)
     first = ResBlock(width, width, config.dropout, norm)
     last = ResBlock(width, width, config.dropout, norm)
     return nn.ModuleDict(
@@ -267,6 +316,7 @@ class CNNEncoder(CheckpointedNetwork):
         self.norm_out = config.norm_of(len(widths) - 1)(width)
         self.silu = nn.SiLU(inplace=True)
         self.conv_out = conv3x3(width, config.latent_dim)
+        self.video = video_encoder(config.latent_dim, config.video_frames, config.num_res_blocks)
         self.quant_conv = _quant_conv(config)
 
     def steps(self) -> Iterator[nn.Module]:
@@ -274,7 +324,7 @@ class CNNEncoder(CheckpointedNetwork):
         for level in self.down:
             yield from _in_order(level)  # type: ignore[arg-type]
         yield from self.mid.values()
-        yield from (self.norm_out, self.silu, self.conv_out, self.quant_conv)
+        yield from (self.norm_out, self.silu, self.conv_out, self.video, self.quant_conv)
 
 
 class CNNDecoder(CheckpointedNetwork):
@@ -287,29 +337,45 @@ class CNNDecoder(CheckpointedNetwork):
         super().__init__()
         widths = config.widths
         width = widths[-1]
+        self.is_conditioned = config.norm == "spatial"
         self.post_quant_conv = _quant_conv(config)
+        self.video = video_decoder(config.latent_dim, config.video_frames, config.num_res_blocks)
         self.conv_in = conv3x3(config.latent_dim, width)
-        self.mid = _middle(width, config)
+        self.mid = _middle(width, config, in_decoder=True)
         levels = []
         for number, out in reversed(list(enumerate(widths))):
-            level = _level([width] + [out] * (config.num_res_blocks + 1), config, number)
+            blocks = [width] + [out] * (config.num_res_blocks + 1)
+            level = _level(blocks, config, number, in_decoder=True)
             width = out
             if number:
                 width = widths[number - 1] if config.shortcuts else out
                 level["upsample"] = Upsample(out, width, config.shortcuts)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = config.norm_of(0)(width)
+        self.norm_out = config.norm_of(0, in_decoder=True)(width)
         self.silu = nn.SiLU(inplace=True)
         self.conv_out = conv3x3(width, config.in_channels * config.patch**2)
         self.patches = FromPatches(config.patch)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, *([self.video(x)] if self.is_conditioned else []))
+
     def steps(self) -> Iterator[nn.Module]:
-        yield from (self.post_quant_conv, self.conv_in)
+        yield from (self.post_quant_conv, self.video, self.conv_in)
         yield from self.mid.values()
         for level in reversed(list(self.up)):
             yield from _in_order(level)  # type: ignore[arg-type]
         yield from (self.norm_out, self.silu, self.conv_out, self.patches)
+
+
+class NoDecoder(nn.Module):
+    """Stands for a decoder that was not published with its encoder."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ConfigError(
+            "this tokenizer has no decoder: its weights were published without one. Use it to "
+            "encode images, or load the weights of the project's own code."
+        )
 
 
 def _quant_conv(config: CNNAutoencoderConfig) -> nn.Module:

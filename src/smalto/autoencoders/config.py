@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from smalto.autoencoders.cnn import CNNAutoencoderConfig
+from smalto.autoencoders.maskgit import MaskGITAutoencoderConfig
 from smalto.autoencoders.simple import SimpleAutoencoderConfig
 
 
@@ -19,6 +20,8 @@ def _kind(settings: Any) -> Any:
 
 
 AutoencoderConfig = Annotated[
-    Annotated[SimpleAutoencoderConfig, Tag("simple")] | Annotated[CNNAutoencoderConfig, Tag("cnn")],
+    Annotated[SimpleAutoencoderConfig, Tag("simple")]
+    | Annotated[CNNAutoencoderConfig, Tag("cnn")]
+    | Annotated[MaskGITAutoencoderConfig, Tag("maskgit")],
     Discriminator(_kind),
 ]

@@ -495,7 +495,8 @@ def convert(
         str,
         typer.Argument(
             help="Folder of a tokenizer or generator, or name of a tokenizer. With --to smalto: a "
-            "weight file of VAR, LlamaGen, taming-transformers or diffusers."
+            "weight file or folder of VAR, LlamaGen, taming-transformers, diffusers, transformers "
+            "or MaskGIT."
         ),
     ],
     out: Annotated[
@@ -504,8 +505,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="var, llamagen, taming or diffusers: write a file that this project's code loads. "
-            "smalto: read such a file."
+            help="var, llamagen, taming, diffusers or maskgit: write a file that this project's "
+            "code loads. smalto: read such a file."
         ),
     ] = "var",
     patch_nums: Annotated[
@@ -531,6 +532,13 @@ def convert(
         int | None,
         typer.Option(help="Attention heads of that transformer, if its weights do not show them."),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="Project of SOURCE (var, llamagen, taming, diffusers, transformers, maskgit). "
+            "Default: recognized from its keys."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a tokenizer or generator to a weight file of another project, or such a file back."""
@@ -549,6 +557,7 @@ def convert(
         "quant_resi": quant_resi,
         "tokenizer": tokenizer,
         "num_heads": num_heads,
+        "format": format,
     }
     with console_progress():
         result = run(source, out, to, overwrite=overwrite, **settings)  # type: ignore[arg-type]

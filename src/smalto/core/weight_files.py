@@ -6,10 +6,9 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -42,12 +41,7 @@ def read_weights(path: str | Path) -> Any:
             f"{path} {problem}; expected a .pth or .safetensors file of weights. Name such a file."
         )
     if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise DataError(
-                f"{path} cannot be read: {error}. Restore the file from a copy."
-            ) from None
+        return read_tensors(path)
     if zipfile.is_zipfile(path):  # torch does not compress; a compressed file may be a bomb
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -74,6 +68,20 @@ def read_weights(path: str | Path) -> Any:
         ) from None
 
 
+def read_tensors(path: Path, part: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a ``.safetensors`` file whose keys contain ``part``, on the CPU.
+
+    Raises:
+        DataError: the file does not exist or is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            keys = [key for key in file.keys() if part in key]  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in keys}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Restore the file from a copy.") from None
+
+
 def weight_problem(state: State) -> str:
     """Return what makes the weights of a model unusable; empty if nothing."""
     for name, tensor in state.items():
@@ -91,19 +99,40 @@ def weight_problem(state: State) -> str:
     return ""
 
 
-def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, Any]:
+class FoundState(NamedTuple):
+    """State dict inside a checkpoint.
+
+    Attributes:
+        state: the weights, without a common prefix of their keys.
+        place: where in the checkpoint they lie; empty: the checkpoint is the state dict.
+    """
+
+    state: dict[str, Any]
+    place: str
+
+
+def find_state(
+    checkpoint: Any, marks: tuple[str, ...], what: str, preferred: str = ""
+) -> FoundState:
     """Return the one state dict in a checkpoint that has the keys ``marks``.
 
     It may be nested in dictionaries, and its keys may have a common prefix, which is removed.
+
+    Args:
+        checkpoint: the content of a file.
+        marks: keys.
+        what: the kind of model, for errors.
+        preferred: if there are several, use the one under this key.
 
     Raises:
         DataError: the checkpoint has no such state dict, or several; the message gives their keys.
     """
     found = list(_states(checkpoint, marks, ""))
-    if len(found) == 1:
-        return found[0][1]
+    better = [state for state in found if preferred and f"[{preferred!r}]" in state.place]
+    if len(found) == 1 or len(better) == 1:
+        return (better or found)[0]
     if found:
-        places = "; ".join(place or "the top level" for place, _ in found)
+        places = "; ".join(state.place or "the top level" for state in found)
         raise DataError(
             f"got a checkpoint with {len(found)} sets of weights of a {what}: {places}; "
             "expected one. Load it with torch.load(path, weights_only=True), and pass one of them "
@@ -123,10 +152,21 @@ def find_state(checkpoint: Any, marks: tuple[str, ...], what: str) -> dict[str, 
     )
 
 
-def _states(
-    value: Any, marks: tuple[str, ...], place: str, depth: int = 0
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, state) of every state dict inside nested dictionaries."""
+def all_keys(checkpoint: Any, depth: int = 0) -> Iterator[str]:
+    """Yield all keys inside nested dictionaries."""
+    if isinstance(checkpoint, Mapping) and depth <= 16:
+        for key, inner in checkpoint.items():
+            yield str(key)
+            yield from all_keys(inner, depth + 1)
+
+
+def holds_key(checkpoint: Any, end: str) -> bool:
+    """Return whether a key inside nested dictionaries ends with ``end``."""
+    return any(key.endswith(end) for key in all_keys(checkpoint))
+
+
+def _states(value: Any, marks: tuple[str, ...], place: str, depth: int = 0) -> Iterator[FoundState]:
+    """Yield every state dict inside nested dictionaries."""
     if not isinstance(value, Mapping) or depth > 16:
         return
     # Values under dotted keys that are not tensors are kept: the comparison of keys and shapes
@@ -143,6 +183,7 @@ def _states(
                 for key, inner in weights.items()
                 if key.startswith(prefix)
             }
-            yield f"{place} keys that begin with {prefix!r}".strip() if prefix else place, own
+            begin = f"{place} keys that begin with {prefix!r}".strip()
+            yield FoundState(own, begin if prefix else place)
     for key, inner in value.items():
         yield from _states(inner, marks, f"{place}[{key!r}]", depth + 1)

@@ -36,7 +36,8 @@ KEYS = VQGANKeys(
     settings={"metric": "cosine", "unit_codes": True},
     unused=(USED,),
 )
-_MARKS = ("quantize.embedding.weight", "encoder.conv_blocks.0.res.0.norm1.weight")
+MARKS = ("quantize.embedding.weight", "encoder.conv_blocks.0.res.0.norm1.weight")
+PREFERRED = "ema"  # LlamaGen evaluates with the averages, if training kept them
 
 
 def load_tokenizer(path_or_state_dict: str | Path | State, beta: float = 0.25) -> ImageTokenizer:
@@ -44,7 +45,7 @@ def load_tokenizer(path_or_state_dict: str | Path | State, beta: float = 0.25) -
 
     Args:
         path_or_state_dict: a ``.pt`` or ``.safetensors`` file, or its content. Weights nested in a
-            training checkpoint are found if there is exactly one set of them.
+            training checkpoint are found: the averages (``ema``) if there are any.
         beta: weight of the commitment loss, for fine-tuning.
 
     Returns:
@@ -57,7 +58,7 @@ def load_tokenizer(path_or_state_dict: str | Path | State, beta: float = 0.25) -
         ConfigError: a key is missing, unexpected or of another shape.
     """
     checkpoint, source = open_checkpoint(path_or_state_dict)
-    state = find_state(checkpoint, _MARKS, "tokenizer of LlamaGen")
+    state = find_state(checkpoint, MARKS, "tokenizer of LlamaGen", PREFERRED).state
     return tokenizer_of(state, KEYS, source, beta)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalto.core.errors import ConfigError, describe
+from smalto.core.errors import ConfigError, DataError, describe
+from smalto.core.files import read_json
 from smalto.core.weight_files import State, read_weights
 
 
@@ -23,6 +24,23 @@ def open_checkpoint(path_or_state_dict: str | Path | State) -> tuple[Any, str]:
     if isinstance(path_or_state_dict, (str, Path)):
         return read_weights(path_or_state_dict), str(path_or_state_dict)
     return path_or_state_dict, "the state dict"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the table in a JSON file beside foreign weights.
+
+    Raises:
+        DataError: it cannot be read, or is not a table.
+    """
+    try:
+        settings: Any = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); expected JSON. Restore it from a copy."
+        ) from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: got {type(settings).__name__}; expected a table.")
+    return settings
 
 
 def shape_of(state: State, key: str, rank: int, source: str) -> tuple[int, ...]:

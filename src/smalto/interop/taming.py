@@ -1,16 +1,18 @@
-"""CompVis/taming-transformers and latent-diffusion: VQGAN with a plain codebook.
+"""CompVis/taming-transformers and latent-diffusion: VQGAN with a plain codebook or Gumbel's.
 
 Paper: Esser et al. 2021, arXiv 2012.09841. Code: https://github.com/CompVis/taming-transformers
-(``VQModel``), whose published files nest the weights under ``state_dict`` beside those of the loss.
+(``VQModel``, ``GumbelVQ``), whose published files nest the weights under ``state_dict`` beside
+those of the loss.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from smalto.core.weight_files import State, find_state
+from smalto.core.weight_files import State, find_state, holds_key
 from smalto.interop.state_dicts import open_checkpoint
 from smalto.interop.vqgan import VQGANKeys, state_dict_of, tokenizer_of
 from smalto.tokenizer import ImageTokenizer
@@ -26,8 +28,17 @@ KEYS = VQGANKeys(
     up_is_reversed=False,
     settings={"metric": "l2", "unit_codes": False},
 )
-_MARKS = ("quantize.embedding.weight", "encoder.mid.block_1.norm1.weight")
-_BESIDE = ("loss.", "model_ema.")  # discriminator, perceptual network, averages of training
+# The index of GumbelVQ is the highest of the logits that quantize.proj computes.
+GUMBEL_KEYS = replace(
+    KEYS,
+    table=(*KEYS.table, (r"^quantize\.embedding\.", "quantize.embed.")),
+    settings={},
+    quantizer="logit",
+)
+_NETWORK = "encoder.mid.block_1.norm1.weight"
+MARKS = ("quantize.embedding.weight", _NETWORK)
+GUMBEL_MARKS = ("quantize.embed.weight", _NETWORK)
+BESIDE = ("loss.", "model_ema.")  # discriminator, perceptual network, averages of training
 
 
 def load_tokenizer(path_or_state_dict: str | Path | State, beta: float = 0.25) -> ImageTokenizer:
@@ -49,15 +60,21 @@ def load_tokenizer(path_or_state_dict: str | Path | State, beta: float = 0.25) -
         ConfigError: a key is missing, unexpected or of another shape.
     """
     checkpoint, source = open_checkpoint(path_or_state_dict)
-    state = find_state(checkpoint, _MARKS, "tokenizer of taming-transformers")
-    state = {key: value for key, value in state.items() if not key.startswith(_BESIDE)}
-    return tokenizer_of(state, KEYS, source, beta)
+    is_gumbel = holds_key(checkpoint, GUMBEL_MARKS[0])
+    marks, keys = (GUMBEL_MARKS, GUMBEL_KEYS) if is_gumbel else (MARKS, KEYS)
+    state = find_state(checkpoint, marks, "tokenizer of taming-transformers").state
+    state = {key: value for key, value in state.items() if not key.startswith(BESIDE)}
+    return tokenizer_of(state, keys, source, beta)
 
 
 def tokenizer_state_dict(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
     """Return the weights under the keys and in the shapes of taming's ``VQModel``.
 
+    Those of a LogitVQ have the keys of ``GumbelVQ``.
+
     Raises:
         ConfigError: taming's code cannot hold this tokenizer; the message gives the reasons.
     """
-    return state_dict_of(tokenizer, KEYS)
+    quantizer = getattr(getattr(tokenizer, "config", None), "quantizer", None)
+    is_gumbel = getattr(quantizer, "kind", "") == GUMBEL_KEYS.quantizer
+    return state_dict_of(tokenizer, GUMBEL_KEYS if is_gumbel else KEYS)

@@ -37,7 +37,7 @@ PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 MIN_QUANT_RESI = 1e-6  # at or below it VAR builds Identity in the place of φ, without weights
 HITS = "quantize.ema_vocab_hit_SV"  # statistics of VAR's training, unused in inference
 VARValue = bool | int | float | tuple[int, ...]  # an argument of VAR's code
-_MARKS = ("quantize.embedding.weight", "encoder.conv_in.weight")
+MARKS = ("quantize.embedding.weight", "encoder.conv_in.weight")
 
 
 @torch.inference_mode(False)  # what is loaded inside such a block can be trained later
@@ -75,8 +75,8 @@ def load_tokenizer(
             "which was published in the same place, and then the transformer with load_generator "
             "(`smalto convert --to smalto --tokenizer TOKENIZER`)."
         )
-    state = find_state(checkpoint, _MARKS, "tokenizer of VAR")
-    check_tensors(state, _MARKS[1], source, exempt=(HITS,))
+    state = find_state(checkpoint, MARKS, "tokenizer of VAR").state
+    check_tensors(state, MARKS[1], source, exempt=(HITS,))
     config = _read_config(state, patch_nums, using_znorm, quant_resi, beta, source)
     with torch.device("meta"):
         tokenizer = config.build()

@@ -76,7 +76,7 @@ def load_generator(
             values, or the tokenizer does not fit.
     """
     checkpoint, source = open_checkpoint(path_or_state_dict)
-    state = dict(find_state(checkpoint, _MARKS, "transformer of VAR"))
+    state = dict(find_state(checkpoint, _MARKS, "transformer of VAR").state)
     found_buffers = {key: state.pop(key) for key in list(state) if _is_buffer(key)}
     check_tensors(state, _MARKS[1], source)
     config = _read_config(state, tokenizer, num_heads, label_drop, source)

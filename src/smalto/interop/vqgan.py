@@ -6,9 +6,11 @@ encoder, decoder and codebook under different keys. A ``VQGANKeys`` holds the di
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +20,10 @@ from smalto.core.config import parse_config
 from smalto.core.errors import ConfigError, InputError, describe
 from smalto.core.weight_files import State, weight_problem
 from smalto.interop.state_dicts import check_tensors, compare, shape_of
-from smalto.quantizers import VectorQuantizerConfig
 from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 
 _FUSED = "qkv"  # our attention has one convolution for queries, keys and values
-_PROJECTIONS = ("quantize.project_in.weight", "quantize.project_out.weight")
+_PROJECTIONS = tuple(f"quantize.{name}.weight" for name in ("project_in", "project_out", "proj"))
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class VQGANKeys:
         settings: of the quantizer, which the weights do not show.
         unused: keys that the project's code does not need in inference.
         attention_is_linear: whether attention has linear layers, not 1x1 convolutions.
+        norms: norms of the autoencoder that the project's network has.
+        quantizer: the kind of the quantizer.
     """
 
     project: str
@@ -44,6 +47,8 @@ class VQGANKeys:
     settings: Mapping[str, object]
     unused: tuple[str, ...] = ()
     attention_is_linear: bool = False
+    norms: tuple[str, ...] = ("group",)
+    quantizer: Literal["vector", "logit"] = "vector"
 
     def of(self, key: str, num_levels: int) -> str:
         """Return the project's key for one of ours, with q, k or v in the place of qkv."""
@@ -72,7 +77,9 @@ class VQGANKeys:
 
 
 @torch.inference_mode(False)  # what is loaded inside such a block can be trained later
-def tokenizer_of(state: State, keys: VQGANKeys, source: str, beta: float) -> ImageTokenizer:
+def tokenizer_of(
+    state: State, keys: VQGANKeys, source: str, beta: float, norm_groups: int = 32
+) -> ImageTokenizer:
     """Return the tokenizer with a project's weights, in evaluation mode on the CPU.
 
     Args:
@@ -80,13 +87,14 @@ def tokenizer_of(state: State, keys: VQGANKeys, source: str, beta: float) -> Ima
         keys: of the project.
         source: where the weights come from, for errors.
         beta: weight of the commitment loss, which matters in training only.
+        norm_groups: number of groups of the normalization, which the weights do not show.
 
     Raises:
         ConfigError: a key is missing, unexpected or of another shape, or weights are not finite.
     """
     state = {key: tensor for key, tensor in state.items() if key not in keys.unused}
     check_tensors(state, keys.of("encoder.conv_in.weight", 1), source)
-    config = _read_config(state, keys, source, beta)
+    config = _read_config(state, keys, source, beta, norm_groups)
     with torch.device("meta"):
         tokenizer = config.build()
     names = _names(tokenizer, keys)
@@ -94,6 +102,9 @@ def tokenizer_of(state: State, keys: VQGANKeys, source: str, beta: float) -> Ima
     expected = {
         name: keys.shape_of(key, own[key].shape) for key, theirs in names.items() for name in theirs
     }
+    if not any(key.startswith("decoder.") for key in own):
+        left_over = keys.of("decoder.post_quant_conv.", 1)  # of the decoder that is missing
+        state = {k: t for k, t in state.items() if k in expected or not k.startswith(left_over)}
     compare(expected, state, source, f"this tokenizer of {keys.project}")
     if problem := weight_problem(state):
         raise ConfigError(f"{source}: {problem}. Use another checkpoint.")
@@ -131,13 +142,24 @@ def state_dict_of(tokenizer: ImageTokenizer, keys: VQGANKeys) -> dict[str, Tenso
     return state
 
 
-def network_obstacles(autoencoder: CNNAutoencoderConfig) -> list[str]:
-    """Return what the published networks of VQGAN do not have."""
-    expected = {"norm": "group", "shortcuts": False, "patch": 1, "local_statistics": 0}
+def network_obstacles(
+    autoencoder: CNNAutoencoderConfig, norms: tuple[str, ...] = ("group",)
+) -> list[str]:
+    """Return what the published networks of VQGAN, with one of these norms, do not have."""
+    expected = {
+        "norm": norms,
+        "norm_groups": (32,),
+        "shortcuts": (False,),
+        "patch": (1,),
+        "local_statistics": (0,),
+        "video_frames": (None,),
+        "encoder_only": (False,),
+    }
     return [
-        f"got autoencoder.{name} {getattr(autoencoder, name)!r}; expected {value!r}"
-        for name, value in expected.items()
-        if getattr(autoencoder, name) != value
+        f"got autoencoder.{name} {getattr(autoencoder, name)!r}; expected "
+        f"{' or '.join(map(repr, values))}"
+        for name, values in expected.items()
+        if getattr(autoencoder, name) not in values
     ]
 
 
@@ -145,11 +167,17 @@ def _obstacles(tokenizer: ImageTokenizer, keys: VQGANKeys) -> list[str]:
     """Return why a project's code cannot hold a tokenizer."""
     autoencoder = getattr(tokenizer.config, "autoencoder", None)
     quantizer = getattr(tokenizer.config, "quantizer", None)
-    if not isinstance(autoencoder, CNNAutoencoderConfig) or not isinstance(
-        quantizer, VectorQuantizerConfig
+    if (
+        not isinstance(autoencoder, CNNAutoencoderConfig)
+        or quantizer is None
+        or quantizer.kind != keys.quantizer
     ):
-        return ['expected autoencoder.kind "cnn" and quantizer.kind "vector"']
-    reasons = network_obstacles(autoencoder)
+        kinds = [getattr(part, "kind", "simple") for part in (autoencoder, quantizer)]
+        return [
+            f"got autoencoder.kind {kinds[0]!r} and quantizer.kind {kinds[1]!r}; "
+            f'expected "cnn" and "{keys.quantizer}"'
+        ]
+    reasons = network_obstacles(autoencoder, keys.norms)
     is_projected = quantizer.code_dim is not None
     if is_projected == bool(autoencoder.quant_conv_kernel):
         reasons.append(
@@ -174,7 +202,9 @@ def _names(tokenizer: ImageTokenizer, keys: VQGANKeys) -> dict[str, list[str]]:
     }
 
 
-def _read_config(state: State, keys: VQGANKeys, source: str, beta: float) -> TokenizerConfig:
+def _read_config(
+    state: State, keys: VQGANKeys, source: str, beta: float, norm_groups: int
+) -> TokenizerConfig:
     """Return the settings of a tokenizer from the keys and shapes of its weights."""
     num_levels = 0
     while keys.of(f"encoder.down.{num_levels}.block.0.conv1.weight", 1) in state:
@@ -186,24 +216,28 @@ def _read_config(state: State, keys: VQGANKeys, source: str, beta: float) -> Tok
     def shape(key: str, rank: int = 4) -> tuple[int, ...]:
         return shape_of(state, keys.of(key, num_levels), rank, source)
 
-    ch, in_channels = shape("encoder.conv_in.weight")[:2]
-    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(num_levels)]
-    if ch < 1 or any(width % ch for width in widths):
-        raise ConfigError(
-            f"{source}: got levels of {widths} channels; expected multiples of the {ch} of the "
-            "first convolution."
-        )
     num_res_blocks = 0
     while has(f"encoder.down.0.block.{num_res_blocks}.conv1.weight"):
         num_res_blocks += 1
+    first, in_channels = shape("encoder.conv_in.weight")[:2]
+    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(num_levels)]
+    unit = first if not any(width % max(1, first) for width in widths) else math.gcd(*widths)
+    if not widths or unit < 1 or first != widths[0]:
+        raise ConfigError(
+            f"{source}: got {first} channels behind the first convolution and levels of {widths}; "
+            "expected the width of the first level. Convert the weights with the project's code."
+        )
     attention = has("encoder.mid.attn_1.q.weight")
     levels = tuple(i for i in range(num_levels) if has(f"encoder.down.{i}.attn.0.q.weight"))
     is_usual = levels == ((num_levels - 1,) if attention else ())
     latent_dim = shape("encoder.conv_out.weight")[0]
     codebook_size, code_dim = shape("quantize.embedding.weight", rank=2)
+    loss_settings = {"beta": beta} if keys.quantizer == "vector" else {}
     has_quant_conv = has("encoder.quant_conv.weight")
     kernel = shape("encoder.quant_conv.weight")[-1] if has_quant_conv else 0
     is_projected = code_dim != latent_dim
+    is_video = has("encoder.video.0.conv1.weight") or has("encoder.video.0.weight")
+    num_halvings = sum(has(f"encoder.video.{2 * i}.weight") for i in range(4))
     return parse_config(
         TokenizerConfig,
         {
@@ -211,19 +245,23 @@ def _read_config(state: State, keys: VQGANKeys, source: str, beta: float) -> Tok
                 "kind": "cnn",
                 "in_channels": in_channels,
                 "latent_dim": latent_dim,
-                "ch": ch,
-                "ch_mult": tuple(width // ch for width in widths),
+                "ch": unit,
+                "ch_mult": tuple(width // unit for width in widths),
                 "num_res_blocks": num_res_blocks,
                 "attention": attention,
                 "attention_levels": None if is_usual else levels,
                 "quant_conv_kernel": 0 if is_projected else kernel,
+                "norm": "spatial" if has("decoder.norm_out.conv_y.weight") else "group",
+                "norm_groups": norm_groups,
+                "video_frames": 2**num_halvings if is_video else None,
+                "encoder_only": not has("decoder.conv_in.weight"),
             },
             "quantizer": {
-                "kind": "vector",
+                "kind": keys.quantizer,
                 "codebook_size": codebook_size,
                 "latent_dim": latent_dim,
                 "code_dim": code_dim if is_projected else None,
-                "beta": beta,
+                **loss_settings,
                 **keys.settings,
             },
         },

@@ -25,17 +25,18 @@ from smalto.core.files import (
 from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from smalto.generator import Generator, load_generator, save_generator
 from smalto.generator.generator_folder import holds_generator
-from smalto.interop import diffusers, llamagen, taming, var
-from smalto.interop.open_tokenizer import load, recognize
+from smalto.interop import diffusers, llamagen, maskgit, taming, var
+from smalto.interop.open_tokenizer import FormatName, load, recognize
 from smalto.pretrained import TOKENIZER_FOLDER
 from smalto.tokenizer import ImageTokenizer
 from smalto.tokenizer.token_blocks import PatchHws
 
-Target = Literal["var", "llamagen", "taming", "diffusers", "smalto"]
+Target = Literal["var", "llamagen", "taming", "diffusers", "maskgit", "smalto"]
 OTHERS: dict[str, tuple[str, Callable[[ImageTokenizer], dict[str, Tensor]]]] = {
     "llamagen": (llamagen.KEYS.project, llamagen.tokenizer_state_dict),
     "taming": (taming.KEYS.project, taming.tokenizer_state_dict),
     "diffusers": (diffusers.KEYS.project, diffusers.tokenizer_state_dict),
+    "maskgit": (maskgit.PROJECT, maskgit.tokenizer_state_dict),
 }
 
 
@@ -63,21 +64,23 @@ def convert(
     quant_resi: float = 0.5,
     tokenizer: str | Path | None = None,
     num_heads: int | None = None,
+    format: FormatName | None = None,
 ) -> Converted:
     """Write a tokenizer or generator as a file of another project, or such a file as one of ours.
 
     Args:
         source: the folder of a tokenizer or generator, or the name of a tokenizer; with
-            ``to="smalto"`` a weight file of VAR, LlamaGen or taming-transformers.
+            ``to="smalto"`` a weight file or folder of another project, as for ``load``.
         out: the file (``.pth``, plain tensors) or folder to write.
-        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads, ``"llamagen"``, ``"taming"`` or
-            ``"diffusers"`` for one of their ``VQModel``; ``"smalto"`` for a folder.
+        to: ``"var"`` for a file that VAR's ``build_vae_var`` loads, ``"llamagen"``, ``"taming"``,
+            ``"diffusers"`` or ``"maskgit"`` for one of their models; ``"smalto"`` for a folder.
         overwrite: whether to replace an existing ``out``.
         patch_nums, using_znorm, quant_resi: with ``to="smalto"``, the arguments with which VAR's
             tokenizer of the file was built.
         tokenizer: with ``to="smalto"``, the folder of VAR's tokenizer if ``source`` is a
             transformer of VAR.
         num_heads: of such a transformer, if its weights do not show them.
+        format: the project of ``source``, if its keys could be those of two.
 
     Raises:
         ConfigError: the project cannot hold the model, or the file does not fit the arguments.
@@ -88,11 +91,11 @@ def convert(
     if to == "var":
         if holds_generator(Path(source)):
             return _generator_to_var(load_generator(source), path, overwrite)
-        return _to_var(load(source), path, overwrite)
+        return _to_var(load(source, format), path, overwrite)
     if to in OTHERS:
         project, state_dict = OTHERS[to]
-        _write_pth(state_dict(load(source)), path, overwrite)
-        return Converted(path, [f"{project} loads it with VQModel.load_state_dict."])
+        _write_pth(state_dict(load(source, format)), path, overwrite)
+        return Converted(path, [f"The model of {project} loads it with load_state_dict."])
     if to == "smalto":
         if tokenizer is None and num_heads is not None:
             raise ConfigError(
@@ -103,8 +106,10 @@ def convert(
             generator = var.load_generator(source, load(tokenizer), num_heads)
             return _generator_to_smalto(generator, path, overwrite)
         read = partial(var.load_tokenizer, source, patch_nums, using_znorm, quant_resi)
-        is_of_var = Path(source).is_file() and recognize(source).project == "VAR"
-        return _to_smalto(read() if is_of_var else load(source), path, overwrite)
+        is_of_var = format == "var" or (
+            format is None and Path(source).is_file() and recognize(source).project == "VAR"
+        )
+        return _to_smalto(read() if is_of_var else load(source, format), path, overwrite)
     raise ConfigError(f"got to={to!r}; expected one of {', '.join(('var', *OTHERS, 'smalto'))}.")
 
 

@@ -4,6 +4,7 @@ from smalto.quantizers.base import Quantizer, QuantizerOutput
 from smalto.quantizers.codebook import Codebook, EMACodebook, ProjectedCodebook
 from smalto.quantizers.config import QuantizerConfig
 from smalto.quantizers.folding import fold
+from smalto.quantizers.logit import LogitVQ, LogitVQConfig
 from smalto.quantizers.multiscale import MultiScaleVQ, MultiScaleVQConfig
 from smalto.quantizers.product import ProductVQ, ProductVQConfig
 from smalto.quantizers.residual import ResidualVQ, ResidualVQConfig
@@ -14,6 +15,8 @@ __all__ = [
     "Codebook",
     "CodebookUpdater",
     "EMACodebook",
+    "LogitVQ",
+    "LogitVQConfig",
     "MultiScaleVQ",
     "MultiScaleVQConfig",
     "ProductVQ",

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from smalto.quantizers.logit import LogitVQConfig
 from smalto.quantizers.multiscale import MultiScaleVQConfig
 from smalto.quantizers.product import ProductVQConfig
 from smalto.quantizers.residual import ResidualVQConfig
@@ -22,6 +23,7 @@ QuantizerConfig = Annotated[
     Annotated[VectorQuantizerConfig, Tag("vector")]
     | Annotated[ResidualVQConfig, Tag("residual")]
     | Annotated[ProductVQConfig, Tag("product")]
-    | Annotated[MultiScaleVQConfig, Tag("multiscale")],
+    | Annotated[MultiScaleVQConfig, Tag("multiscale")]
+    | Annotated[LogitVQConfig, Tag("logit")],
     Discriminator(_kind),
 ]

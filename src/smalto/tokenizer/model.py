@@ -464,4 +464,4 @@ class ImageTokenizer(nn.Module):
 
 
 def _dtype(part: nn.Module) -> torch.dtype:
-    return next(part.parameters()).dtype
+    return next((parameter.dtype for parameter in part.parameters()), torch.float32)

@@ -12,6 +12,7 @@ from smalto.interop.open_tokenizer import load as load
 from smalto.pipelines.convert import convert as convert
 from smalto.pipelines.decode import decode as decode
 from smalto.pipelines.demo import demo as demo
+from smalto.pipelines.evaluate import compare as compare
 from smalto.pipelines.evaluate import evaluate as evaluate
 from smalto.pipelines.generate import generate as generate
 from smalto.pipelines.info import info as info

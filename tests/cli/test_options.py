@@ -64,6 +64,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "evaluate": {
         "FOLDER": REQUIRED,
         "--tokenizer": REQUIRED,
+        "--report": None,
         "--all": False,
         "--json": False,
         "--longer-side": 768,
@@ -124,6 +125,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--quant-resi": 0.5,
         "--tokenizer": None,
         "--num-heads": None,
+        "--format": None,
         "--overwrite": False,
     },
     "info": {

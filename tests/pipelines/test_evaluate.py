@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 import smalto
+from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.core.errors import ConfigError
 from smalto.evaluation.evaluator import compare
 from smalto.evaluation.feature_networks import FeatureNetworks
+from smalto.interop import taming
 from smalto.metrics.formatting import codec_rows, metric_rows
 from smalto.metrics.frechet import FeatureMoments, write_statistics
+from smalto.quantizers import VectorQuantizerConfig
+from smalto.tokenizer import ImageTokenizer, TokenizerConfig
 from smalto.training.tokenizer_recipe import TokenizerRecipe
 from tests.conftest import smalto_command, write_images
 from tests.features.test_networks import inception_state, lpips_state
@@ -196,3 +200,58 @@ def test_a_image_too_long_for_webp_is_measured_all_the_same(run: Path, tmp_path:
     ).metrics
     assert [line.codec for line in metrics.codecs] == ["JPEG"]
     assert len(codec_rows(metrics)) == 3
+
+
+def test_several_tokenizers_on_the_same_images(run: Path) -> None:
+    folder = run.parent / "images"
+    page = run.parent / "compared.html"
+    torch.save(taming.tokenizer_state_dict(small_vqgan()), run.parent / "vqgan.pth")
+    names = [str(run), "photos-f8", str(run.parent / "vqgan.pth")]
+    compared = smalto.compare(folder, names, page, device="cpu", workers=0)
+    rows = compared.as_json()
+    assert [row["tokenizer"] for row in rows] == names
+    assert len({row["num_images"] for row in rows}) == 1
+    assert len({row["pixels_per_image"] for row in rows}) == 1  # cropped to all strides
+    assert {row["measured_on"] for row in rows} == {"held-out images"}  # of the run
+    single = smalto.evaluate(folder, run, device="cpu", workers=0).metrics
+    assert rows[0]["num_images"] == single.num_images
+    table = {label: cells for label, *cells in compared.table()}
+    assert table[""] == names
+    assert table["codes"] == ["16", "8,192", "16"]
+    for label in ("PSNR", "SSIM", "MS-SSIM", "JPEG, as many bytes", "images/s", "memory"):
+        assert "-" not in table[label], label
+    assert "rFID" not in table
+    html = page.read_text()
+    assert html.count("data:image/webp;base64,") == 4 * single.num_images
+    assert "photos-f8: " in html
+    json.dumps(rows, allow_nan=False)
+
+
+def test_comparisons_refuse_before_they_measure(tmp_path: Path, image_folder: Path) -> None:
+    state = taming.tokenizer_state_dict(small_vqgan())
+    encoder = {key: tensor for key, tensor in state.items() if not key.startswith("decoder.")}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    with pytest.raises(ConfigError, match="has no decoder"):
+        smalto.compare(image_folder, ["photos-f8", tmp_path / "encoder.pth"])
+    with pytest.raises(ConfigError, match="got no tokenizer"):
+        smalto.compare(image_folder, [])
+
+
+def test_the_command_compares(run: Path) -> None:
+    arguments = ["evaluate", "images", "--all", "--tokenizer", "run", "--tokenizer", "photos-f8"]
+    done = smalto_command(*arguments, "--report", "r.html", cwd=run.parent)
+    heading, codes, *_ = done.stdout.splitlines()
+    assert heading.split() == ["run", "photos-f8"]
+    assert codes.split() == ["codes", "16", "8,192"]
+    assert done.stdout.strip().endswith("report: r.html")
+    assert (run.parent / "r.html").is_file()
+
+
+def small_vqgan() -> ImageTokenizer:
+    torch.manual_seed(0)
+    return TokenizerConfig(
+        autoencoder=CNNAutoencoderConfig(
+            latent_dim=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, quant_conv_kernel=1
+        ),
+        quantizer=VectorQuantizerConfig(codebook_size=16, latent_dim=4),
+    ).build()

@@ -2,7 +2,7 @@
 
 from smalto.autoencoders.cnn import CheckpointedNetwork, CNNAutoencoderConfig
 from smalto.autoencoders.config import AutoencoderConfig
-from smalto.autoencoders.maskgit import MaskGITAutoencoderConfig
+from smalto.autoencoders.maskgit_autoencoder import MaskGITAutoencoderConfig
 from smalto.autoencoders.simple import SimpleAutoencoderConfig
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from smalto.autoencoders.cnn import CNNAutoencoderConfig
-from smalto.autoencoders.maskgit import MaskGITAutoencoderConfig
+from smalto.autoencoders.maskgit_autoencoder import MaskGITAutoencoderConfig
 from smalto.autoencoders.simple import SimpleAutoencoderConfig
 
 

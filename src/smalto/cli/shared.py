@@ -117,12 +117,12 @@ def print_tables(tables: list[list[tuple[str, ...]]]) -> None:
     pairs, *others = tables
     print_rows([(name, value) for name, value in pairs])
     for rows in filter(None, others):
-        say("\n" + "\n".join(aligned(rows)))
+        say(("\n" if pairs else "") + "\n".join(aligned(rows)))
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
     """Print (name, value) pairs in two aligned columns."""
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         say(f"{name:<{width}}  {printable(value)}")
 

@@ -206,7 +206,17 @@ def evaluate(
             "training folder, only its held-out images are evaluated."
         ),
     ],
-    tokenizer: Tokenizer,
+    tokenizer: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of a tokenizer, run or generator, a name that `smalto info` lists, or "
+            "weights of another project; several of them are compared in one table."
+        ),
+    ],
+    report: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write, with the reconstructions side by side."),
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Evaluate training images too.")
     ] = False,
@@ -233,7 +243,7 @@ def evaluate(
         typer.Option(help="File with the state_dict of lpips.LPIPS(net='vgg'), for LPIPS."),
     ] = None,
 ) -> None:
-    """Evaluate a tokenizer on whole images.
+    """Evaluate a tokenizer on whole images, or compare several.
 
     Reports PSNR, SSIM, perceptual and Fréchet distances, codebook usage, bits per pixel and speed,
     and compares with JPEG and WebP at the same file size.
@@ -244,28 +254,37 @@ def evaluate(
     from smalto.metrics.formatting import metric_tables
     from smalto.pipelines import evaluate as jobs
 
+    settings: dict[str, Any] = {
+        "everything": everything,
+        "longer_side": longer_side,
+        "size": size,
+        "batch": batch,
+        "device": device,
+        "precision": checked_choice("--precision", precision, ("float32", "bf16")),
+        "workers": workers,
+        "reference_stats": reference_stats,
+        "inception_weights": inception_weights,
+        "lpips_vgg": lpips_vgg,
+    }
     with console_progress() as progress:
-        result = jobs.evaluate(
-            folder,
-            tokenizer,
-            everything=everything,
-            longer_side=longer_side,
-            size=size,
-            batch=batch,
-            device=device,
-            precision=checked_choice("--precision", precision, ("float32", "bf16")),
-            workers=workers,
-            reference_stats=reference_stats,
-            inception_weights=inception_weights,
-            lpips_vgg=lpips_vgg,
-            progress=progress,
-        )
-        if result.skipped:
-            progress.message(summary(result.skipped))
+        if len(tokenizer) > 1 or report is not None:
+            compared = jobs.compare(folder, tokenizer, report, progress=progress, **settings)
+            skipped = compared.contenders[0].evaluation.skipped
+            measured: Any = compared.as_json()
+            tables = [[], compared.table()]
+        else:
+            result = jobs.evaluate(folder, tokenizer[0], progress=progress, **settings)
+            skipped = result.skipped
+            measured = result.metrics.as_json()
+            tables = metric_tables(result.metrics)
+        if skipped:
+            progress.message(summary(skipped))
     if json_:
-        say(json.dumps(result.metrics.as_json(), indent=2))
-    else:
-        print_tables(metric_tables(result.metrics))
+        say(json.dumps(measured, indent=2))
+        return
+    print_tables(tables)
+    if report is not None:
+        say(f"\nreport: {report}")
 
 
 @app.command(

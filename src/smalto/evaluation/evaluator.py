@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalto.core.device import PeakMemory
 from smalto.core.errors import DataError, MissingExtra
 from smalto.core.layout import TokenLayout
 from smalto.core.text import printable
@@ -57,12 +58,15 @@ class Evaluation:
         examples: the first images.
         histogram: how often each code occurred, int64 [K].
         skipped: files left out, and why.
+        memory: largest memory of encoding and decoding one batch, weights included, in bytes; None
+            if this system hides it.
     """
 
     metrics: Metrics
     examples: list[Example]
     histogram: Tensor
     skipped: list[Skipped]
+    memory: int | None = None
 
     def with_changes(self, **changes: Any) -> Evaluation:
         """Return a copy with some metrics replaced."""
@@ -92,9 +96,12 @@ def evaluate_tokenizer(
         DataError: there was no image.
     """
     evaluator = Evaluator(inference.tokenizer, networks)
+    growths = []
     for names, stacked in batches_of_one_shape(images, inference.batch):
         batch = to_unit_range(stacked)
+        memory = PeakMemory(inference.device)
         tokens, reconstructions, seconds = inference.roundtrip(batch)
+        growths.append(memory.growth())
         layout = inference.tokenizer.layout(*batch.shape[2:])
         stages = []
         progressive = inference.tokenizer.is_progressive and len(layout.grids) > 1
@@ -102,7 +109,9 @@ def evaluate_tokenizer(
             earlier = inference.decode_each(tokens[:, : -layout.lengths[-1]], layout)
             stages = [*earlier, reconstructions]
         evaluator.add(names, batch, reconstructions, tokens, layout, seconds, stages)
-    return evaluator.result(measured_on, transform, inference.precision, skipped())
+    evaluation = evaluator.result(measured_on, transform, inference.precision, skipped())
+    measured = [growth for growth in growths if growth is not None]
+    return replace(evaluation, memory=inference.weight_bytes + max(measured) if measured else None)
 
 
 @dataclass(frozen=True)

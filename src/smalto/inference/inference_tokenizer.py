@@ -76,6 +76,11 @@ class InferenceTokenizer:
             batch,
         )
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in self.tokenizer.state_dict().values())
+
     def encode(self, images: Tensor) -> Tensor:
         """Encode images [B, C, H, W] in [-1, 1] to tokens [B, L] on the CPU."""
         with memory_errors(self.device, len(images)):

@@ -385,6 +385,11 @@ class ImageTokenizer(nn.Module):
         return self.quantize.is_local and is_local(self.encoder) and is_local(self.decoder)
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether tokens become images; some weights were published without a decoder."""
+        return next(self.decoder.parameters(), None) is not None
+
+    @property
     def is_progressive(self) -> bool:
         """Whether the tokens of the first grids alone decode to an image.
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -18,10 +17,12 @@ from smalto.core.layout import TokenLayout
 from smalto.store.schema import StoreHeader, TokenRow
 from smalto.training.recipe import change_recipe
 from smalto.training.tokenizer_recipe import TokenizerRecipe
+from tests.warm_process import WarmProcess
 
 torch.set_num_threads(1)  # two test processes share two cores
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+WARM = WarmProcess(ENVIRONMENT)
 
 TINY = {
     "steps": 6,
@@ -36,6 +37,10 @@ TINY = {
     "tokenizer.quantizer.latent_dim": 8,
     "tokenizer.quantizer.code_dim": 4,
 }
+
+
+def pytest_sessionfinish() -> None:
+    WARM.close()
 
 
 def make_image(seed: int, height: int = 40, width: int = 48) -> numpy.ndarray:
@@ -55,17 +60,8 @@ def write_images(folder: Path, number: int, height: int = 40, width: int = 48) -
 def smalto_command(
     *arguments: object, check: bool = True, cwd: Path | None = None, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``smalto ...`` as a user does."""
-    command = [sys.executable, "-m", "smalto", *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=timeout,
-        env=ENVIRONMENT,
-        check=False,
-    )
+    """Run ``python -m smalto ...`` in a process of its own."""
+    done = WARM.run(["-m", "smalto", *map(str, arguments)], cwd, timeout)
     if check:
         assert done.returncode == 0, done.stderr
     return done

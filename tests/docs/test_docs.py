@@ -6,17 +6,29 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.conftest import ENVIRONMENT, smalto_command, write_images
+from smalto.images.bundled import bundled_photographs
+from tests.conftest import WARM, write_images
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
 CHINESE = [ROOT / "README.zh.md", *sorted((ROOT / "docs" / "zh").glob("*.md"))]
+# The commands run as they are shown, on fewer steps and less data: at full size they take an hour.
+LESS_DATA = """
+from pathlib import Path
+from smalto.images import bundled, emoji
+bundled.package_folder = lambda package, *rest: Path({folder!r}, package)
+whole = emoji.emoji
+def few():
+    files, held_out = whole()
+    kept = files[::10]
+    return kept, tuple(name for name in held_out if name in {{file.name for file in kept}})
+emoji.emoji = few
+"""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +56,7 @@ def test_both_languages_show_the_same(english: Path, chinese: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
-def test_its_code_runs(page: Path, tmp_path: Path) -> None:
+def test_its_code_runs(page: Path, tmp_path: Path, prelude: str) -> None:
     write_images(tmp_path / "photos", 6, 80, 96)
     (tmp_path / "photos" / "photo00.png").rename(tmp_path / "photos" / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
@@ -53,29 +65,48 @@ def test_its_code_runs(page: Path, tmp_path: Path) -> None:
     if page.name == "concepts.md":
         found = [("python", "\n".join(code for _, code in found))]  # one program
     for language, code in found:
-        (run_python if language == "python" else run_commands)(code, tmp_path)
+        (run_python if language == "python" else run_commands)(code, tmp_path, prelude)
 
 
-def run_python(code: str, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def shorter(arguments: list[str]) -> list[str]:
+    """Return options that shorten a training; of two equal ones the last one counts."""
+    if arguments[0] not in ("train", "demo"):
+        return []
+    options = ["--steps", "4", "--batch", "4"]
+    if "recipes/emoji-generator.toml" in arguments:
+        return [*options, "--set", "evaluate.samples=1"]
+    if arguments[0] == "train" and "--resume" not in arguments:
+        options += ["--set", "evaluate.crops=4"]
+        options += [] if "--from" in arguments else ["--codebook-size", "64"]
+    return options
+
+
+@pytest.fixture(scope="module")
+def prelude(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Code that reduces the bundled photographs and the emoji in number or size."""
+    folder = tmp_path_factory.mktemp("bundled")
+    for file in bundled_photographs():
+        path = Path(file.path)
+        small = folder.joinpath(*path.parts[path.parts.index("site-packages") + 1 :])
+        small.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.thumbnail((192, 192))
+            image.save(small)
+    return LESS_DATA.format(folder=str(folder))
+
+
+def run_python(code: str, folder: Path, prelude: str) -> None:
+    done = WARM.run(["-c", code], folder, timeout=240, prelude=prelude)
     assert done.returncode == 0, code + done.stderr
 
 
-def run_commands(code: str, folder: Path) -> None:
+def run_commands(code: str, folder: Path, prelude: str) -> None:
     for line in code.strip().splitlines():
         program, *arguments = shlex.split(line, comments=True)
         if program == "smalto":
-            shorter = (
-                ["--steps", "4"] if arguments[0] in ("train", "demo") else []
-            )  # of two, the last one counts
-            smalto_command(*arguments, *shorter, cwd=folder)
+            command = ["-m", "smalto", *arguments, *shorter(arguments)]
+            done = WARM.run(command, folder, timeout=240, prelude=prelude)
+            assert done.returncode == 0, line + done.stderr
         else:
             assert program in (".", "make", "pip", "git"), (
                 line

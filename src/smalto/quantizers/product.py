@@ -148,7 +148,8 @@ class ProductVQ(Quantizer):
         return heads * self.num_heads if len(heads) < self.num_heads else heads
 
     def _blocks(self, indices: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
-        return self.check_indices(indices, layout.num_tokens).chunk(self.num_heads, dim=1)
+        indices = self.check_indices(indices, layout.num_tokens)
+        return indices.split(layout.lengths, dim=1)  # ONNX' exporter fails on chunk
 
     def _parts(self, latents: Tensor) -> tuple[Tensor, ...]:
         self.check_latents(latents)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smalto.quantizers import CodebookUpdater, Quantizer
-from smalto.tokenizer import ImageTokenizer, TokenizerConfig
+from smalto.tokenizer import TokenizerConfig
+from smalto.tokenizer.exporting import export_tokenizer
 from tests.contract.kinds import KINDS, C, build, latents
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -252,31 +253,9 @@ TOKENIZERS = {
     "cosine": {"codebook_size": 16, "latent_dim": 8, "code_dim": 4, "metric": "cosine"},
     "residual": {"kind": "residual", "num_stages": 2, "stage": {"latent_dim": 8, "code_dim": 4}},
     "product": {"kind": "product", "num_heads": 2, "head": {"latent_dim": 4}},
+    "logit": {"kind": "logit", "codebook_size": 16, "latent_dim": 8, "code_dim": 4},
+    "multiscale": {"kind": "multiscale", "scales": (1, 2, 4), "scale": {"latent_dim": 8}},
 }
-
-
-class Encoding(nn.Module):
-    """Images -> token maps [B, G, h, w]."""
-
-    def __init__(self, tokenizer: ImageTokenizer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, images: Tensor) -> Tensor:
-        rows, columns = images.shape[2] // 4, images.shape[3] // 4
-        return self.tokenizer.encode(images).view(images.shape[0], -1, rows, columns)
-
-
-class Decoding(nn.Module):
-    """Token maps [B, G, h, w] -> images."""
-
-    def __init__(self, tokenizer: ImageTokenizer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, maps: Tensor) -> Tensor:
-        layout = self.tokenizer.quantize.layout(maps.shape[2], maps.shape[3])
-        return self.tokenizer.decode(maps.flatten(1), layout)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -284,13 +263,15 @@ def test_encode_and_decode_export_with_dynamic_batch_height_and_width(kind: str)
     torch.manual_seed(0)
     config = {"autoencoder": {"latent_dim": 8, "hidden_dim": 8}, "quantizer": TOKENIZERS[kind]}
     tokenizer = TokenizerConfig.model_validate(config).build().eval()
-    batch, rows, columns = (torch.export.Dim(name, max=64) for name in ("batch", "rows", "columns"))
-    images, others = torch.rand(3, 3, 16, 24) * 2 - 1, torch.rand(2, 3, 20, 32) * 2 - 1
-    shapes = {"images": {0: batch, 2: 4 * rows, 3: 4 * columns}}
-    encoding = torch.export.export(Encoding(tokenizer), (images,), dynamic_shapes=shapes)
-    maps = encoding.module()(others)
-    assert torch.equal(maps, Encoding(tokenizer)(others))
-    example = Encoding(tokenizer)(images)
-    shapes = {"maps": {0: batch, 2: rows, 3: columns}}
-    decoding = torch.export.export(Decoding(tokenizer), (example,), dynamic_shapes=shapes)
-    torch.testing.assert_close(decoding.module()(maps), Decoding(tokenizer)(maps))
+    encoder, decoder, num_maps = export_tokenizer(tokenizer)
+    images = torch.rand(3, 3, 20, 32) * 2 - 1
+    guards = {"check_guards": False} if kind == "multiscale" else {}
+    maps = encoder.module(**guards)(images)
+    layout = tokenizer.layout(20, 32)
+    assert [tuple(tokens.shape[1:]) for tokens in maps] == list(layout.grids)
+    assert len(maps) == num_maps
+    tokens = torch.cat([tokens.flatten(1) for tokens in maps], dim=1)
+    assert torch.equal(tokens, tokenizer.encode(images))
+    with torch.no_grad():
+        image = decoder.module(**guards)(*maps)
+    torch.testing.assert_close(image, tokenizer.decode(tokens, layout))

@@ -519,13 +519,15 @@ def convert(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help=".pth file to write. With --to smalto: the folder to create.")
+        Path,
+        typer.Option(help=".pth file to write. With --to smalto or onnx: the folder to create."),
     ],
     to: Annotated[
         str,
         typer.Option(
             help="var, llamagen, taming, diffusers or maskgit: write a file that this project's "
-            "code loads. smalto: read such a file."
+            "code loads. onnx: write a folder with an encoder and a decoder for onnxruntime. "
+            "smalto: read weights of another project."
         ),
     ] = "var",
     patch_nums: Annotated[

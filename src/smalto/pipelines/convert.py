@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,12 +26,13 @@ from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from smalto.generator import Generator, load_generator, save_generator
 from smalto.generator.generator_folder import holds_generator
 from smalto.interop import diffusers, llamagen, maskgit, taming, var
+from smalto.interop.onnx import DECODER, ENCODER, OPSET, SETTINGS, write_onnx
 from smalto.interop.open_tokenizer import FormatName, load, recognize
 from smalto.pretrained import TOKENIZER_FOLDER
 from smalto.tokenizer import ImageTokenizer
 from smalto.tokenizer.token_blocks import PatchHws
 
-Target = Literal["var", "llamagen", "taming", "diffusers", "maskgit", "smalto"]
+Target = Literal["var", "llamagen", "taming", "diffusers", "maskgit", "onnx", "smalto"]
 OTHERS: dict[str, tuple[str, Callable[[ImageTokenizer], dict[str, Tensor]]]] = {
     "llamagen": (llamagen.KEYS.project, llamagen.tokenizer_state_dict),
     "taming": (taming.KEYS.project, taming.tokenizer_state_dict),
@@ -73,7 +74,8 @@ def convert(
             ``to="smalto"`` a weight file or folder of another project, as for ``load``.
         out: the file (``.pth``, plain tensors) or folder to write.
         to: ``"var"`` for a file that VAR's ``build_vae_var`` loads, ``"llamagen"``, ``"taming"``,
-            ``"diffusers"`` or ``"maskgit"`` for one of their models; ``"smalto"`` for a folder.
+            ``"diffusers"`` or ``"maskgit"`` for one of their models; ``"onnx"`` for a folder of
+            two ONNX files; ``"smalto"`` for a folder.
         overwrite: whether to replace an existing ``out``.
         patch_nums, using_znorm, quant_resi: with ``to="smalto"``, the arguments with which VAR's
             tokenizer of the file was built.
@@ -96,6 +98,8 @@ def convert(
         project, state_dict = OTHERS[to]
         _write_pth(state_dict(load(source, format)), path, overwrite)
         return Converted(path, [f"The model of {project} loads it with load_state_dict."])
+    if to == "onnx":
+        return _to_onnx(load(source, format), path, overwrite)
     if to == "smalto":
         if tokenizer is None and num_heads is not None:
             raise ConfigError(
@@ -110,7 +114,7 @@ def convert(
             format is None and Path(source).is_file() and recognize(source).project == "VAR"
         )
         return _to_smalto(read() if is_of_var else load(source, format), path, overwrite)
-    raise ConfigError(f"got to={to!r}; expected one of {', '.join(('var', *OTHERS, 'smalto'))}.")
+    raise ConfigError(f"got to={to!r}; expected one of {', '.join(get_args(Target))}.")
 
 
 def _to_var(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
@@ -178,6 +182,19 @@ def edits_of_var(settings: var.VARSettings, checkpoint: Path) -> list[str]:
             "in ddconfig = dict(...)."
         )
     return edits
+
+
+def _to_onnx(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:
+    _write_folder(partial(write_onnx, tokenizer), path, overwrite, {ENCODER, DECODER, SETTINGS})
+    size = 4 * tokenizer.quantize.codebook_size
+    return Converted(
+        path,
+        [
+            f"{ENCODER}: images float32 [B, {tokenizer.in_channels}, H, W] in [-1, 1] -> token "
+            f"maps int64 [B, h, w]; {DECODER}: back.",
+            f"Opset {OPSET}; the search needs {size:,} bytes per token.",
+        ],
+    )
 
 
 def _to_smalto(tokenizer: ImageTokenizer, path: Path, overwrite: bool) -> Converted:

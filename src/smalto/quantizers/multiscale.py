@@ -18,7 +18,7 @@ from smalto.core.config import over_defaults
 from smalto.core.errors import ConfigError, InputError, describe
 from smalto.core.layout import TokenLayout, as_grids
 from smalto.core.precision import without_autocast
-from smalto.quantizers.base import BaseQuantizerConfig, Quantizer, QuantizerOutput
+from smalto.quantizers.base import BaseQuantizerConfig, Quantizer, QuantizerOutput, is_exporting
 from smalto.quantizers.code_space import CodeSpace
 from smalto.quantizers.estimators import ESTIMATORS, estimate
 from smalto.quantizers.latents import (
@@ -407,7 +407,25 @@ def phi_of_scale(num_scales: int, num_phis: int) -> tuple[int, ...]:
 
 
 def area_pool(latent_map: Tensor, grid: tuple[int, int]) -> Tensor:
-    return F.interpolate(latent_map, size=grid, mode="area")
+    """Return the means of a map [B, D, h, w] over the parts of a grid, [B, D, h_k, w_k]."""
+    if not is_exporting():
+        return F.interpolate(latent_map, size=grid, mode="area")
+    # torch and ONNX cannot export that operator for sizes that are dynamic and may be 1.
+    rows, columns = (
+        _part_means(latent_map, axis, parts) for axis, parts in zip((2, 3), grid, strict=True)
+    )
+    return rows @ latent_map @ columns.T
+
+
+def _part_means(latent_map: Tensor, axis: int, parts: int) -> Tensor:
+    """Return the matrix [parts, length] whose product with an axis is the mean of each part."""
+    length = latent_map.shape[axis]
+    positions = torch.arange(length, device=latent_map.device)
+    numbers = torch.arange(parts, device=latent_map.device)[:, None]
+    starts = numbers * length // parts
+    ends = ((numbers + 1) * length + parts - 1) // parts
+    inside = (positions >= starts) & (positions < ends)
+    return inside.to(latent_map.dtype) / (ends - starts)
 
 
 def _in_proportion(size: int, wanted: int, configured: int) -> int:

@@ -52,3 +52,6 @@ def load(folder: str | Path) -> ImageTokenizer:
     if is_in_package(folder):
         tokenizer.float()
     return tokenizer.eval()
+
+
+ImageTokenizer.read_folder = staticmethod(load)  # loading knows all kinds, the model does not

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, overload
+from typing import ClassVar, Literal, NamedTuple, Self, overload
 
 import torch
 from pydantic import model_validator
@@ -22,6 +24,7 @@ from smalto.core.errors import ConfigError, InputError, describe
 from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout, as_grids
 from smalto.quantizers import QuantizerConfig, VectorQuantizerConfig, fold
+from smalto.tokenizer.hub import local_folder, upload, write_card
 from smalto.tokenizer.token_blocks import (
     BlockKind,
     DiagonalBlocks,
@@ -114,6 +117,7 @@ class ImageTokenizer(nn.Module):
     """
 
     default_blocks: BlockKind = "whole"
+    read_folder: ClassVar[Callable[[str | Path], ImageTokenizer]]  # set by loading.py
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -450,6 +454,80 @@ class ImageTokenizer(nn.Module):
         ``smalto.load(folder)`` reads them.
         """
         model_files.write_model(Path(folder), self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> ImageTokenizer:
+        """Load a tokenizer from a folder or from the Hugging Face Hub, in evaluation mode.
+
+        Args:
+            folder_or_repo: a folder or name as for ``smalto.load``, which needs neither a network
+                nor huggingface_hub; or a repository ``OWNER/NAME`` (extra ``hub``).
+            revision: branch, tag or commit of the repository.
+            token: for a private repository; default: HF_TOKEN, or what ``hf auth login`` stored.
+
+        Raises:
+            RunError: the repository cannot be downloaded, or as ``smalto.load``.
+            MissingExtra: huggingface_hub is not installed.
+        """
+        return cls.read_folder(local_folder(folder_or_repo, revision, token))
+
+    def save_pretrained(
+        self, folder: str | Path, *, run: str | Path | None = None, license: str = "unknown"
+    ) -> None:
+        """Write the files of ``save`` and a model card, ``README.md``: the layout of the hub.
+
+        Args:
+            folder: to write into.
+            run: folder of the run whose metrics the card shows; None: a card without metrics.
+            license: identifier of the hub, such as ``"apache-2.0"``.
+
+        Raises:
+            DataError: ``run`` holds no metrics.
+        """
+        folder = Path(folder)
+        self.save(folder)
+        facts = {
+            "quantizer": self.config.quantizer_kind,
+            "codes": f"{self.quantize.codebook_size:,}",
+            "pixels per position": f"{self.stride} x {self.stride}",
+            "parameters": f"{sum(p.numel() for p in self.parameters()):,}",
+            "fingerprint": self.fingerprint(),
+        }
+        write_card(folder, facts, run=run, license=license)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        run: str | Path | None = None,
+        license: str = "unknown",
+        private: bool = False,
+        message: str = "Upload a tokenizer of smalto",
+        token: str | None = None,
+    ) -> str:
+        """Upload the files of ``save_pretrained`` to the Hugging Face Hub; return the URL.
+
+        Args:
+            repo: ``OWNER/NAME``, created if needed.
+            run, license: as for ``save_pretrained``.
+            private: whether a new repository is private.
+            message: of the commit.
+            token: with write access; default: HF_TOKEN, or what ``hf auth login`` stored.
+
+        Raises:
+            RunError: the upload fails.
+            MissingExtra: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent, repo.rpartition("/")[2])
+            self.save_pretrained(folder, run=run, license=license)
+            return upload(folder, repo, private=private, message=message, token=token)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of configuration and weights, in hexadecimal.

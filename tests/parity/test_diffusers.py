@@ -11,8 +11,9 @@ import torch
 
 import smalto
 from smalto.core.errors import ConfigError, DataError
-from smalto.interop.diffusers import load_tokenizer, tokenizer_state_dict
+from smalto.interop.diffusers import KEYS, load_tokenizer, tokenizer_state_dict
 from smalto.interop.open_tokenizer import recognize
+from smalto.interop.vqgan import fitting_tokenizer
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -118,3 +119,37 @@ def test_convert(tmp_path: Path) -> None:
     written = smalto.convert(tmp_path / "own", tmp_path / "back.pth", "diffusers")
     state = torch.load(written.path, weights_only=True)
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+
+
+OFFICIAL: dict[str, dict[str, Any]] = {
+    "aMUSEd": {
+        "block_out_channels": (128, 256, 256, 512, 768),
+        "down_block_types": ("DownEncoderBlock2D",) * 5,
+        "up_block_types": ("UpDecoderBlock2D",) * 5,
+        "layers_per_block": 2,
+        "latent_channels": 64,
+        "lookup_from_codebook": True,
+        "mid_block_add_attention": False,
+        "num_vq_embeddings": 8192,
+    },
+    "Kandinsky 2.2": {
+        "block_out_channels": (128, 256, 256, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+        "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_type": "spatial",
+        "num_vq_embeddings": 16384,
+        "vq_embed_dim": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_sizes_fit(name: str) -> None:
+    with torch.device("meta"):
+        model = diffusers.VQModel(**OFFICIAL[name])
+    tokenizer, _ = fitting_tokenizer(model.state_dict(), KEYS, name, 0.25)
+    assert sum(p.numel() for p in tokenizer.parameters()) == sum(
+        p.numel() for p in model.parameters()
+    )

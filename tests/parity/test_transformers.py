@@ -13,7 +13,16 @@ from safetensors.torch import save_file
 import smalto
 from smalto.core.errors import ConfigError, DataError
 from smalto.interop.open_tokenizer import recognize
-from smalto.interop.transformers import is_folder, load_tokenizer
+from smalto.interop.transformers import (
+    CHAMELEON_KEYS,
+    EMU3_KEYS,
+    JANUS_KEYS,
+    for_one_image,
+    is_folder,
+    load_tokenizer,
+    with_logits,
+)
+from smalto.interop.vqgan import fitting_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -141,3 +150,19 @@ def test_what_is_missing_is_named_as_in_the_file() -> None:
     key = "decoder.time_res_stack.0.norm2.running_var"
     with pytest.raises(ConfigError, match=f"the key '{key}' is missing"):
         load_tokenizer({k: v for k, v in state.items() if k != key})
+
+
+@pytest.mark.parametrize("kind", ["Janus", "Chameleon", "Emu3"])
+def test_official_sizes_fit(kind: str) -> None:
+    config = getattr(transformers, f"{kind}VQVAEConfig")()
+    with torch.device("meta"):
+        state = getattr(transformers, f"{kind}VQVAE")(config).state_dict()
+    keys, prepare = {
+        "Janus": (JANUS_KEYS, with_logits),
+        "Chameleon": (CHAMELEON_KEYS, lambda state, source: state),
+        "Emu3": (EMU3_KEYS, for_one_image),
+    }[kind]
+    tokenizer, _ = fitting_tokenizer(prepare(state, kind), keys, kind, 0.25)
+    assert tokenizer.stride == {"Janus": 16, "Chameleon": 16, "Emu3": 8}[kind]
+    sizes = {"Janus": 16384, "Chameleon": 8192, "Emu3": 32768}
+    assert tokenizer.quantize.codebook_size == sizes[kind]

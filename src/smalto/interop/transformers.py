@@ -95,9 +95,9 @@ def load_tokenizer(path_or_state_dict: str | Path | State, beta: float = 0.25) -
     marks = EMU3_MARKS if is_emu3 else MARKS
     state = find_state(checkpoint, marks, "VQVAE of transformers").state
     if is_emu3:
-        return tokenizer_of(_for_one_image(state, source), EMU3_KEYS, source, beta)
+        return tokenizer_of(for_one_image(state, source), EMU3_KEYS, source, beta)
     if any(key.startswith("decoder.") for key in state):
-        return tokenizer_of(_with_logits(state, source), JANUS_KEYS, source, beta)
+        return tokenizer_of(with_logits(state, source), JANUS_KEYS, source, beta)
     return tokenizer_of(state, CHAMELEON_KEYS, source, beta)
 
 
@@ -143,7 +143,7 @@ def _read_folder(folder: Path) -> State:
     return weights
 
 
-def _with_logits(state: State, source: str) -> dict[str, Tensor]:
+def with_logits(state: State, source: str) -> dict[str, Tensor]:
     """Return Janus' weights with its search written as logits.
 
     transformers compares latents with the stored codes, and decodes codes of length 1. The nearest
@@ -158,7 +158,7 @@ def _with_logits(state: State, source: str) -> dict[str, Tensor]:
     }
 
 
-def _for_one_image(state: State, source: str) -> dict[str, Tensor]:
+def for_one_image(state: State, source: str) -> dict[str, Tensor]:
     """Return Emu3's weights with convolutions over time as 2D convolutions for one image.
 
     An image enters as equal frames behind frames of zeros; see ``autoencoders/video.py``.

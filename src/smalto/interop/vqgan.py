@@ -94,20 +94,10 @@ def tokenizer_of(
     """
     state = {key: tensor for key, tensor in state.items() if key not in keys.unused}
     check_tensors(state, keys.of("encoder.conv_in.weight", 1), source)
-    config = _read_config(state, keys, source, beta, norm_groups)
-    with torch.device("meta"):
-        tokenizer = config.build()
-    names = _names(tokenizer, keys)
-    own = tokenizer.state_dict()
-    expected = {
-        name: keys.shape_of(key, own[key].shape) for key, theirs in names.items() for name in theirs
-    }
-    if not any(key.startswith("decoder.") for key in own):
-        left_over = keys.of("decoder.post_quant_conv.", 1)  # of the decoder that is missing
-        state = {k: t for k, t in state.items() if k in expected or not k.startswith(left_over)}
-    compare(expected, state, source, f"this tokenizer of {keys.project}")
+    tokenizer, names = fitting_tokenizer(state, keys, source, beta, norm_groups)
     if problem := weight_problem(state):
         raise ConfigError(f"{source}: {problem}. Use another checkpoint.")
+    own = tokenizer.state_dict()
     tokenizer.load_state_dict(
         {
             key: torch.cat([state[name].detach() for name in theirs]).view(own[key].shape).clone()
@@ -116,6 +106,31 @@ def tokenizer_of(
         assign=True,
     )
     return tokenizer.eval()
+
+
+def fitting_tokenizer(
+    state: State, keys: VQGANKeys, source: str, beta: float, norm_groups: int = 32
+) -> tuple[ImageTokenizer, dict[str, list[str]]]:
+    """Return a tokenizer without weights whose keys and shapes fit, and the names of its weights.
+
+    Only keys and shapes of ``state`` are read: its tensors may be on the meta device.
+
+    Raises:
+        ConfigError: a key is missing, unexpected or of another shape.
+    """
+    config = _read_config(state, keys, source, beta, norm_groups)
+    with torch.device("meta"):
+        tokenizer = config.build()
+    names = _names(tokenizer, keys)
+    own = tokenizer.state_dict()
+    expected = {
+        name: keys.shape_of(key, own[key].shape) for key, theirs in names.items() for name in theirs
+    }
+    if not tokenizer.has_decoder:
+        left_over = keys.of("decoder.post_quant_conv.", 1)  # of the decoder that is missing
+        state = {k: t for k, t in state.items() if k in expected or not k.startswith(left_over)}
+    compare(expected, state, source, f"this tokenizer of {keys.project}")
+    return tokenizer, names
 
 
 def state_dict_of(tokenizer: ImageTokenizer, keys: VQGANKeys) -> dict[str, Tensor]:

@@ -9,9 +9,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from smalto.autoencoders import CNNAutoencoderConfig
 from smalto.images.bundled import bundled_photographs
+from smalto.interop import llamagen
+from smalto.quantizers import VectorQuantizerConfig
+from smalto.tokenizer import TokenizerConfig
 from tests.conftest import WARM, write_images
 
 ROOT = Path(__file__).parents[2]
@@ -61,11 +66,25 @@ def test_its_code_runs(page: Path, tmp_path: Path, prelude: str) -> None:
     (tmp_path / "photos" / "photo00.png").rename(tmp_path / "photos" / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "my.toml").write_text("\n".join(code for _, code in blocks(page, "toml")))
+    torch.save({"model": weights_of_llamagen()}, tmp_path / "vq_ds16_c2i.pt")
     found = blocks(page, "python", "bash")
     if page.name == "concepts.md":
         found = [("python", "\n".join(code for _, code in found))]  # one program
     for language, code in found:
         (run_python if language == "python" else run_commands)(code, tmp_path, prelude)
+
+
+def weights_of_llamagen() -> dict[str, torch.Tensor]:
+    """Return the weights of a small tokenizer in LlamaGen's layout."""
+    tokenizer = TokenizerConfig(
+        autoencoder=CNNAutoencoderConfig(
+            latent_dim=32, ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, quant_conv_kernel=0
+        ),
+        quantizer=VectorQuantizerConfig(
+            codebook_size=64, latent_dim=32, code_dim=8, metric="cosine", unit_codes=True
+        ),
+    ).build()
+    return llamagen.tokenizer_state_dict(tokenizer)
 
 
 def shorter(arguments: list[str]) -> list[str]:

@@ -36,7 +36,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "residual": {"kind": "residual", "num_stages": 2, "stage": {"latent_dim": 8, "code_dim": 4}},
     "product": {"kind": "product", "num_heads": 2, "head": {"latent_dim": 4}},
     "logit": {"kind": "logit", "codebook_size": 16, "latent_dim": 8},
-    "multiscale": {"kind": "multiscale", "scales": (1, 2, 4), "scale": VECTOR},
+    "multiscale": {"kind": "multiscale", "scales": (1, 2), "scale": VECTOR},
 }
 SIZES = ((2, 32, 32), (1, 48, 32), (3, 16, 40))
 slow = pytest.mark.slow

@@ -30,7 +30,7 @@ _MEASURED = (
 
 
 def local_folder(folder_or_repo: str | Path, revision: str | None, token: str | None) -> Path | str:
-    """Return a folder as it is, or the folder that a repository of the hub was downloaded to.
+    """Return a folder unchanged, or the folder that a repository of the hub was downloaded to.
 
     A path that exists is a folder; ``OWNER/NAME`` that does not is a repository. Nothing is
     imported for a folder.

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from smalto.core.layout import TokenLayout
+from smalto.images.bundled import bundled_photographs
 from smalto.store.schema import StoreHeader, TokenRow
 from smalto.training.recipe import change_recipe
 from smalto.training.tokenizer_recipe import TokenizerRecipe
@@ -54,6 +55,18 @@ def write_images(folder: Path, number: int, height: int = 40, width: int = 48) -
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(number):
         Image.fromarray(make_image(i, height, width)).save(folder / f"photo{i:02d}.png")
+    return folder
+
+
+def write_small_photographs(folder: Path, side: int) -> Path:
+    """Write the bundled photographs, at most ``side`` pixels wide and high, in their packages."""
+    for file in bundled_photographs():
+        path = Path(file.path)
+        small = folder.joinpath(*path.parts[path.parts.index("site-packages") + 1 :])
+        small.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.thumbnail((side, side))
+            image.save(small)
     return folder
 
 

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from smalto.autoencoders import CNNAutoencoderConfig
-from smalto.images.bundled import bundled_photographs
 from smalto.interop import llamagen
 from smalto.quantizers import VectorQuantizerConfig
 from smalto.tokenizer import TokenizerConfig
-from tests.conftest import WARM, write_images
+from tests.conftest import WARM, write_images, write_small_photographs
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
@@ -103,14 +101,7 @@ def shorter(arguments: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def prelude(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Code that reduces the bundled photographs and the emoji in number or size."""
-    folder = tmp_path_factory.mktemp("bundled")
-    for file in bundled_photographs():
-        path = Path(file.path)
-        small = folder.joinpath(*path.parts[path.parts.index("site-packages") + 1 :])
-        small.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(path) as image:
-            image.thumbnail((192, 192))
-            image.save(small)
+    folder = write_small_photographs(tmp_path_factory.mktemp("bundled"), 192)
     return LESS_DATA.format(folder=str(folder))
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 import smalto
+from smalto.images import bundled
 from smalto.images.bundled import HELD_OUT
 from smalto.store.token_store import TokenStore
 from smalto.training.run_folder import read_jsonl
+from tests.conftest import write_small_photographs
 
 SETTINGS = {"steps": 2, "data.batch": 2, "checkpoint.every": 1}
 
@@ -18,6 +20,8 @@ def test_it_trains_tokenizes_decodes_reports_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    photographs = write_small_photographs(tmp_path / "packages", 320)
+    monkeypatch.setattr(bundled, "package_folder", lambda name, *rest: photographs / name)
     smalto.SimpleVQVAE().save(tmp_path / "photos-f4")  # the demo starts from that of the package
     done = smalto.demo(tmp_path, settings=SETTINGS, device="cpu", workers=0)
     run = done.run.path

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import smalto
 from smalto.autoencoders import CNNAutoencoderConfig
+from smalto.autoencoders.layers import Downsample, ResBlock
 from smalto.core.errors import ConfigError, DataError, InputError
 from smalto.core.progress import Progress
 from smalto.interop import llamagen, taming, var
@@ -224,3 +225,31 @@ def test_levels_of_attention_are_checked() -> None:
             CNNAutoencoderConfig(
                 ch=32, ch_mult=(1, 2), attention=attention, attention_levels=levels
             )
+
+
+def test_details_that_ports_change_without_a_word() -> None:
+    """Epsilon, one-sided padding, activation, the order of quant_conv, and what beta weighs."""
+    tokenizer = small().eval()
+    norms = [m for m in tokenizer.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {norm.eps for norm in norms} == {1e-6}
+    assert {norm.num_groups for norm in norms} == {32}
+    down = Downsample(1, 1)
+    with torch.no_grad():
+        down.conv.weight.fill_(1)
+        down.conv.bias.zero_()
+        taps = down(torch.ones(1, 1, 4, 4))[0, 0]
+    assert taps.tolist() == [[9, 6], [6, 4]]  # zeros at the right and at the bottom only
+    steps = [s for s in tokenizer.encoder.steps() if not isinstance(s, torch.nn.Identity)]
+    assert steps[-2:] == [tokenizer.encoder.conv_out, tokenizer.encoder.quant_conv]
+    assert next(tokenizer.decoder.steps()) is tokenizer.decoder.post_quant_conv
+    block, x = ResBlock(32, 32), torch.randn(1, 32, 4, 4)
+    with torch.no_grad():
+        block.conv2.weight.normal_()
+        h = block.conv1(block.norm1(x) * torch.sigmoid(block.norm1(x)))
+        h = block.conv2(block.norm2(h) * torch.sigmoid(block.norm2(h)))
+        near(block(x), x + h)
+    # taming's own default (legacy) has beta at the other term: mse(sg[q], z) + beta mse(q, sg[z])
+    latents = torch.randn(1, 4, 2, 2, requires_grad=True)
+    out = tokenizer.quantize(latents)
+    (gradient,) = torch.autograd.grad(out.loss, latents)
+    near(gradient, 0.25 * 2 * (latents - out.quantized).detach() / latents.numel())

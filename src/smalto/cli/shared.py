@@ -55,8 +55,9 @@ Size = Annotated[
 Tokenizer = Annotated[
     str,
     typer.Option(
-        help="Folder of a tokenizer, run or generator, a name that `smalto info` lists, or a "
-        "weight file of VAR, LlamaGen, taming-transformers or diffusers."
+        help="Folder of a tokenizer, run or generator, a name that `smalto info` lists, or "
+        "weights of another project (VAR, LlamaGen, taming-transformers, diffusers, transformers, "
+        "MaskGIT)."
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]

@@ -87,8 +87,8 @@ def train(
         str | None,
         typer.Option(
             "--from",
-            help="Fine-tune this tokenizer: a folder, a name that `smalto info` lists, or a weight "
-            "file of VAR, LlamaGen, taming-transformers or diffusers.",
+            help="Fine-tune this tokenizer: a folder, a name that `smalto info` lists, or weights "
+            "of another project, as for --tokenizer.",
         ),
     ] = None,
     learn: Annotated[

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import smalto
-from smalto.core.errors import DataError, RunError
+from smalto.core.errors import ConfigError, DataError, RunError
 from smalto.tokenizer.hub import read_metrics
 from tests.conftest import WARM
 from tests.parity.test_vqgan import small
@@ -182,6 +182,12 @@ for call in (lambda: smalto.ImageTokenizer.from_pretrained("nobody/nothing"),
     assert first.startswith("nobody/nothing cannot be downloaded")
     assert "HF_TOKEN" in first
     assert second.startswith("me/tokenizer was not uploaded")
+
+
+@pytest.mark.parametrize("repo", ["tokenizer", "me/..", "../me", "me/a/b", ""])
+def test_names_of_repositories_are_checked(repo: str) -> None:
+    with pytest.raises(ConfigError, match="expected a repository OWNER/NAME"):
+        small().push_to_hub(repo)
 
 
 def test_a_folder_needs_neither_network_nor_package(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Evaluation:
         histogram: how often each code occurred, int64 [K].
         skipped: files left out, and why.
         memory: largest memory of encoding and decoding one batch, weights included, in bytes; None
-            if this system hides it.
+            if it was not measured, or this system hides it.
     """
 
     metrics: Metrics
@@ -81,6 +81,7 @@ def evaluate_tokenizer(
     measured_on: str,
     transform: str,
     skipped: Callable[[], list[Skipped]],
+    measure_memory: bool = False,
 ) -> Evaluation:
     """Encode and decode whole images and compare.
 
@@ -91,6 +92,8 @@ def evaluate_tokenizer(
         measured_on: which images, in words.
         transform: what was done to them first, in words.
         skipped: called at the end: what was left out.
+        measure_memory: also measure the memory of each batch, which resets the peak memory that
+            the system reports for this process.
 
     Raises:
         DataError: there was no image.
@@ -99,9 +102,9 @@ def evaluate_tokenizer(
     growths = []
     for names, stacked in batches_of_one_shape(images, inference.batch):
         batch = to_unit_range(stacked)
-        memory = PeakMemory(inference.device)
+        memory = PeakMemory(inference.device) if measure_memory else None
         tokens, reconstructions, seconds = inference.roundtrip(batch)
-        growths.append(memory.growth())
+        growths.append(memory.growth() if memory is not None else None)
         layout = inference.tokenizer.layout(*batch.shape[2:])
         stages = []
         progressive = inference.tokenizer.is_progressive and len(layout.grids) > 1

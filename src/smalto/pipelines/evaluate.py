@@ -167,7 +167,9 @@ def compare(
             files, stride, progress, longer_side=longer_side, size=size, workers=workers
         )
         progress.start(f"evaluating {tokenizer}", len(files), "images")
-        evaluation = _measure(inference, reader, networks, measured_on, opened, progress)
+        evaluation = _measure(
+            inference, reader, networks, measured_on, opened, progress, measure_memory=True
+        )
         return Contender(str(tokenizer), evaluation)
 
     comparison = Comparison([measured(tokenizer) for tokenizer in tokenizers])
@@ -183,6 +185,7 @@ def _measure(
     measured_on: str,
     opened: Source,
     progress: Progress,
+    measure_memory: bool = False,
 ) -> Evaluation:
     evaluation = evaluate_tokenizer(
         inference,
@@ -191,6 +194,7 @@ def _measure(
         measured_on=measured_on,
         transform=str(reader.transform),
         skipped=lambda: [*reader.skipped, *opened.skipped],
+        measure_memory=measure_memory,
     )
     progress.finish()
     return evaluation

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smalto.core.errors import DataError, MissingExtra, RunError
+from smalto.core.errors import ConfigError, DataError, MissingExtra, RunError
 from smalto.core.files import parse_json, read_regular, write_atomic
 from smalto.core.model_files import CONFIG_FILE, WEIGHTS_FILE
 
@@ -57,6 +57,12 @@ def local_folder(folder_or_repo: str | Path, revision: str | None, token: str | 
             f"{folder_or_repo} cannot be downloaded: {_line(error)}. Check the name and the "
             "revision; for a private repository set HF_TOKEN or pass token."
         ) from None
+
+
+def check_repository(repo: str) -> None:
+    """Raise ConfigError unless ``repo`` is ``OWNER/NAME``."""
+    if not isinstance(repo, str) or not _REPO.fullmatch(repo):
+        raise ConfigError(f"got {repo!r}; expected a repository OWNER/NAME, such as me/tokenizer.")
 
 
 def upload(folder: Path, repo: str, *, private: bool, message: str, token: str | None) -> str:

@@ -24,7 +24,7 @@ from smalto.core.errors import ConfigError, InputError, describe
 from smalto.core.identity import TokenizerIdentity
 from smalto.core.layout import TokenLayout, as_grids
 from smalto.quantizers import QuantizerConfig, VectorQuantizerConfig, fold
-from smalto.tokenizer.hub import local_folder, upload, write_card
+from smalto.tokenizer.hub import check_repository, local_folder, upload, write_card
 from smalto.tokenizer.token_blocks import (
     BlockKind,
     DiagonalBlocks,
@@ -521,9 +521,11 @@ class ImageTokenizer(nn.Module):
             token: with write access; default: HF_TOKEN, or what ``hf auth login`` stored.
 
         Raises:
+            ConfigError: ``repo`` is not the name of a repository.
             RunError: the upload fails.
             MissingExtra: huggingface_hub is not installed.
         """
+        check_repository(repo)
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent, repo.rpartition("/")[2])
             self.save_pretrained(folder, run=run, license=license)

@@ -63,7 +63,7 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
     with pytest.raises(
-        ConfigError, match="expected one of var, llamagen, taming, diffusers, maskgit, smalto"
+        ConfigError, match="expected one of var, llamagen, taming, diffusers, maskgit, onnx, smalto"
     ):
         smalto.convert(own.path, tmp_path / "no.pth", "vqgan")  # type: ignore[arg-type]
 

@@ -115,7 +115,7 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"ends with \.pth"):
         smalto.convert(folder, tmp_path / "vae.bin")
     with pytest.raises(ConfigError, match="expected one of var"):
-        smalto.convert(folder, tmp_path / "x.pth", "onnx")  # type: ignore[arg-type]
+        smalto.convert(folder, tmp_path / "x.pth", "vqgan")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"3 scales|of 3 scales"):
         smalto.convert(tmp_path / "there.pth", tmp_path / "new", "smalto")
     assert not (tmp_path / "new").exists()

@@ -145,6 +145,26 @@ def test_the_tokenizer_of_a_language_model_in_shards(tmp_path: Path) -> None:
             smalto.load(tmp_path)
 
 
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    state = model_of("Emu3", **EMU3).state_dict()
+    key = "encoder.time_res_stack.0.norm1.running_var"
+    with pytest.raises(ConfigError, match=rf"'{key}' is \[3\]; expected equal shapes"):
+        load_tokenizer(state | {key: torch.ones(3)})
+    janus = model_of("Janus", num_patches=16, **SMALL, **LATENTS).state_dict()
+    for wrong in (torch.ones(64, 8, dtype=torch.int64), "text"):
+        with pytest.raises(ConfigError, match=r"quantize\.embedding\.weight"):
+            load_tokenizer(janus | {"quantize.embedding.weight": wrong})  # type: ignore[dict-item]
+    model_of("Chameleon", **SMALL, **LATENTS).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"vq_config": 3}))
+    with pytest.raises(DataError, match="expected a table"):
+        smalto.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(DataError, match="names no file"):
+        smalto.load(tmp_path)
+
+
 def test_what_is_missing_is_named_as_in_the_file() -> None:
     state = model_of("Emu3", **EMU3).state_dict()
     key = "decoder.time_res_stack.0.norm2.running_var"

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from smalto.core.errors import ConfigError, DataError
 from smalto.core.weight_files import State, find_state, holds_key, read_tensors, read_weights
-from smalto.interop.state_dicts import count_of, open_checkpoint, read_settings, shape_of
+from smalto.interop.state_dicts import (
+    check_tensors,
+    count_of,
+    open_checkpoint,
+    read_settings,
+    shape_of,
+)
 from smalto.interop.vqgan import VQGANKeys, tokenizer_of
 from smalto.tokenizer import ImageTokenizer
 
@@ -93,7 +99,9 @@ def load_tokenizer(path_or_state_dict: str | Path | State, beta: float = 0.25) -
         checkpoint, source = open_checkpoint(path_or_state_dict)
     is_emu3 = holds_key(checkpoint, EMU3_MARK)
     marks = EMU3_MARKS if is_emu3 else MARKS
-    state = find_state(checkpoint, marks, "VQVAE of transformers").state
+    found = find_state(checkpoint, marks, "VQVAE of transformers").state
+    state = {k: t for k, t in found.items() if not k.endswith(".num_batches_tracked")}
+    check_tensors(state, _EMBEDDING, source)
     if is_emu3:
         return tokenizer_of(for_one_image(state, source), EMU3_KEYS, source, beta)
     if any(key.startswith("decoder.") for key in state):
@@ -116,7 +124,9 @@ def is_folder(folder: Path) -> bool:
 
 def _check_settings(folder: Path) -> None:
     settings = read_settings(folder / CONFIG)
-    vq_settings = settings.get("vq_config") or settings
+    vq_settings = settings.get("vq_config", settings)
+    if not isinstance(vq_settings, dict):
+        raise DataError(f"{folder / CONFIG}: got vq_config {vq_settings!r}; expected a table.")
     num_heads = vq_settings.get("num_attention_heads", 1)
     if str(vq_settings.get("model_type", "")).startswith("emu3") and num_heads != 1:
         raise ConfigError(
@@ -129,7 +139,8 @@ def _read_folder(folder: Path) -> State:
     """Return the tensors of a folder's tokenizer, without those of a language model around it."""
     if (folder / _INDEX).is_file():
         weight_map: Any = read_settings(folder / _INDEX).get("weight_map")
-        names = sorted({str(f) for k, f in dict(weight_map or {}).items() if _IN_MODEL in k})
+        files = weight_map if isinstance(weight_map, dict) else {}
+        names = sorted({str(file) for key, file in files.items() if _IN_MODEL in key})
         if not names or any(Path(name).name != name for name in names):
             raise DataError(
                 f"{folder / _INDEX} names no file with keys that contain {_IN_MODEL!r}; expected "
@@ -181,6 +192,10 @@ def for_one_image(state: State, source: str) -> dict[str, Tensor]:
     def put_block(name: str, key: str) -> None:
         for number in (1, 2):
             norm = f"{key}.norm{number}"
+            parts = [f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+            if len({shape_of(state, part, 1, source) for part in parts}) > 1:
+                shapes = ", ".join(f"{part!r} is {list(state[part].shape)}" for part in parts)
+                raise ConfigError(f"{source}: {shapes}; expected equal shapes.")
             scale = tensor(f"{norm}.weight", 1).double()
             scale = scale / (tensor(f"{norm}.running_var", 1).double() + _BATCH_NORM_EPS).sqrt()
             shift = tensor(f"{norm}.bias", 1) - tensor(f"{norm}.running_mean", 1) * scale
